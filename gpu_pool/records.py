@@ -1,0 +1,212 @@
+"""What evalpool knows: jobs, evaluations, models, workers and devices, as frozen values without behaviour or I/O."""
+
+from __future__ import annotations
+
+import enum
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+
+
+class JobState(enum.StrEnum):
+    """Where a job is in its life; `gpu_pool.transitions` says which changes are allowed."""
+
+    QUEUED = "queued"  # accepted and durable, waiting for an evaluator and a worker
+    RUNNING = "running"  # an evaluator works on it
+    CANCELLING = "cancelling"  # its processes are being ended; outside it still reads "running"
+    COMPLETED = "completed"  # scores are stored
+    FAILED = "failed"  # ended by an error, which is stored
+    CANCELLED = "cancelled"  # ended by request, before it completed
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no further change can follow."""
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Phase(enum.StrEnum):
+    """What a running job is doing."""
+
+    PREPARING = "preparing"  # loading documents, rendering and tokenising prompts
+    EVALUATING = "evaluating"  # requests are with the workers
+    SCORING = "scoring"  # metrics, standard errors, result files
+
+
+class WorkerState(enum.StrEnum):
+    """Where a worker process is in its life. A replacement is a new worker."""
+
+    STARTING = "starting"  # spawned, loading its model
+    IDLE = "idle"  # model loaded, no job attached
+    BUSY = "busy"  # at least one job attached
+    STOPPING = "stopping"  # asked to end
+    DEAD = "dead"  # its process is gone
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the values below: immutable, strict when decoded. (Type checkers want `frozen` and `kw_only` said in each.)"""
+
+
+class ModelArgs(Record, omit_defaults=True, kw_only=True):
+    """Constructor arguments of a transformers model; names and meaning are those of lm-eval's HF backend."""
+
+    pretrained: str
+    revision: str | None = None
+    subfolder: str | None = None
+    tokenizer: str | None = None
+    use_fast_tokenizer: bool = True
+    dtype: str = "auto"
+    softmax_dtype: str | None = None
+    attn_implementation: str | None = None
+    max_length: int | None = None
+    truncation: bool = False
+    add_bos_token: bool | None = None
+    prefix_token_id: int | None = None
+    peft: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    think_end_token: str | int | None = None
+    enable_thinking: bool | None = None
+    chat_template_args: dict[str, Any] | None = None
+
+
+class ModelSpec(Record, frozen=True, kw_only=True):
+    """A model by its content. Two specs with the same `replica_key` can be served by one loaded replica."""
+
+    kind: str
+    args: ModelArgs
+    fingerprint: str
+    """sha256 hex over weights, adapter, config, tokenizer and template (see `gpu_pool.fingerprint`)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def replica_key(self) -> str:
+        """Identity of a loaded replica: content, arguments and kind of device; not the path it was read from."""
+        args = msgspec.structs.replace(self.args, pretrained="", tokenizer=None, peft=None)
+        return f"{self.fingerprint}:{self.device}:{msgspec.json.encode(args, order='sorted').decode()}"
+
+
+class Evaluation(Record, frozen=True, kw_only=True):
+    """One validated request: what to evaluate and how. Field names are those of `POST /evaluate`."""
+
+    model: str
+    tasks: tuple[str, ...]
+    model_args: dict[str, Any] = {}
+    num_fewshot: int | None = None
+    batch_size: int | Literal["auto"] = "auto"
+    device: str | None = None
+    limit: int | float | None = None
+    gen_kwargs: dict[str, Any] = {}
+    log_samples: bool = True
+    predict_only: bool = False
+    num_gpus: int = 1
+    output_dir: str | None = None
+    use_cache: bool = True
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+    random_seed: int | None = 0
+    numpy_random_seed: int | None = 1234
+    torch_random_seed: int | None = 1234
+    fewshot_random_seed: int | None = 1234
+    bootstrap_iters: int = 100_000
+
+
+class TaskProgress(Record, frozen=True, kw_only=True):
+    """Requests of one task: answered so far, and in all (0 until its requests are built)."""
+
+    done: int = 0
+    total: int = 0
+
+
+class Progress(Record, frozen=True, kw_only=True):
+    """A running job's progress, as its evaluator last reported it."""
+
+    phase: Phase = Phase.PREPARING
+    tasks: dict[str, TaskProgress] = {}
+    cached: int = 0
+    """Requests answered from the response cache (counted in `done` too)."""
+    workers: dict[str, int] = {}
+    """Requests answered by each worker, by worker id."""
+
+    @property
+    def done(self) -> int:
+        return sum(task.done for task in self.tasks.values())
+
+    @property
+    def total(self) -> int:
+        return sum(task.total for task in self.tasks.values())
+
+
+class JobResult(Record, frozen=True, kw_only=True):
+    """Where a completed job's files are, and its scores."""
+
+    model_name: str
+    """lm-eval's sanitised model name: the key of the reference's `result`."""
+    results_path: str
+    samples: dict[str, str] = {}
+    """Path of the samples file of each task; empty when `log_samples` is false."""
+    metrics: dict[str, dict[str, Any]] = {}
+    """Scores by task and group, in lm-eval's keys ("acc,none", "acc_stderr,none")."""
+
+
+class Job(Record, frozen=True, kw_only=True):
+    """One job, as the store keeps it."""
+
+    id: str
+    evaluation: Evaluation
+    request: dict[str, Any]
+    """The request as it was sent, with defaults filled in: what `GET /jobs/{id}` shows."""
+    state: JobState = JobState.QUEUED
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    attempt: int = 0
+    """Times its processes were started; a restart of the server adds one."""
+    error: str | None = None
+    model: ModelSpec | None = None
+    progress: Progress | None = None
+    metrics: dict[str, dict[str, Any]] = {}
+    """Scores of the tasks that are done so far."""
+    result: JobResult | None = None
+
+
+class Gpu(Record, frozen=True, kw_only=True):
+    """One schedulable GPU (a whole one or a MIG instance), as NVML showed it at the last look."""
+
+    uuid: str
+    index: str
+    """Position in PCI order: "0"; of a MIG instance "0:1"."""
+    name: str
+    total_bytes: int
+    free_bytes: int
+    visible_device: str
+    """What CUDA_VISIBLE_DEVICES must say for it: an integer index, or the MIG uuid."""
+    processes: tuple[tuple[int, int], ...] = ()
+    """(pid, bytes used) of compute processes on it; bytes are 0 where the driver hides them."""
+    utilization_percent: int | None = None
+    temperature_celsius: int | None = None
+    problem: str | None = None
+    """Why it cannot be used (lost, unreadable), or None."""
+
+
+class Slot(Record, frozen=True, kw_only=True):
+    """Room for one worker: a GPU, or a share of the CPU."""
+
+    id: str
+    """A GPU's uuid, or "cpu:0"."""
+    device: Literal["cpu", "cuda"]
+    index: str = ""
+    """Of a GPU, its position in PCI order; what `device: "cuda:N"` names."""
+
+
+class Worker(Record, frozen=True, kw_only=True):
+    """One worker process: a model replica bound to its slots for life."""
+
+    id: str
+    spec: ModelSpec
+    slots: tuple[str, ...]
+    state: WorkerState = WorkerState.STARTING
+    jobs: frozenset[str] = frozenset()
+    idle_since: float = 0.0
+    """Monotonic seconds, meaningful while IDLE."""

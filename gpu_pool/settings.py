@@ -1,0 +1,42 @@
+"""What the operator decides about the pool; the server fills it from flags, environment and file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpu_pool.records import Record
+
+
+def default_cpu_workers() -> int:
+    """One CPU worker for every 8 cores, at least one: a worker with few threads serves nobody well."""
+    return max(1, (os.cpu_count() or 1) // 8)
+
+
+class PoolSettings(Record, frozen=True, kw_only=True):
+    """Every field may be given on the command line, as EVALPOOL_<FIELD>, or in the TOML file."""
+
+    data_dir: Path = Path("evalpool-data")
+    include_paths: tuple[Path, ...] = ()
+    """Folders of the user's own task YAML."""
+    dataset_roots: dict[str, str] = {}
+    """Hub data set -> local files, so that unmodified tasks run offline."""
+    cpu_workers: int = default_cpu_workers()
+    evaluators: int = 0
+    """Jobs that may run at once (evaluator processes); 0: one more than there are workers, at most 8."""
+    output_roots: tuple[Path, ...] = ()
+    """Folders under which a request's `output_dir` may lie, beside the data folder's own."""
+    allow_code_execution: bool = False
+    """Run tasks that execute code written by the model."""
+    allow_remote_code: bool = False
+    """Run code that comes with a checkpoint (`trust_remote_code`)."""
+    max_attempts: int = 3
+    """Times a job is started before losing its processes makes it fail."""
+    evaluator_memory_bytes: int = 4 * 1024**3
+    """An evaluator above this is replaced when its job is done."""
+    gpu_free_fraction: float = 0.9
+    """A GPU counts as free when at least this share of its memory is."""
+    worker_load_timeout_s: float = 3600.0
+    """A worker that has not loaded its model by then is killed."""
+    drop_timeout_s: float = 60.0
+    """A worker that has not reached the end of a step by then, while a job waits to be cancelled, is killed."""
