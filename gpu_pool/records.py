@@ -44,7 +44,7 @@ class WorkerState(enum.StrEnum):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the values below: immutable, strict when decoded. (Type checkers want `frozen` and `kw_only` said in each.)"""
+    """Base of the values below: immutable, strict when decoded. (Type checkers want the keywords repeated in each.)"""
 
 
 class ModelArgs(Record, omit_defaults=True, kw_only=True):
