@@ -47,7 +47,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of the values below: immutable, strict when decoded. (Type checkers want the keywords repeated in each.)"""
 
 
-class ModelArgs(Record, omit_defaults=True, kw_only=True):
+class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Constructor arguments of a transformers model; names and meaning are those of lm-eval's HF backend."""
 
     pretrained: str
