@@ -1,0 +1,210 @@
+"""A model is its content: one digest over every file that defines it, each file read once as long as it is unchanged.
+
+Digests are memoised by what the kernel says of a file (device, inode, size, mtime_ns, ctime_ns). ctime cannot be set
+by a program, but its clock is coarse: a file written twice within one tick looks unchanged. As git does for its index,
+a digest is therefore kept only when the file was already `SETTLED_NS` old before it was read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.records import ModelArgs
+
+SETTLED_NS = 2_000_000_000
+"""Longest clock tick of a file system we expect (FAT and some network file systems: 2 s)."""
+MAX_MEMO_FILES = 10_000
+READ_ATTEMPTS = 4
+"""Times a folder is read before we say that somebody is still writing to it."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_LIGHT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".spm", ".vocab", ".bpe")
+"""What a folder of someone else's files may add to a model: configuration, tokenizer, chat template, code."""
+_OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".mlmodel")
+_TRAINING_FILES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "events.out.")
+_DOCUMENT_SUFFIXES = (".md", ".log", ".png", ".jpg", ".pdf", ".lock", ".tmp", ".incomplete")
+
+FileState = tuple[int, int, int, int, int]
+"""(device, inode, size, mtime_ns, ctime_ns)"""
+
+
+class _Known(msgspec.Struct, frozen=True, array_like=True):
+    """The digest of one file, with the state that it was read in and when it was last useful (epoch seconds)."""
+
+    state: FileState
+    digest: str
+    used: int
+
+
+def fingerprint_model(args: ModelArgs, memo_path: Path) -> str:
+    """The identity of the model that `args` names, by content (or by hub id and commit: then nothing is read).
+
+    `args.revision` of a hub id must already be a commit (`gpu_pool.models.resolve_hub_revision`).
+
+    Raises:
+        InvalidRequest: a file cannot be read, or keeps changing while it is read.
+    """
+    base = Path(args.pretrained)
+    parts: dict[str, Path] = {}
+    hub = ""
+    if base.exists():
+        parts |= {f"model/{name}": path for name, path in model_files(args).items()}
+    else:
+        hub = _hub_identity(args)
+    if args.peft:
+        parts |= {f"peft/{name}": path for name, path in _folder_files(Path(args.peft)).items()}
+    if args.tokenizer:
+        parts |= {f"tokenizer/{name}": path for name, path in _light_files(Path(args.tokenizer)).items()}
+    if not parts:
+        return hub
+    content = _digest_files(parts, memo_path)
+    return f"{hub}+{content}" if hub else content
+
+
+def model_files(args: ModelArgs) -> dict[str, Path]:
+    """The files under the local folder (or of the local GGUF file) `args.pretrained` that define the model, by name."""
+    base = Path(args.pretrained)
+    if base.is_file():
+        return {"model.gguf": base} | _light_files(base.parent)
+    if args.gguf_file:
+        return _light_files(base) | {args.gguf_file: base / args.gguf_file}
+    if args.subfolder:
+        inner = _folder_files(base / args.subfolder)
+        return _light_files(base) | {f"{args.subfolder}/{name}": path for name, path in inner.items()}
+    return _folder_files(base)
+
+
+def _hub_identity(args: ModelArgs) -> str:
+    inside = "/".join(part for part in (args.subfolder, args.gguf_file) if part)
+    return f"hub:{args.pretrained}@{args.revision}" + (f":{inside}" if inside else "")
+
+
+def _folder_files(folder: Path) -> dict[str, Path]:
+    """Everything in `folder` that transformers may load: a file too many costs a read, one too few a wrong score."""
+    if folder.is_file():
+        return {folder.name: folder}
+    files = {path.name: path for path in _plain_files(folder) if _may_define_model(path.name.lower())}
+    for index in [path for name, path in files.items() if name.endswith(".index.json")]:
+        files |= {name: folder / name for name in _indexed_shards(index) if (folder / name).is_file()}
+    templates = folder / "additional_chat_templates"
+    return files | {f"{templates.name}/{path.name}": path for path in _plain_files(templates)}
+
+
+def _light_files(folder: Path) -> dict[str, Path]:
+    return {name: path for name, path in _folder_files(folder).items() if name.lower().endswith(_LIGHT_SUFFIXES)}
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+
+
+def _may_define_model(name: str) -> bool:
+    return not (
+        name.endswith((".gguf", *_OTHER_FRAMEWORKS, *_DOCUMENT_SUFFIXES))  # a GGUF file counts where it is named
+        or name.startswith(_TRAINING_FILES)
+    )
+
+
+def _indexed_shards(index: Path) -> set[str]:
+    """Names of the weight files that an index lists; they may lie in folders below it."""
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes())["weight_map"]
+        return {str(name) for name in weight_map.values()}
+    except (OSError, msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _digest_files(parts: dict[str, Path], memo_path: Path) -> str:
+    """sha256 over the names and digests of `parts`, none of which changed until the last was read."""
+    memo = _Memo(memo_path)
+    for _ in range(READ_ATTEMPTS):
+        try:
+            states = {path: _state(path.stat()) for path in set(parts.values())}
+            digests = memo.digests(states)
+            unchanged = all(_state(path.stat()) == state for path, state in states.items())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InvalidRequest("model", f"{error.filename} cannot be read: {error.strerror}") from error
+        if unchanged:
+            lines = (f"{name}\0{digests[path]}\n" for name, path in sorted(parts.items()))
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+    raise InvalidRequest("model", "its files are being written; submit again when the checkpoint is complete")
+
+
+def _state(result: os.stat_result) -> FileState:
+    return (result.st_dev, result.st_ino, result.st_size, result.st_mtime_ns, result.st_ctime_ns)
+
+
+def _read_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InvalidRequest("model", f"{path} is not a regular file")
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Memo:
+    """Digests of settled files, in one JSON file that several processes and threads share."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def digests(self, states: dict[Path, FileState]) -> dict[Path, str]:
+        """The digest of each file, read from the disk where the memo does not know its state."""
+        started_ns = time.time_ns()
+        known = self._load()
+        found = {path: entry.digest for path, state in states.items() if (entry := _lookup(known, state))}
+        missing = [path for path in states if path not in found]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            read = dict(zip(missing, pool.map(_read_digest, missing), strict=True))
+        settled = {path: digest for path, digest in read.items() if started_ns - states[path][4] > SETTLED_NS}
+        if settled:
+            used = started_ns // 1_000_000_000
+            trusted = found | settled
+            self._remember({_key(states[path]): _Known(states[path], trusted[path], used) for path in trusted})
+        return found | read
+
+    def _load(self) -> dict[str, _Known]:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, _Known])
+        except (FileNotFoundError, msgspec.DecodeError):  # none yet, or not ours: the files are simply read again
+            return {}
+
+    def _remember(self, entries: dict[str, _Known]) -> None:
+        with self._locked():
+            merged = self._load() | entries
+            newest = sorted(merged.items(), key=lambda item: item[1].used, reverse=True)[:MAX_MEMO_FILES]
+            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgspec.json.encode(dict(newest)))
+            os.replace(temporary, self._path)
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.with_suffix(".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _key(state: FileState) -> str:
+    return f"{state[0]}:{state[1]}"
+
+
+def _lookup(known: dict[str, _Known], state: FileState) -> _Known | None:
+    entry = known.get(_key(state))
+    return entry if entry is not None and entry.state == state else None
