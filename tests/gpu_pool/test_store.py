@@ -1,0 +1,253 @@
+"""The store against real SQLite files: what is committed stays, exactly one of many wins, pages are right and fast."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from gpu_pool.errors import InvalidRequest, JobNotFound
+from gpu_pool.records import (
+    Evaluation,
+    Job,
+    JobResult,
+    JobState,
+    ModelArgs,
+    ModelSpec,
+    Phase,
+    Progress,
+    TaskProgress,
+)
+from gpu_pool.store import Store
+
+NOON = datetime(2026, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
+
+
+def make_job(job_id: str, state: JobState = JobState.QUEUED) -> Job:
+    evaluation = Evaluation(model="hf", tasks=("arc_easy", "piqa"), limit=0.5, gen_kwargs={"until": ["\n"]})
+    return Job(id=job_id, evaluation=evaluation, request={"model": "hf", "limit": None}, state=state, created_at=NOON)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await Store.open(tmp_path / "db" / "jobs.sqlite3")
+    yield opened
+    await opened.close()
+
+
+def query(tmp_path: Path, sql: str) -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(tmp_path / "db" / "jobs.sqlite3")) as connection:
+        return connection.execute(sql).fetchall()
+
+
+async def test_a_job_comes_back_as_it_was_added(store: Store) -> None:
+    job = Job(
+        id="full",
+        evaluation=Evaluation(model="hf", tasks=("a",), batch_size="auto", limit=10),
+        request={"tasks": ["a"], "text": "naïve ☃", "nested": {"x": [1, 2.5, None]}},
+        state=JobState.COMPLETED,
+        created_at=NOON,
+        started_at=NOON + timedelta(seconds=1),
+        completed_at=NOON + timedelta(seconds=2),
+        attempt=2,
+        error="no error, but 'quotes'",
+        model=ModelSpec(kind="hf", args=ModelArgs(pretrained="/m", think_end_token=7), fingerprint="ab", device="cuda"),
+        progress=Progress(phase=Phase.SCORING, tasks={"a": TaskProgress(done=1, total=2)}, cached=1, workers={"w": 1}),
+        metrics={"a": {"acc,none": 0.25, "acc_stderr,none": "N/A"}},
+        result=JobResult(
+            model_name="m", results_path="/r.json", samples={"a": "/s"}, metrics={"a": {"acc,none": 0.25}}
+        ),
+    )
+    await store.add(job)
+    assert await store.get("full") == job
+
+
+async def test_times_of_any_zone_come_back_in_utc(store: Store) -> None:
+    await store.add(make_job("1"))
+    await store.update("1", started_at=NOON.astimezone(timezone(timedelta(hours=-7))))
+    started_at = (await store.get("1")).started_at
+    assert started_at == NOON
+    assert started_at.tzinfo is UTC
+
+
+async def test_an_unknown_job_is_an_error(store: Store) -> None:
+    with pytest.raises(JobNotFound):
+        await store.get("nobody")
+    with pytest.raises(JobNotFound):
+        await store.update("nobody", attempt=1)
+    assert not await store.change_state("nobody", JobState.QUEUED, JobState.RUNNING)
+
+
+async def test_a_change_of_state_writes_its_fields_and_only_from_the_old_state(store: Store) -> None:
+    await store.add(make_job("1"))
+    assert await store.change_state("1", JobState.QUEUED, JobState.RUNNING, started_at=NOON, attempt=1)
+    assert not await store.change_state("1", JobState.QUEUED, JobState.CANCELLED, error="too late")
+    job = await store.get("1")
+    assert (job.state, job.started_at, job.attempt, job.error) == (JobState.RUNNING, NOON, 1, None)
+    assert await store.change_state("1", JobState.RUNNING, JobState.QUEUED, started_at=None, progress=None)
+    assert (await store.get("1")).started_at is None
+
+
+async def test_one_of_many_wins_a_change_of_state(store: Store) -> None:
+    await store.add(make_job("1"))
+    ends = [JobState.RUNNING, JobState.CANCELLED] * 50
+    won = await asyncio.gather(*(store.change_state("1", JobState.QUEUED, new) for new in ends))
+    assert sum(won) == 1
+    assert (await store.get("1")).state is ends[won.index(True)]
+
+
+async def test_an_error_that_is_no_text_is_still_stored(store: Store) -> None:
+    await store.add(make_job("1"))
+    await store.update("1", error="bad name: \udcff, \0")
+    assert (await store.get("1")).error == "bad name: ?, �"
+
+
+async def test_a_cancelled_caller_leaves_a_working_store(store: Store) -> None:
+    await store.add(make_job("1"))
+    writers = [asyncio.create_task(store.update("1", attempt=number)) for number in range(20)]
+    await writers[0]
+    for writer in writers:
+        writer.cancel()
+    await asyncio.gather(*writers, return_exceptions=True)
+    await store.update("1", attempt=99)
+    assert (await store.get("1")).attempt == 99
+
+
+async def test_pages_are_newest_first_and_meet_without_gap_or_overlap(store: Store) -> None:
+    states = [JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING, JobState.FAILED]
+    for number in range(20):
+        await store.add(make_job(str(number), states[number % 4]))
+    seen: list[str] = []
+    while page := await store.list(None, 7, seen[-1] if seen else None):
+        seen += [job.id for job in page]
+    assert seen == [str(number) for number in reversed(range(20))]
+
+    active = {JobState.RUNNING, JobState.CANCELLING}
+    first = await store.list(active, 3, None)
+    second = await store.list(active, 100, first[-1].id)
+    assert [job.id for job in first] == ["18", "17", "14"]
+    assert [job.id for job in second] == ["13", "10", "9", "6", "5", "2", "1"]
+    assert [job.id for job in await store.list(JobState.FAILED, 2, None)] == ["19", "15"]
+    assert await store.list((), 5, None) == []
+
+
+async def test_an_unknown_cursor_names_its_field(store: Store) -> None:
+    with pytest.raises(InvalidRequest, match="no job gone") as caught:
+        await store.list(None, 5, "gone")
+    assert caught.value.field == "cursor"
+
+
+async def test_unfinished_jobs_are_oldest_first_and_all_states_are_counted(store: Store) -> None:
+    for number, state in enumerate(JobState):
+        await store.add(make_job(str(number), state))
+    await store.add(make_job("last"))
+    unfinished = await store.unfinished()
+    assert [job.state for job in unfinished[:3]] == [JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING]
+    assert [job.id for job in unfinished[3:]] == ["last"]
+    assert await store.counts() == dict.fromkeys(JobState, 1) | {JobState.QUEUED: 2}
+
+
+async def test_attempts_are_kept(store: Store, tmp_path: Path) -> None:
+    await store.add(make_job("1"))
+    await store.start_attempt("1", 1, NOON)
+    await store.end_attempt("1", 1, NOON + timedelta(seconds=5), "lost", "worker w1 died (signal 9)")
+    await store.start_attempt("1", 2, NOON + timedelta(seconds=6))
+    rows = query(tmp_path, "SELECT number, ended_at IS NULL, outcome, cause FROM attempts ORDER BY number")
+    assert rows == [(1, 0, "lost", "worker w1 died (signal 9)"), (2, 1, None, None)]
+
+
+async def test_scores_are_rows_and_adding_them_again_replaces_them(store: Store, tmp_path: Path) -> None:
+    await store.add(make_job("1"))
+    metrics = {
+        "arc_easy": {"alias": "arc", "sample_len": 8, "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 1},
+        "gsm8k": {"exact_match,strict": float("nan"), "exact_match,flex": 0.25, "exact_match_stderr,flex": "N/A"},
+    }
+    await store.add_scores("1", metrics)
+    await store.add_scores("1", {"arc_easy": metrics["arc_easy"] | {"acc,none": 0.75}})
+    await store.add_scores("1", {})
+    assert query(tmp_path, "SELECT task, metric, value, stderr FROM scores ORDER BY task, metric") == [
+        ("arc_easy", "acc,none", 0.75, 0.1),
+        ("arc_easy", "acc_norm,none", 1.0, None),
+        ("gsm8k", "exact_match,flex", 0.25, None),
+    ]
+
+
+async def test_everything_survives_a_reopen(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite3"
+    for number in range(3):
+        store = await Store.open(path)
+        await store.add(make_job(str(number)))
+        jobs = await store.list(None, 10, None)
+        await store.close()
+        assert [job.id for job in jobs] == [str(each) for each in reversed(range(number + 1))]
+
+
+async def test_two_that_open_a_new_file_at_once_migrate_it_once(tmp_path: Path) -> None:
+    stores = await asyncio.gather(*(Store.open(tmp_path / "jobs.sqlite3") for _ in range(4)))
+    for number, store in enumerate(stores):
+        await store.add(make_job(str(number)))
+    assert len(await stores[0].list(None, 10, None)) == 4
+    for store in stores:
+        await store.close()
+
+
+async def test_opening_leaves_logging_alone(tmp_path: Path) -> None:
+    mine = logging.getLogger("tests.mine")
+    before = (list(logging.root.handlers), logging.root.level)
+    await (await Store.open(tmp_path / "100% new" / "jobs.sqlite3")).close()
+    assert (list(logging.root.handlers), logging.root.level) == before
+    assert not mine.disabled
+
+
+async def test_lists_do_not_read_or_sort_the_whole_table(store: Store, tmp_path: Path) -> None:
+    await store.add(make_job("1"))
+    by_state = "SELECT * FROM jobs WHERE state = 'failed' AND sequence < 9 ORDER BY sequence DESC LIMIT 5"
+    for sql in (by_state, "SELECT * FROM jobs WHERE sequence < 9 ORDER BY sequence DESC LIMIT 5"):
+        plan = " ".join(row[-1] for row in query(tmp_path, f"EXPLAIN QUERY PLAN {sql}"))
+        assert "SEARCH jobs USING" in plan
+        assert "TEMP B-TREE" not in plan
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from gpu_pool.records import JobState
+from gpu_pool.store import Store
+sys.path.insert(0, sys.argv[2])
+from test_store import make_job
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    for number in range(100_000):
+        await store.add(make_job(str(number)))
+        await store.change_state(str(number), JobState.QUEUED, JobState.RUNNING, attempt=1)
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite3"
+    command = [sys.executable, "-c", WRITER, str(path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if int(line) == 50:
+                break
+        os.kill(writer.pid, signal.SIGKILL)
+        committed = 50 + len(writer.stdout.readlines())
+    store = await Store.open(path)
+    jobs = await store.unfinished()
+    await store.close()
+    assert len(jobs) in (committed + 1, committed + 2)  # the one in the making may have come through
+    assert {job.state for job in jobs[: committed + 1]} == {JobState.RUNNING}
+    assert [job.id for job in jobs] == [str(number) for number in range(len(jobs))]
