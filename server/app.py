@@ -1,0 +1,59 @@
+"""The application: routes, errors, documentation, and the pool whose life is the application's lifespan."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+
+from gpu_pool.pool import Pool
+from server.errors import problem_response
+from server.openapi import openapi_config, openapi_json, static_files
+from server.routes import catalog, evaluate, gpus, health, jobs, queue
+from server.settings import Settings
+from server.strict_json import StrictRequest
+
+HANDLERS = [
+    evaluate.evaluate,
+    jobs.list_jobs,
+    jobs.get_job,
+    jobs.cancel_job,
+    jobs.get_samples,
+    jobs.get_log,
+    queue.get_queue,
+    health.get_health,
+    catalog.list_tasks,
+    catalog.list_models,
+    gpus.list_gpus,
+    gpus.list_workers,
+]
+
+
+def create_app(settings: Settings, pool: Pool | None = None) -> Litestar:
+    """The REST face over `pool` (by default a new one), which starts and stops with the application."""
+    pool = pool or Pool(settings.pool)
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncGenerator[None, None]:
+        await pool.start()
+        try:
+            yield
+        finally:
+            await pool.stop()
+
+    def provide_pool() -> Pool:
+        return pool
+
+    return Litestar(
+        route_handlers=[*HANDLERS, openapi_json, static_files],
+        dependencies={"pool": Provide(provide_pool, sync_to_thread=False)},
+        exception_handlers={HTTPException: problem_response, Exception: problem_response},
+        request_class=StrictRequest,
+        request_max_body_size=settings.max_body_bytes,
+        openapi_config=openapi_config(),
+        lifespan=[lifespan],
+        logging_config=None,
+    )

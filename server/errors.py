@@ -1,0 +1,78 @@
+"""The one table from errors to HTTP: every error leaves as RFC 9457 problem+json, and a 500 says nothing of its cause."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
+
+from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, NoSuchSamples, ShuttingDown
+from server.schemas import FieldProblem, Problem
+
+MEDIA_TYPE = "application/problem+json"
+
+STATUS_OF: dict[type[Exception], HTTPStatus] = {
+    InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
+    JobNotFound: HTTPStatus.NOT_FOUND,
+    NoSuchSamples: HTTPStatus.NOT_FOUND,
+    JobAlreadyFinished: HTTPStatus.BAD_REQUEST,
+    ShuttingDown: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+_log = logging.getLogger(__name__)
+
+
+def problem_response(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
+    """The exception handler of the whole application."""
+    problem = problem_of(error)
+    if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return Response(problem, status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def problem_of(error: Exception) -> Problem:
+    """What the client is told of `error`."""
+    if status := STATUS_OF.get(type(error)):
+        return _problem(status, str(error), _field_problems(error))
+    if isinstance(error, HTTPException) and error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+        return _problem(HTTPStatus(error.status_code), error.detail, _parameter_problems(error))
+    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The server failed to answer; its log says why", [])
+
+
+def problems(*statuses: HTTPStatus | int) -> dict[int, ResponseSpec]:
+    """A handler's `responses`: these statuses, each with a problem+json body."""
+    return {int(status): _response_spec(HTTPStatus(status)) for status in statuses}
+
+
+def _response_spec(status: HTTPStatus) -> ResponseSpec:
+    return ResponseSpec(Problem, description=status.phrase, media_type=MEDIA_TYPE, generate_examples=False)
+
+
+def _problem(status: HTTPStatus, detail: str, errors: list[FieldProblem]) -> Problem:
+    return Problem(type="about:blank", title=status.phrase, status=int(status), detail=detail, errors=errors)
+
+
+def _field_problems(error: Exception) -> list[FieldProblem]:
+    if not isinstance(error, InvalidRequest):
+        return []
+    return [FieldProblem(field=error.field, problem=error.problem, choices=list(error.choices))]
+
+
+class _Extra(msgspec.Struct):
+    """How Litestar describes a wrong path or query parameter."""
+
+    message: str
+    key: str
+
+
+def _parameter_problems(error: HTTPException) -> list[FieldProblem]:
+    if not error.extra:
+        return []
+    extras = msgspec.convert(error.extra, list[_Extra])
+    return [FieldProblem(field=extra.key, problem=extra.message, choices=[]) for extra in extras]

@@ -1,0 +1,88 @@
+"""The OpenAPI document and its page: exactly what the server accepts, readable without internet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, Response, get
+from litestar.enums import MediaType
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import Tag
+from litestar.static_files import create_static_files_router
+
+from server import schemas
+
+STATIC = Path(__file__).parent / "static"
+API_VERSION = "0.1.0"
+
+_DESCRIPTION = """Evaluation as a service for language models on a box of GPUs.
+
+Submit with `POST /evaluate`, follow with `GET /jobs/{job_id}`. Every error is RFC 9457 problem+json; `errors` names the
+fields. Numbers are never guessed from strings, unknown fields are refused, and of `limit`, 10.0 counts as 10 while 1.0
+is refused as ambiguous.
+"""
+
+
+def document(app: Litestar) -> dict[str, Any]:
+    """The app's OpenAPI document, with the components as msgspec states them.
+
+    Litestar's own lose `additionalProperties: false` and the bounds inside unions.
+    """
+    spec = app.openapi_schema.to_schema()
+    spec["components"]["schemas"] = _components()
+    return spec
+
+
+def _components() -> dict[str, Any]:
+    structs = [item for item in vars(schemas).values() if isinstance(item, type) and issubclass(item, msgspec.Struct)]
+    return msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")[1]
+
+
+class _Document(OpenAPIRenderPlugin):
+    """The document, at /docs/openapi.json."""
+
+    def __init__(self) -> None:
+        super().__init__(path="/openapi.json", media_type=MediaType.JSON)
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return self.render_json(request, document(request.app))
+
+
+class _Page(OpenAPIRenderPlugin):
+    """Swagger UI, from our own static files."""
+
+    def __init__(self) -> None:
+        super().__init__(path="/")
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return (STATIC / "docs.html").read_bytes()
+
+
+@get("/openapi.json", sync_to_thread=False, include_in_schema=False)
+def openapi_json(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
+    """The document where most tools look for it."""
+    return Response(document(request.app))
+
+
+static_files = create_static_files_router("/docs/static", directories=[STATIC])
+
+
+def openapi_config() -> OpenAPIConfig:
+    """The page at /docs and the document beside it."""
+    return OpenAPIConfig(
+        title="evalpool",
+        version=API_VERSION,
+        description=_DESCRIPTION,
+        path="/docs",
+        render_plugins=[_Page(), _Document()],
+        tags=[
+            Tag(name="jobs", description="Submit, follow, harvest, cancel"),
+            Tag(name="catalogue", description="Which tasks and models there are"),
+            Tag(name="server", description="Queue, GPUs, workers, health"),
+            Tag(name="checkpoints", description="Make training checkpoints loadable"),
+        ],
+        use_handler_docstrings=True,
+    )

@@ -1,0 +1,21 @@
+"""The box: GPUs and worker processes."""
+
+from __future__ import annotations
+
+from litestar import get
+
+from gpu_pool.pool import Pool
+from server import views
+from server.schemas import GpuList, WorkerList
+
+
+@get("/gpus", tags=["server"])
+async def list_gpus(pool: Pool) -> GpuList:
+    """Every GPU, who holds it, and why it is not free if it is not."""
+    return views.gpu_list(pool.gpus())
+
+
+@get("/workers", tags=["server"])
+async def list_workers(pool: Pool) -> WorkerList:
+    """Every worker process and the model it holds."""
+    return views.worker_list(pool.workers())

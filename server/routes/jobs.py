@@ -1,0 +1,67 @@
+"""Jobs: the list, one, its samples and log, and cancelling it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from litestar import delete, get
+from litestar.params import Parameter
+
+from gpu_pool.pool import Pool
+from gpu_pool.records import JobState
+from server import views
+from server.errors import problems
+from server.job_files import log_tail, sample_page
+from server.schemas import JobInfo, JobPage, JobStatus, Message, SamplePage
+
+_MAX_OFFSET = 2**31 - 1
+
+
+@get("/jobs", tags=["jobs"], responses=problems(400, 404))
+async def list_jobs(
+    pool: Pool,
+    status: Annotated[JobStatus | None, Parameter(description="Only jobs in this state")] = None,
+    limit: Annotated[int, Parameter(ge=1, le=200, description="Most jobs in the answer")] = 50,
+    cursor: Annotated[str | None, Parameter(description="The previous page's `next_cursor`")] = None,
+) -> JobPage:
+    """Jobs, newest first."""
+    jobs = await pool.jobs(JobState(status.value) if status else None, limit + 1, cursor)
+    return views.job_page(jobs, limit, pool)
+
+
+@get("/jobs/{job_id:str}", tags=["jobs"], responses=problems(404))
+async def get_job(job_id: str, pool: Pool) -> JobInfo:
+    """One job with its progress and, as tasks complete, its scores."""
+    return views.job_info(await pool.job(job_id), pool)
+
+
+@delete("/jobs/{job_id:str}", status_code=200, tags=["jobs"], responses=problems(400, 404))
+async def cancel_job(job_id: str, pool: Pool) -> Message:
+    """Cancel a queued or running job."""
+    await pool.cancel(job_id)
+    return Message(message=f"Job {job_id} cancelled")
+
+
+@get("/jobs/{job_id:str}/samples", tags=["jobs"], responses=problems(400, 404))
+async def get_samples(
+    job_id: str,
+    pool: Pool,
+    task: Annotated[str | None, Parameter(description="May be left out where the job has one task")] = None,
+    offset: Annotated[int, Parameter(ge=0, le=_MAX_OFFSET, description="Records to skip")] = 0,
+    limit: Annotated[int, Parameter(ge=1, le=1000, description="Most records in the answer")] = 100,
+) -> SamplePage:
+    """Per-sample records of a completed job, in lm-eval's format."""
+    job = await pool.job(job_id)
+    return await asyncio.to_thread(sample_page, job, task, offset, limit)
+
+
+@get("/jobs/{job_id:str}/log", media_type="text/plain", tags=["jobs"], responses=problems(400, 404))
+async def get_log(
+    job_id: str,
+    pool: Pool,
+    tail: Annotated[int, Parameter(ge=1, le=100_000, description="Last lines to show")] = 1000,
+) -> str:
+    """What the job's evaluator wrote."""
+    await pool.job(job_id)
+    return await asyncio.to_thread(log_tail, pool.job_dir(job_id) / "job.log", tail)

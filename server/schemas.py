@@ -1,0 +1,306 @@
+"""Requests and responses of the REST face. Field descriptions are what OpenAPI shows and what errors quote."""
+
+from __future__ import annotations
+
+import enum
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+_SEED_MAX = 2**32 - 1
+
+Name = Annotated[str, Meta(min_length=1)]
+Seed = Annotated[int, Meta(ge=0, le=_SEED_MAX)] | None
+
+
+class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of request bodies: unknown fields are refused."""
+
+
+class EvaluateRequest(Request, frozen=True, kw_only=True):
+    """What to evaluate and how. Everything but `model` and `tasks` has a default."""
+
+    model: Annotated[
+        Name, Meta(description='A model kind such as "hf" (with `pretrained` in `model_args`), a path or a hub id')
+    ]
+    tasks: Annotated[
+        list[Name],
+        Meta(
+            min_length=1,
+            description="A non-empty list of task, group or tag names without repetition; GET /tasks lists them",
+            extra_json_schema={"uniqueItems": True},
+        ),
+    ]
+    model_args: Annotated[
+        dict[str, Any] | None,
+        Meta(description="An object of model arguments: pretrained, dtype, revision, attn_implementation, peft…"),
+    ] = None
+    num_fewshot: Annotated[
+        Annotated[int, Meta(ge=0, le=10_000)] | None,
+        Meta(description="A number of few-shot examples, 0 or more; null: what the task says"),
+    ] = None
+    batch_size: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | Annotated[str, Meta(pattern="^(auto|[1-9][0-9]{0,5})$")] | None,
+        Meta(description='Most sequences in one forward pass: a positive integer or "auto"; null: "auto"'),
+    ] = None
+    device: Annotated[
+        Annotated[str, Meta(pattern="^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?)$")] | None,
+        Meta(description='"cpu", "cuda" (any GPU) or "cuda:N" (GPU N in PCI order); null: GPUs where there are any'),
+    ] = None
+    limit: Annotated[
+        Annotated[int, Meta(ge=1, le=2**53)]
+        | Annotated[float, Meta(gt=0, extra_json_schema={"exclusiveMaximum": 1})]
+        | None,
+        Meta(description="A number of documents of each task (1 or more) or a fraction of them (between 0 and 1)"),
+    ] = None
+    gen_kwargs: Annotated[
+        str | dict[str, Any] | None,
+        Meta(description='Generation options: "temperature=0,max_gen_toks=64" or an object'),
+    ] = None
+    log_samples: Annotated[bool, Meta(description="true or false: keep a record of every sample")] = True
+    predict_only: Annotated[bool, Meta(description="true or false: predictions without metrics")] = False
+    num_gpus: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000, description="Most GPUs to use, 0 or more; 0: CPU. Without GPUs it counts CPU workers"),
+    ] = 1
+    output_dir: Annotated[
+        Name | None, Meta(description="A folder for result files, under a root that the operator allows")
+    ] = None
+    use_cache: Annotated[
+        bool, Meta(description="true or false: answer requests that this model has answered before from the cache")
+    ] = True
+    apply_chat_template: Annotated[
+        bool | str, Meta(description="true, false, or the name of one of the tokenizer's chat templates")
+    ] = False
+    system_instruction: Annotated[str | None, Meta(description="A text put before every prompt")] = None
+    fewshot_as_multiturn: Annotated[
+        bool, Meta(description="true or false: few-shot examples as turns of a conversation (with a chat template)")
+    ] = True
+    random_seed: Annotated[Seed, Meta(description="Seed of Python's random; null: not seeded")] = 0
+    numpy_random_seed: Annotated[Seed, Meta(description="Seed of numpy; null: not seeded")] = 1234
+    torch_random_seed: Annotated[Seed, Meta(description="Seed of torch; null: not seeded")] = 1234
+    fewshot_random_seed: Annotated[Seed, Meta(description="Seed of the few-shot sampler; null: not seeded")] = 1234
+    bootstrap_iters: Annotated[
+        int, Meta(ge=0, le=10_000_000, description="Bootstrap rounds behind standard errors; 0: no standard errors")
+    ] = 100_000
+
+
+class MergeRequest(Request, frozen=True, kw_only=True):
+    """A sharded training checkpoint to turn into one that can be evaluated."""
+
+    checkpoint_path: Annotated[
+        Name, Meta(description="Folder of the sharded checkpoint (torch.distributed.checkpoint)")
+    ]
+    output_path: Annotated[
+        Name | None, Meta(description="Folder to write to; null: `merged` inside the checkpoint's own folder")
+    ] = None
+    checkpoint_type: Annotated[
+        Literal["regular", "ema"],
+        Meta(description='"regular" for the model\'s weights, "ema" for their moving average'),
+    ] = "regular"
+
+
+class JobStatus(enum.StrEnum):
+    """A job's state as it is shown outside."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Response(Struct, frozen=True, kw_only=True):
+    """Base of response bodies."""
+
+
+class JobSubmitted(Response, frozen=True, kw_only=True):
+    """The job is durable; poll GET /jobs/{job_id}."""
+
+    job_id: str
+    status: JobStatus
+    position_in_queue: int
+    message: str
+
+
+class TaskCount(Response, frozen=True, kw_only=True):
+    """Requests of one task: answered so far, and in all."""
+
+    done: int
+    total: int
+
+
+class ProgressInfo(Response, frozen=True, kw_only=True):
+    """How far a job is, in model requests."""
+
+    phase: Literal["preparing", "evaluating", "scoring"]
+    done: int
+    total: int
+    cached: int
+    tasks: dict[str, TaskCount]
+    workers: dict[str, int]
+    eta_seconds: float | None
+
+
+class ModelInfo(Response, frozen=True, kw_only=True):
+    """The model that a job evaluates, by its content."""
+
+    kind: str
+    fingerprint: str
+    device: str
+    args: dict[str, Any]
+
+
+class ResultFiles(Response, frozen=True, kw_only=True):
+    """Paths on the server, as the reference gives them."""
+
+    results: str
+    samples: list[str]
+
+
+class JobInfo(Response, frozen=True, kw_only=True):
+    """One job: the reference's nine keys first."""
+
+    job_id: str
+    status: JobStatus
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    request: dict[str, Any]
+    result: dict[str, ResultFiles] | None
+    error: str | None
+    position_in_queue: int | None
+    phase: Literal["preparing", "evaluating", "scoring"] | None
+    progress: ProgressInfo | None
+    metrics: dict[str, dict[str, Any]]
+    attempt: int
+    model: ModelInfo | None
+
+
+class JobPage(Response, frozen=True, kw_only=True):
+    """Jobs, newest first; `next_cursor` asks for the page after this one."""
+
+    jobs: list[JobInfo]
+    next_cursor: str | None
+
+
+class Message(Response, frozen=True, kw_only=True):
+    """What was done."""
+
+    message: str
+
+
+class SamplePage(Response, frozen=True, kw_only=True):
+    """Records of one task in file order, as lm-eval writes them; `total` counts all."""
+
+    task: str
+    offset: int
+    limit: int
+    total: int
+    samples: list[dict[str, Any]]
+
+
+class QueueInfo(Response, frozen=True, kw_only=True):
+    """What waits, runs and is done."""
+
+    queue_size: int
+    running_job: str | None
+    queued_jobs: list[str]
+    completed_jobs: int
+    failed_jobs: int
+    running_jobs: list[str]
+
+
+class Health(Response, frozen=True, kw_only=True):
+    """The server answers."""
+
+    status: str
+    timestamp: datetime
+    queue_size: int
+
+
+class TaskInfo(Response, frozen=True, kw_only=True):
+    """One name that `tasks` may contain."""
+
+    name: str
+    kind: Literal["task", "group", "tag"]
+    output_type: str | None
+
+
+class TaskList(Response, frozen=True, kw_only=True, omit_defaults=True):
+    """Names for `tasks`; `entries` only with ?details=true."""
+
+    tasks: list[str]
+    entries: list[TaskInfo] | None = None
+
+
+class ModelList(Response, frozen=True, kw_only=True):
+    """Kinds for `model`, aliases included."""
+
+    models: list[str]
+
+
+class GpuInfo(Response, frozen=True, kw_only=True):
+    """One GPU or MIG instance, and whether a worker could start on it now."""
+
+    uuid: str
+    index: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    utilization_percent: int | None
+    temperature_celsius: int | None
+    worker_id: str | None
+    free: bool
+    reason: str | None
+
+
+class GpuList(Response, frozen=True, kw_only=True):
+    """All GPUs that the server sees."""
+
+    gpus: list[GpuInfo]
+
+
+class WorkerInfo(Response, frozen=True, kw_only=True):
+    """One worker process and the model it holds."""
+
+    worker_id: str
+    state: Literal["starting", "idle", "busy", "stopping", "dead"]
+    pid: int | None
+    slots: list[str]
+    jobs: list[str]
+    served: int
+    model: ModelInfo
+
+
+class WorkerList(Response, frozen=True, kw_only=True):
+    """All worker processes."""
+
+    workers: list[WorkerInfo]
+
+
+class MergeResult(Response, frozen=True, kw_only=True):
+    """The merged checkpoint."""
+
+    success: bool
+    message: str
+    merged_path: str | None
+
+
+class FieldProblem(Response, frozen=True, kw_only=True):
+    """What is wrong with one field, and what would be right."""
+
+    field: str
+    problem: str
+    choices: list[str]
+
+
+class Problem(Response, frozen=True, kw_only=True):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem]

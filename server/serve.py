@@ -1,0 +1,74 @@
+"""Running the server: one line that says where, and an end within seconds of SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+
+from server.app import create_app
+from server.settings import Settings
+
+REQUESTS_GRACE_SECONDS = 2
+"""Time that open requests get at the end, before the pool is stopped."""
+
+
+class _Server(uvicorn.Server):
+    """Ends on SIGTERM and SIGINT by returning, so that the pool can be stopped after it.
+
+    uvicorn's own handling raises the signal again at the end, which would kill the process first.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            print(f"evalpool is ready; API documentation: {_url(listener)}/docs", flush=True)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError when the address is taken, PoolError when the pool cannot start."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    listener = _listen(settings.host, settings.port)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",  # run here, so that its errors and its end are ours
+        access_log=False,
+        log_level="warning",
+        log_config=None,
+        timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
+    )
+    async with app.lifespan():
+        await _Server(config).serve(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything else starts: a taken address must not cost a pool."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.set_inheritable(False)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,59 @@
+"""From a request body to the pool's Evaluation: the checks that need no model, task or device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.gen_kwargs import parse_gen_kwargs
+from gpu_pool.records import Evaluation
+from server.schemas import EvaluateRequest
+
+
+def to_evaluation(request: EvaluateRequest) -> Evaluation:
+    """The request with its shorthands resolved. Raises InvalidRequest naming the field."""
+    return Evaluation(
+        model=request.model,
+        tasks=_distinct(request.tasks),
+        model_args=request.model_args or {},
+        num_fewshot=request.num_fewshot,
+        batch_size=_batch_size(request.batch_size),
+        device=request.device,
+        limit=_limit(request.limit),
+        gen_kwargs=parse_gen_kwargs(request.gen_kwargs),
+        log_samples=request.log_samples,
+        predict_only=request.predict_only,
+        num_gpus=request.num_gpus,
+        output_dir=request.output_dir,
+        use_cache=request.use_cache,
+        apply_chat_template=request.apply_chat_template,
+        system_instruction=request.system_instruction,
+        fewshot_as_multiturn=request.fewshot_as_multiturn,
+        random_seed=request.random_seed,
+        numpy_random_seed=request.numpy_random_seed,
+        torch_random_seed=request.torch_random_seed,
+        fewshot_random_seed=request.fewshot_random_seed,
+        bootstrap_iters=request.bootstrap_iters,
+    )
+
+
+def _distinct(tasks: list[str]) -> tuple[str, ...]:
+    for index, task in enumerate(tasks):
+        if task in tasks[:index]:
+            raise InvalidRequest(f"tasks[{index}]", f'"{task}" is named twice; name each task once')
+    return tuple(tasks)
+
+
+def _batch_size(value: int | str | None) -> int | Literal["auto"]:
+    return "auto" if value is None or value == "auto" else int(value)
+
+
+def _limit(value: int | float | None) -> int | float | None:
+    """Floats above 1 must be whole; 1.0 could mean one document or all of them."""
+    if not isinstance(value, float) or value < 1:
+        return value
+    if value == 1:
+        raise InvalidRequest("limit", "1.0 is ambiguous: 1 is one document, leaving it out is all of them")
+    if not value.is_integer():
+        raise InvalidRequest("limit", f"{value} is no number of documents (1, 2, …) and no fraction between 0 and 1")
+    return int(value)

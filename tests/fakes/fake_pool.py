@@ -1,0 +1,101 @@
+"""A pool that runs nothing but keeps its jobs honestly: what the REST face is tested against."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, ShuttingDown
+from gpu_pool.messages import TaskEntry
+from gpu_pool.pool import GpuView, Pool, QueueView, WorkerView
+from gpu_pool.records import Evaluation, Gpu, Job, JobState, ModelArgs, ModelSpec, Worker, WorkerState
+
+SPEC = ModelSpec(kind="hf", args=ModelArgs(pretrained="/models/tiny"), fingerprint="ab" * 32)
+TASKS = (
+    TaskEntry(name="arc_easy", kind="task", output_type="multiple_choice"),
+    TaskEntry(name="mmlu", kind="group"),
+    TaskEntry(name="piqa", kind="task", output_type="multiple_choice"),
+)
+GPU = Gpu(uuid="GPU-1", index="0", name="H100", total_bytes=80 << 30, free_bytes=79 << 30, visible_device="0")
+
+
+class FakePool(Pool):
+    """Jobs wait in the order of submission until a test moves them on with `change`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running = False
+        self._jobs: dict[str, Job] = {}
+
+    async def start(self) -> None:
+        self.running = True
+
+    async def stop(self) -> None:
+        self.running = False
+
+    async def submit(self, evaluation: Evaluation, request: dict[str, Any]) -> Job:
+        if not self.running:
+            raise ShuttingDown
+        if unknown := [task for task in evaluation.tasks if task == "arc_esy"]:
+            raise InvalidRequest(f"tasks[{evaluation.tasks.index(unknown[0])}]", "no such task", choices=["arc_easy"])
+        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
+        self._jobs[job.id] = job
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        job = await self.job(job_id)
+        if job.state.is_final:
+            raise JobAlreadyFinished
+        state = JobState.CANCELLED if job.state is JobState.QUEUED else JobState.CANCELLING
+        return self.change(job_id, state=state)
+
+    async def job(self, job_id: str) -> Job:
+        if job_id not in self._jobs:
+            raise JobNotFound(job_id)
+        return self._jobs[job_id]
+
+    async def jobs(self, state: JobState | None, limit: int, before: str | None) -> list[Job]:
+        newest_first = list(reversed(self._jobs.values()))
+        if before is not None:
+            newest_first = newest_first[newest_first.index(await self.job(before)) + 1 :]
+        return [job for job in newest_first if state in (None, job.state)][:limit]
+
+    def queue_position(self, job_id: str) -> int | None:
+        queued = self._ids(JobState.QUEUED)
+        return queued.index(job_id) if job_id in queued else None
+
+    def queue(self) -> QueueView:
+        return QueueView(
+            queued=self._ids(JobState.QUEUED),
+            running=self._ids(JobState.RUNNING, JobState.CANCELLING),
+            completed=len(self._ids(JobState.COMPLETED)),
+            failed=len(self._ids(JobState.FAILED)),
+        )
+
+    def eta_seconds(self, job_id: str) -> float | None:
+        return 12.5 if self._jobs[job_id].state is JobState.RUNNING else None
+
+    def workers(self) -> list[WorkerView]:
+        worker = Worker(id="w1", spec=SPEC, slots=("cpu:0",), state=WorkerState.BUSY, jobs=frozenset({"j"}))
+        return [WorkerView(worker=worker, pid=123, served=7)]
+
+    def gpus(self) -> list[GpuView]:
+        return [GpuView(gpu=GPU, worker_id=None, free=True, reason=None)]
+
+    async def catalogue(self) -> tuple[TaskEntry, ...]:
+        return TASKS
+
+    def job_dir(self, job_id: str) -> Path:
+        return self.folder / job_id
+
+    def change(self, job_id: str, **changes: Any) -> Job:
+        """What happens to a job elsewhere."""
+        self._jobs[job_id] = msgspec.structs.replace(self._jobs[job_id], **changes)
+        return self._jobs[job_id]
+
+    def _ids(self, *states: JobState) -> tuple[str, ...]:
+        return tuple(job.id for job in self._jobs.values() if job.state in states)
