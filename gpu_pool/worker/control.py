@@ -1,0 +1,53 @@
+"""The worker's end of the control pipe: what the server asks of the process, and what it is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import NoReturn, assert_never
+
+from gpu_pool.messages import MAX_MESSAGE_BYTES, DropJob, FromWorker, Shutdown, decode_to_worker, encode
+from gpu_pool.worker.desk import Desk
+
+
+class Control:
+    """Sends from any thread; one thread of its own reads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: FromWorker) -> None:
+        """Tell the server; ends the process when there is no server any more."""
+        try:
+            with self._sending:
+                self._connection.send_bytes(encode(message))
+        except OSError:
+            end_process(0)
+
+    def watch(self, desk: Desk) -> None:
+        """Obey the server from now on, whatever the main thread does: loading and computing included."""
+        threading.Thread(target=self._obey, args=(desk,), name="control", daemon=True).start()
+
+    def _obey(self, desk: Desk) -> None:
+        while True:
+            try:
+                message = decode_to_worker(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
+            except (EOFError, OSError):
+                end_process(0)
+            match message:
+                case DropJob(job_id=job_id):
+                    desk.drop(job_id)
+                case Shutdown():
+                    end_process(0)
+                case _:
+                    assert_never(message)
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit now, in the middle of a step too: nothing here needs to be put in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

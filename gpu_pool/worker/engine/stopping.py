@@ -1,0 +1,75 @@
+# pyright: basic
+"""Where a generated text ends: stop strings while it is generated, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from gpu_pool.worker.engine.batching import Cancelled
+
+_LOOKBACK_MARGIN = 2
+"""Tokens looked at beyond a stop string's own: a model may write it in other tokens than the tokenizer would."""
+
+
+def stop_strings(until: Sequence[str], tokenizer: Any) -> list[str]:
+    """`until`, and the text of the end-of-sequence token (lm-eval's `handle_stop_sequences`)."""
+    if tokenizer.eos_token_id is None:
+        return list(until)
+    eos = tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=False)
+    return list(until) if eos in until else [*until, eos]
+
+
+class StopAtStrings(transformers.StoppingCriteria):
+    """Ends a row once the text of its last tokens contains a stop string, and everything once it is cancelled."""
+
+    def __init__(
+        self, tokenizer: Any, until: list[str], shape: tuple[int, int], should_stop: Callable[[], bool]
+    ) -> None:
+        """`shape` is that of the padded prompts: (rows, width)."""
+        self._tokenizer = tokenizer
+        self._until = until
+        self._rows, self._width = shape
+        self._should_stop = should_stop
+        longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in until), default=0)
+        self._lookback = longest + _LOOKBACK_MARGIN
+        self.lengths: list[int | None] = [None] * self._rows
+        """New tokens of each row up to its stop string; None while it has none."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each of `input_ids` [rows * beams, length] is done; a prompt's first beam decides for its beams.
+
+        Raises:
+            Cancelled: nobody waits for these rows any more.
+        """
+        if self._should_stop():
+            raise Cancelled
+        beams = input_ids.shape[0] // self._rows
+        generated = input_ids[::beams, self._width :]
+        for row, tail in enumerate(generated[:, -self._lookback :].tolist()):
+            if self.lengths[row] is None and self._contains_stop(tail):
+                self.lengths[row] = generated.shape[1]
+        done = torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+        return done.repeat_interleave(beams)
+
+    def _contains_stop(self, tail: list[int]) -> bool:
+        text = self._tokenizer.decode(tail)
+        return any(stop in text for stop in self._until)
+
+
+def finish_text(tokens: list[int], tokenizer: Any, until: Sequence[str], think_end_token: str | int | None) -> str:
+    """The answer in generated `tokens`: after the thinking, without special tokens, before the first stop string."""
+    if isinstance(think_end_token, int) and think_end_token in tokens:
+        tokens = tokens[len(tokens) - tokens[::-1].index(think_end_token) :]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if isinstance(think_end_token, int):
+        text = text.lstrip()
+    elif think_end_token:
+        text = text.split(think_end_token)[-1].lstrip()
+    for stop in until:
+        if stop:
+            text = text.split(stop)[0]
+    return text
