@@ -1,0 +1,87 @@
+"""GPU locks between real processes and hostile folders."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_pool.gpu_locks import GpuLock, default_folder
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gpu_pool.gpu_locks import GpuLock
+lock = GpuLock("GPU-1", Path(sys.argv[1]))
+print(lock.acquire(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "locks"
+
+
+def test_one_of_two_holds_a_lock_until_it_releases(folder: Path) -> None:
+    first, second, other = (GpuLock(uuid, folder) for uuid in ("GPU-1", "GPU-1", "GPU-2"))
+    assert first.acquire()
+    assert first.acquire()
+    assert not second.acquire()
+    assert second.problem == "Another evalpool server on this machine holds it."
+    assert not second.held
+    assert other.acquire()
+    first.release()
+    first.release()
+    assert second.acquire()
+    assert second.problem is None
+    assert not first.acquire()
+
+
+def test_a_lock_dies_with_its_process(folder: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        lock = GpuLock("GPU-1", folder)
+        assert not lock.acquire()
+        holder.kill()
+    assert lock.acquire()
+
+
+def test_a_child_does_not_inherit_a_lock(folder: Path) -> None:
+    lock = GpuLock("GPU-1", folder)
+    assert lock.acquire()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False):
+        lock.release()
+        assert GpuLock("GPU-1", folder).acquire()
+
+
+def test_other_users_can_lock_whatever_the_umask(folder: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        assert GpuLock("MIG-GPU-1/2/3", folder).acquire()
+    finally:
+        os.umask(umask)
+    (file,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o1777
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_links_are_not_followed(tmp_path: Path, folder: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    folder.symlink_to(target)
+    through_folder = GpuLock("GPU-1", folder)
+    assert not through_folder.acquire()
+    assert "cannot be opened" in (through_folder.problem or "")
+    (target / "GPU-2.lock").symlink_to(tmp_path / "victim")
+    assert not GpuLock("GPU-2", target).acquire()
+    assert not (tmp_path / "victim").exists()
+
+
+def test_the_default_folder_is_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_folder() == tmp_path / "evalpool-locks"
