@@ -29,7 +29,6 @@ MAX_MEMO_FILES = 10_000
 READ_ATTEMPTS = 4
 """Times a folder is read before we say that somebody is still writing to it."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _LIGHT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".spm", ".vocab", ".bpe")
 """What a folder of someone else's files may add to a model: configuration, tokenizer, chat template, code."""
 _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".mlmodel")
@@ -97,7 +96,7 @@ def _folder_files(folder: Path) -> dict[str, Path]:
         return {folder.name: folder}
     files = {path.name: path for path in _plain_files(folder) if _may_define_model(path.name.lower())}
     for index in [path for name, path in files.items() if name.endswith(".index.json")]:
-        files |= {name: folder / name for name in _indexed_shards(index) if (folder / name).is_file()}
+        files |= {name: folder / name for name in indexed_shards(index) if (folder / name).is_file()}
     templates = folder / "additional_chat_templates"
     return files | {f"{templates.name}/{path.name}": path for path in _plain_files(templates)}
 
@@ -119,7 +118,7 @@ def _may_define_model(name: str) -> bool:
     )
 
 
-def _indexed_shards(index: Path) -> set[str]:
+def indexed_shards(index: Path) -> set[str]:
     """Names of the weight files that an index lists; they may lie in folders below it."""
     try:
         weight_map = msgspec.json.decode(index.read_bytes())["weight_map"]

@@ -1,0 +1,126 @@
+"""What `gen_kwargs` of a request means: lm-eval's "temperature=0,max_gen_toks=64", or an object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.suggestions import close_names
+
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names for the most tokens to generate, the first that is given counts."""
+GENERATION_KEYS = (
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
+    *("length_penalty", "max_time", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams"),
+    *("remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens"),
+    *("temperature", "top_h", "top_k", "top_p", "typical_p"),
+)
+"""Options of transformers' GenerationConfig that change the text; caches, outputs and speculation are the worker's."""
+KNOWN_KEYS = ("until", *LENGTH_KEYS, *GENERATION_KEYS)
+
+
+def parse_gen_kwargs(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The generation options of a request, with the meaning of lm-eval's `simple_parse_args_string`.
+
+    Raises:
+        InvalidRequest: for `gen_kwargs` (unparsable) or `gen_kwargs.<key>` (unknown key or wrong value).
+    """
+    options = _parse_string(value) if isinstance(value, str) else dict(value or {})
+    for key, option in options.items():
+        _check_option(key, option)
+    return options
+
+
+def _parse_string(text: str) -> dict[str, Any]:
+    text = text.strip()
+    if text.startswith("{"):
+        return _parse_object(text)
+    options: dict[str, Any] = {}
+    for piece in filter(None, text.split(",")):
+        key, equals, literal = piece.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InvalidRequest("gen_kwargs", f'{piece!r} is not key=value, as in "temperature=0,max_gen_toks=64"')
+        if literal.lstrip().startswith(("[", "{")):
+            raise InvalidRequest(f"gen_kwargs.{key}", "to pass a list, give gen_kwargs as a JSON object")
+        options[key] = _parse_literal(literal)
+    return options
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise InvalidRequest("gen_kwargs", f"is no JSON object: {error}") from error
+
+
+def _parse_literal(literal: str) -> Any:
+    """As lm-eval's `handle_arg_string`: quoted text, true, false, none, an integer, a float, or else text."""
+    literal = literal.strip()
+    if len(literal) >= 2 and literal[0] == literal[-1] and literal[0] in "'\"":
+        return literal[1:-1]
+    named = {"true": True, "false": False, "none": None}
+    if literal.lower() in named:
+        return named[literal.lower()]
+    for number in (int, float):
+        try:
+            return number(literal)
+        except ValueError:
+            continue
+    return literal
+
+
+def _check_option(key: str, option: Any) -> None:
+    if key not in KNOWN_KEYS:
+        problem = "unknown; how long to generate is `max_gen_toks`" if key == "max_length" else "unknown option"
+        raise InvalidRequest(f"gen_kwargs.{key}", problem, choices=close_names(key, KNOWN_KEYS))
+    if key in _RULES:
+        expected, holds = _RULES[key]
+        if not holds(option):
+            raise InvalidRequest(f"gen_kwargs.{key}", f"must be {expected}, not {option!r}")
+
+
+def _is_int(value: Any, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in cast("list[Any]", value))
+    )
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What an option must be, in words and as a test."""
+_POSITIVE_INT: _Rule = ("a positive integer", lambda value: _is_int(value, 1))
+_COUNT: _Rule = ("an integer, 0 or more", lambda value: _is_int(value, 0))
+_SHARE: _Rule = ("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
+_UNIT: _Rule = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_POSITIVE: _Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_NOT_NEGATIVE: _Rule = ("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
+_NUMBER: _Rule = ("a number", _is_number)
+_BOOL: _Rule = ("true or false", lambda value: isinstance(value, bool))
+
+_RULES: dict[str, _Rule] = {
+    "until": ("a string or a list of strings", _is_text_or_texts),
+    **dict.fromkeys(LENGTH_KEYS, _POSITIVE_INT),
+    "num_beams": _POSITIVE_INT,
+    **dict.fromkeys(("top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"), _COUNT),
+    "encoder_no_repeat_ngram_size": _COUNT,
+    **dict.fromkeys(("top_p", "typical_p"), _SHARE),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), _UNIT),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "max_time"), _POSITIVE),
+    "temperature": _NOT_NEGATIVE,
+    **dict.fromkeys(("diversity_penalty", "guidance_scale", "length_penalty"), _NUMBER),
+    **dict.fromkeys(("do_sample", "remove_invalid_values", "renormalize_logits"), _BOOL),
+}

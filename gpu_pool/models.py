@@ -1,0 +1,275 @@
+"""What `model` and `model_args` of a request mean. No torch: it runs in the server."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gpu_pool.checkpoints import check_checkpoint, check_config, check_gguf, check_tokenizer, read_config
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.records import ModelArgs
+from gpu_pool.suggestions import close_names
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "hf": (
+        *("hf-auto", "hf-causal", "huggingface", "transformers"),
+        # lmms-eval's names for families of models that transformers loads
+        *("aria", "async_hf", "async_hf_model", "fuyu", "gemma3", "gemma4", "glm4v", "idefics2", "instructblip"),
+        *("internvl_hf", "lfm2_5_vl", "llama4_scout", "llama_vision", "llava_hf", "llava_onevision", "mistral3_vl"),
+        *("phi3v", "phi4_multimodal", "qwen2_5_omni", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_omni"),
+        *("qwen3_vl", "video_llava", "videollama3"),
+    )
+}
+"""Kinds of model, and the other names of each."""
+
+DTYPES = {
+    **{name: name for name in ("auto", "float32", "bfloat16", "float16", "float64")},
+    **{"float": "float32", "half": "float16", "double": "float64"},
+}
+"""Accepted dtypes, and torch's own name of each."""
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+HUB_TIMEOUT_S = 15.0
+"""A hub that has not answered by then counts as unreachable; a person waits for the submission."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+_HUB_KERNEL = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*.spm"]
+
+_OWN_FIELDS = {
+    "batch_size": "give `batch_size` beside `model_args`",
+    "max_batch_size": 'give `batch_size` beside `model_args` (an integer or "auto")',
+    "device": "give `device` beside `model_args`",
+    "device_map": "the pool places models; give `num_gpus` beside `model_args`",
+    "parallelize": "the pool places models; give `num_gpus` beside `model_args`",
+    "gen_kwargs": "give `gen_kwargs` beside `model_args`",
+    "backend": "only causal language models are served; leave it out",
+}
+"""Keys that other harnesses take here, and where they belong."""
+
+
+def model_kinds() -> list[str]:
+    """Every name that `model` may be, beside a path or hub id; sorted."""
+    return sorted({*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases)})
+
+
+def is_kind(model: str) -> bool:
+    """Whether `model` names a kind of model, rather than a model."""
+    return model in model_kinds()
+
+
+def resolve_model(model: str, model_args: dict[str, Any], *, allow_remote_code: bool) -> ModelArgs:
+    """The model that a request means, checked as far as local files allow.
+
+    `model` is a kind (then `model_args` has `pretrained`), or directly a path or hub id.
+
+    Raises:
+        InvalidRequest: naming `model` or `model_args.<key>`.
+    """
+    values, field = _with_pretrained(model, model_args)
+    args = _normalised(_decode(values))
+    _check_values(args, allow_remote_code)
+    args = _split_gguf_path(args, field)
+    try:
+        _check_files(args, field)
+    except OSError as error:
+        raise InvalidRequest(field, f"{error.filename} cannot be read: {error.strerror}") from error
+    return args
+
+
+def resolve_hub_revision(args: ModelArgs) -> ModelArgs:
+    """`args` with every hub id pinned: `revision` is a commit, and a tokenizer or adapter a local snapshot folder.
+
+    Asks the hub, or the local cache where the hub cannot be reached; call it in a thread. The adapter and tokenizer
+    are taken at `args.revision`, as lm-eval does, and become folders because one revision cannot name two commits.
+
+    Raises:
+        InvalidRequest: no such model, or neither the hub nor the cache has it.
+    """
+    if args.peft and not os.path.exists(args.peft):
+        args = msgspec.structs.replace(args, peft=_snapshot(args.peft, args.revision, None, "model_args.peft"))
+    if args.tokenizer and not os.path.exists(args.tokenizer):
+        folder = _snapshot(args.tokenizer, args.revision, _TOKENIZER_FILES, "model_args.tokenizer")
+        args = msgspec.structs.replace(args, tokenizer=folder)
+    if os.path.exists(args.pretrained):
+        return msgspec.structs.replace(args, revision=None)  # transformers ignores it for a folder
+    commit, config = _hub_commit(args)
+    if config is not None:
+        check_config(read_config(config, "model"), "model")
+    return msgspec.structs.replace(args, revision=commit)
+
+
+# ---------------------------------------------------------------- names and values
+
+
+def _with_pretrained(model: str, model_args: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The model arguments with `pretrained` filled in, and the field that said which model it is."""
+    if is_kind(model):
+        if not model_args.get("pretrained"):
+            raise InvalidRequest("model_args.pretrained", f"a path or hub id is needed for model kind {model!r}")
+        return model_args, "model_args.pretrained"
+    if not os.path.exists(model) and not _HUB_ID.fullmatch(model):
+        raise _unknown_model(model)
+    if model_args.get("pretrained") not in (None, model):
+        raise InvalidRequest(
+            "model_args.pretrained", f"must be left out, or be {model!r}: `model` names a model itself"
+        )
+    return {**model_args, "pretrained": model}, "model"
+
+
+def _unknown_model(model: str) -> InvalidRequest:
+    if model.startswith(("/", "./", "../", "~")):
+        return InvalidRequest("model", f"{model} does not exist on the server")
+    close = close_names(model, model_kinds())
+    problem = f"{model!r} is neither a model kind (see GET /models), nor a path on the server, nor a hub id (org/name)"
+    return InvalidRequest("model", problem, choices=close)
+
+
+def _decode(values: dict[str, Any]) -> ModelArgs:
+    known = ModelArgs.__struct_fields__
+    for key in values:
+        if key not in known:
+            reason = _OWN_FIELDS.get(key, f"unknown; known are {', '.join(sorted(known))}")
+            raise InvalidRequest(f"model_args.{key}", reason, choices=close_names(key, known))
+    try:
+        return msgspec.convert(values, ModelArgs, strict=True)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$.")
+        key = path.rstrip("`")
+        raise InvalidRequest(f"model_args.{key}" if key else "model_args", problem.replace("`", "")) from error
+
+
+def _normalised(args: ModelArgs) -> ModelArgs:
+    """One spelling for each dtype, so that equal models share a replica."""
+    softmax_dtype = None if args.softmax_dtype is None else DTYPES.get(args.softmax_dtype, args.softmax_dtype)
+    return msgspec.structs.replace(args, dtype=DTYPES.get(args.dtype, args.dtype), softmax_dtype=softmax_dtype)
+
+
+def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
+    _check_dtype("dtype", args.dtype)
+    if args.softmax_dtype is not None:
+        _check_dtype("softmax_dtype", args.softmax_dtype)
+    attention = args.attn_implementation
+    if attention is not None and attention not in ATTENTION and not _HUB_KERNEL.fullmatch(attention):
+        known = f"must be one of {', '.join(ATTENTION)}, or a kernel kernels-community/<name>"
+        raise InvalidRequest("model_args.attn_implementation", known, choices=close_names(attention, ATTENTION))
+    if args.max_length is not None and args.max_length < 2:
+        raise InvalidRequest("model_args.max_length", "must be an integer of at least 2 tokens")
+    if args.prefix_token_id is not None and args.prefix_token_id < 0:
+        raise InvalidRequest("model_args.prefix_token_id", "must be a token id, 0 or more")
+    if args.trust_remote_code and not allow_remote_code:
+        problem = "refused: the operator has not allowed code that comes with a checkpoint (allow_remote_code)"
+        raise InvalidRequest("model_args.trust_remote_code", problem)
+
+
+def _check_dtype(key: str, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InvalidRequest(
+            f"model_args.{key}", f"must be one of {', '.join(DTYPES)}", choices=close_names(dtype, DTYPES)
+        )
+
+
+# ---------------------------------------------------------------- local files
+
+
+def _split_gguf_path(args: ModelArgs, field: str) -> ModelArgs:
+    if not os.path.isfile(args.pretrained):
+        return args
+    path = Path(args.pretrained)
+    if path.suffix != ".gguf":
+        raise InvalidRequest(field, f"{path} is no model: give a model folder or a .gguf file")
+    if args.gguf_file not in (None, path.name):
+        raise InvalidRequest("model_args.gguf_file", f"must be left out: {field} names a GGUF file itself")
+    return msgspec.structs.replace(args, pretrained=str(path.parent), gguf_file=path.name)
+
+
+def _check_files(args: ModelArgs, field: str) -> None:
+    if os.path.exists(args.pretrained):
+        _check_model_folder(args, Path(args.pretrained), field)
+    else:
+        _check_hub_id(args.pretrained, field)
+    if args.peft is not None:
+        _check_adapter(args.peft)
+    if args.tokenizer is not None:
+        if os.path.exists(args.tokenizer):
+            check_tokenizer(Path(args.tokenizer), "model_args.tokenizer")
+        else:
+            _check_hub_id(args.tokenizer, "model_args.tokenizer")
+
+
+def _check_model_folder(args: ModelArgs, folder: Path, field: str) -> None:
+    if args.gguf_file is not None:
+        if not os.path.isfile(folder / args.gguf_file):
+            found = sorted(path.name for path in folder.glob("*.gguf"))
+            problem = f"{folder} has no file {args.gguf_file}"
+            raise InvalidRequest("model_args.gguf_file", problem, choices=close_names(args.gguf_file, found))
+        check_gguf(folder / args.gguf_file, field)
+        return  # configuration and tokenizer are inside the file
+    if args.subfolder is not None and not os.path.isdir(folder / args.subfolder):
+        raise InvalidRequest("model_args.subfolder", f"{folder} has no folder {args.subfolder}")
+    inner = folder / (args.subfolder or "")
+    check_checkpoint(inner, field)
+    if args.tokenizer is None:
+        check_tokenizer(inner, field)
+
+
+def _check_adapter(peft: str) -> None:
+    if not os.path.exists(peft):
+        _check_hub_id(peft, "model_args.peft")
+    elif not os.path.isfile(Path(peft) / "adapter_config.json"):
+        raise InvalidRequest("model_args.peft", f"{peft} is no PEFT adapter: it has no adapter_config.json")
+
+
+def _check_hub_id(name: str, field: str) -> None:
+    if not _HUB_ID.fullmatch(name) and not _HUB_NAME.fullmatch(name):
+        raise InvalidRequest(field, f"{name} does not exist on the server, and is no hub id (org/name)")
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _hub_commit(args: ModelArgs) -> tuple[str, Path | None]:
+    """The commit that `args.revision` is now, and the model's config.json there if it could be had."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    needed = args.gguf_file or "/".join(part for part in (args.subfolder, "config.json") if part)
+    try:
+        commit = HfApi().model_info(args.pretrained, revision=args.revision, timeout=HUB_TIMEOUT_S).sha or "main"
+        if args.gguf_file is not None:
+            return commit, None
+        return commit, Path(hf_hub_download(args.pretrained, needed, revision=commit))
+    except RevisionNotFoundError as error:
+        raise InvalidRequest("model_args.revision", f"{args.pretrained} has no revision {args.revision!r}") from error
+    except RepositoryNotFoundError as error:
+        problem = f"{args.pretrained} is neither a path on the server nor a model of the hub (or it is private)"
+        raise InvalidRequest("model", problem) from error
+    except Exception as error:  # offline, no route, time limit, refused: many classes, one meaning
+        cached = try_to_load_from_cache(args.pretrained, needed, revision=args.revision)
+        if isinstance(cached, str):
+            return _snapshot_commit(Path(cached)), Path(cached) if args.gguf_file is None else None
+        raise _hub_unreachable("model", args.pretrained) from error
+
+
+def _snapshot_commit(cached: Path) -> str:
+    """The commit in a cache path .../snapshots/<commit>/<file>."""
+    parts = cached.parts
+    return parts[len(parts) - parts[::-1].index("snapshots")]
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str] | None, field: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # as above; the cache was already tried
+        raise _hub_unreachable(field, name) from error
+
+
+def _hub_unreachable(field: str, name: str) -> InvalidRequest:
+    problem = f"{name} is no path on the server, and the hub cannot be reached from it; give a path to a local copy"
+    return InvalidRequest(field, problem)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from gpu_pool.checkpoints import CAUSAL_MULTIMODAL_TYPES, check_config
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.models import model_kinds, resolve_hub_revision, resolve_model
+from gpu_pool.records import ModelArgs
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model")
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any] = LLAMA) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(msgspec.json.encode(config))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def resolve(model: str, model_args: dict[str, Any] | None = None, *, allow_remote_code: bool = False) -> ModelArgs:
+    return resolve_model(model, model_args or {}, allow_remote_code=allow_remote_code)
+
+
+def refused(model: str, model_args: dict[str, Any] | None = None) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(model, model_args)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["hf", "huggingface", "transformers", "qwen2_5_vl", "llava_hf"])
+def test_a_kind_takes_pretrained(checkpoint: Path, kind: str) -> None:
+    assert kind in model_kinds()
+    args = resolve(kind, {"pretrained": str(checkpoint), "dtype": "half", "max_length": 128})
+    assert args == ModelArgs(pretrained=str(checkpoint), dtype="float16", max_length=128)
+
+
+def test_a_path_or_hub_id_is_a_model_itself(checkpoint: Path) -> None:
+    assert resolve(str(checkpoint)).pretrained == str(checkpoint)
+    assert resolve(str(checkpoint), {"pretrained": str(checkpoint)}).pretrained == str(checkpoint)
+    assert resolve("org/name", {"revision": "v1"}) == ModelArgs(pretrained="org/name", revision="v1")
+    assert resolve("hf", {"pretrained": "gpt2"}).pretrained == "gpt2"
+    assert refused(str(checkpoint), {"pretrained": "other/model"}).field == "model_args.pretrained"
+
+
+def test_a_gguf_path_is_its_folder_and_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF....")
+    (tmp_path / "zip.gguf").write_bytes(b"PK......")
+    expected = ModelArgs(pretrained=str(tmp_path), gguf_file="m.gguf")
+    assert resolve(str(tmp_path / "m.gguf")) == expected
+    assert resolve(str(tmp_path), {"gguf_file": "m.gguf"}) == expected
+    assert refused(str(tmp_path), {"gguf_file": "n.gguf"}).field == "model_args.gguf_file"
+    assert "not a GGUF file" in refused(str(tmp_path / "zip.gguf")).problem
+    assert "m.gguf" in refused(str(tmp_path)).problem
+
+
+@pytest.mark.parametrize("model", ["hff", "", "no such model", "/no/such/path", "./nothing", "a/b/c", "x" * 5000, "\0"])
+def test_unknown_models_are_refused(model: str) -> None:
+    assert refused(model).field == "model"
+
+
+def test_a_misspelt_kind_comes_with_the_closest() -> None:
+    assert "qwen2_5_vl" in refused("qwen25_vl").choices
+
+
+@pytest.mark.parametrize("pretrained", [None, "", "/no/such/path", "a b", "\0"])
+def test_a_kind_without_a_model_is_refused(pretrained: str | None) -> None:
+    assert refused("hf", {"pretrained": pretrained}).field == "model_args.pretrained"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_length", "128"),
+        ("max_length", True),
+        ("max_length", 0),
+        ("dtype", "float17"),
+        ("dtype", 16),
+        ("softmax_dtype", "auto32"),
+        ("attn_implementation", "flash"),
+        ("attn_implementation", "someone/kernel"),
+        ("truncation", "true"),
+        ("prefix_token_id", -1),
+        ("chat_template_args", []),
+        ("trust_remote_code", True),
+        ("peft", "/no/such/adapter"),
+        ("tokenizer", "/no/such/tokenizer"),
+        ("subfolder", "nowhere"),
+        ("gguf_file", "none.gguf"),
+        ("batch_size", 4),
+        ("device", "cpu"),
+        ("max_pixels", 4),
+        ("pretrained", 5),
+    ],
+)
+def test_wrong_arguments_name_their_key(checkpoint: Path, key: str, value: object) -> None:
+    error = refused("hf", {"pretrained": str(checkpoint), key: value})
+    assert error.field == f"model_args.{key}"
+
+
+def test_unknown_arguments_come_with_the_known_ones(checkpoint: Path) -> None:
+    error = refused(str(checkpoint), {"dtyp": "float32"})
+    assert error.field == "model_args.dtyp"
+    assert error.choices[0] == "dtype"
+    assert "attn_implementation" in error.problem
+
+
+def test_arguments_with_a_field_of_their_own_point_there(checkpoint: Path) -> None:
+    assert "`batch_size` beside" in refused(str(checkpoint), {"batch_size": 4}).problem
+
+
+def test_known_values_are_accepted(checkpoint: Path) -> None:
+    for attention in ("eager", "sdpa", "flash_attention_2", "kernels-community/flash-attn"):
+        assert resolve(str(checkpoint), {"attn_implementation": attention}).attn_implementation == attention
+    assert resolve(str(checkpoint), {"trust_remote_code": True}, allow_remote_code=True).trust_remote_code
+
+
+def test_an_adapter_is_no_model_and_a_model_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "as `peft`" in refused(str(adapter)).problem
+    assert refused(str(checkpoint), {"peft": str(checkpoint)}).field == "model_args.peft"
+    assert resolve(str(checkpoint), {"peft": str(adapter)}).peft == str(adapter)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")],
+)
+def test_incomplete_folders_are_refused(checkpoint: Path, missing: str, says: str) -> None:
+    (checkpoint / missing).unlink()
+    assert says in refused(str(checkpoint)).problem
+
+
+def test_a_missing_shard_is_named(checkpoint: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_bytes(msgspec.json.encode(index))
+    assert "model-2.safetensors, which is not there" in refused(str(checkpoint)).problem
+
+
+def test_a_damaged_config_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text("[1, 2]")
+    assert "config.json cannot be read" in refused(str(checkpoint)).problem
+
+
+def test_a_model_in_a_subfolder(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model" / "inner")
+    assert resolve(str(tmp_path / "model"), {"subfolder": "inner"}).subfolder == "inner"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        {"model_type": "llama"},
+        {"architectures": None, "model_type": "llama"},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": ["BertLMHeadModel"], "is_decoder": True},
+        {"architectures": ["ReformerModelWithLMHead"]},
+        {"architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "modeling.X"}},
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}},
+        {"architectures": ["SomethingNewForGeneration"]},
+    ],
+)
+def test_causal_language_models_are_accepted(config: dict[str, Any]) -> None:
+    check_config(config, "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "no causal language model"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
+        ({"architectures": ["MistralModel"]}, "no causal language model"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}, "not served yet"),
+        ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "not served yet"),
+    ],
+)
+def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        check_config(config, "model")
+
+
+def test_multimodal_types_are_those_that_transformers_loads_as_causal() -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert set(causal) >= CAUSAL_MULTIMODAL_TYPES
+    assert set(causal) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= CAUSAL_MULTIMODAL_TYPES
+
+
+def test_local_models_need_no_hub(checkpoint: Path) -> None:
+    args = ModelArgs(pretrained=str(checkpoint), revision="main")
+    assert resolve_hub_revision(args) == ModelArgs(pretrained=str(checkpoint))
+
+
+@pytest.mark.parametrize(("key", "field"), [("pretrained", "model"), ("tokenizer", "model_args.tokenizer")])
+def test_an_unreachable_hub_says_what_to_do(checkpoint: Path, key: str, field: str) -> None:
+    args = ModelArgs(**{"pretrained": str(checkpoint), key: "nobody/has-this"})
+    with pytest.raises(InvalidRequest, match="path to a local copy") as caught:
+        resolve_hub_revision(args)
+    assert caught.value.field == field
+
+
+def test_the_local_hub_cache_is_used_offline(tmp_path: Path) -> None:
+    """In a process of its own, because the library reads the cache's place when it is imported."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--org--name"
+    shutil.copytree(write_checkpoint(tmp_path / "model"), repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    script = (
+        "import sys; from gpu_pool.models import *; from gpu_pool.records import ModelArgs;"
+        "args = resolve_hub_revision(ModelArgs(pretrained='org/name', tokenizer='org/name'));"
+        "print(args.revision, args.tokenizer, 'torch' in sys.modules)"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    out = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stdout
+    assert out.split() == [commit, str(repo / "snapshots" / commit), "False"]
