@@ -1,0 +1,249 @@
+"""`evalpool serve | submit | watch | jobs | results | cancel`. The server's modules are imported by `serve` only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from server.cli_view import follow, job_table, result_paths, score_table
+from server.client import DEFAULT_URL, EvalClient, EvalError, Json
+
+SHOWN_CHOICES = 8
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Evaluation as a service for language and multimodal models.",
+)
+output = Console()
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _limit(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+Url = Annotated[str, typer.Option(envvar="EVALPOOL_URL", help="Where the server is.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (default: 8000).")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Jobs, results, cache, logs (default: evalpool-data).")] = None,
+    include_path: Annotated[list[str] | None, typer.Option(help="A folder of your own task YAML.")] = None,
+    cpu_workers: Annotated[int | None, typer.Option(help="Workers on a box without GPUs.")] = None,
+    evaluators: Annotated[int | None, typer.Option(help="Jobs that may run at once; 0: as the workers ask.")] = None,
+    output_root: Annotated[list[str] | None, typer.Option(help="A folder that `output_dir` may lie in.")] = None,
+    allow_code_execution: Annotated[
+        bool | None, typer.Option("--allow-code-execution", help="Run tasks that execute code written by the model.")
+    ] = None,
+    allow_remote_code: Annotated[
+        bool | None, typer.Option("--allow-remote-code", help="Run code that comes with a checkpoint.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default: info).")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with these and more settings.")] = None,
+) -> None:
+    """Run the server until SIGTERM or Ctrl-C."""
+    from gpu_pool.errors import PoolError
+    from server.serve import serve as run
+    from server.settings import SettingsError, load_settings
+
+    flags = {
+        "host": host,
+        "port": port,
+        "data_dir": data_dir,
+        "include_paths": include_path or None,
+        "cpu_workers": cpu_workers,
+        "evaluators": evaluators,
+        "output_roots": output_root or None,
+        "allow_code_execution": allow_code_execution,
+        "allow_remote_code": allow_remote_code,
+        "log_level": log_level,
+    }
+    try:
+        run(load_settings(flags, config, os.environ))
+    except (SettingsError, PoolError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def submit(
+    model: Annotated[str, typer.Option(help='A path, a hub id, or a kind such as "hf" with pretrained in model args.')],
+    tasks: Annotated[list[str], typer.Option(help="Tasks, groups or tags: a,b,c or several times.")],
+    model_args: Annotated[
+        list[str] | None, typer.Option(help="dtype=float32,revision=… or a JSON object; several times.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Few-shot examples (default: what the task says).")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="A positive integer or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(parser=_limit, help="Documents of each task (8) or a fraction of them (0.1).")
+    ] = None,
+    gen_kwargs: Annotated[str | None, typer.Option(help="temperature=0,max_gen_toks=64 or a JSON object.")] = None,
+    num_gpus: Annotated[int, typer.Option(help="Most GPUs to use; 0: CPU.")] = 1,
+    output_dir: Annotated[str | None, typer.Option(help="Where result files go, under an allowed root.")] = None,
+    log_samples: Annotated[bool, typer.Option(help="Keep a record of every sample.")] = True,
+    predict_only: Annotated[bool, typer.Option("--predict-only", help="Predictions without metrics.")] = False,
+    use_cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse this model's earlier answers.")] = True,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,
+    chat_template: Annotated[str | None, typer.Option(help="Prompts as chats, by this template of several.")] = None,
+    system_instruction: Annotated[str | None, typer.Option(help="A text before every prompt.")] = None,
+    fewshot_as_multiturn: Annotated[bool, typer.Option(help="Few-shot examples as turns of the chat.")] = True,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it and show the scores.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Submit an evaluation; prints the job's id."""
+    with _client(url) as client:
+        job = client.evaluate(
+            model,
+            [name.strip() for names in tasks for name in names.split(",")],
+            _pairs(model_args or []),
+            num_fewshot,
+            _batch_size(batch_size),
+            device,
+            limit,
+            _gen_kwargs(gen_kwargs),
+            log_samples,
+            predict_only,
+            num_gpus,
+            os.path.abspath(output_dir) if output_dir else None,
+            use_cache=use_cache,
+            apply_chat_template=chat_template or apply_chat_template,
+            system_instruction=system_instruction,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+        )
+        typer.echo(job["job_id"])
+        if wait:
+            _watch(client, job["job_id"])
+
+
+@app.command()
+def watch(job: JobId, url: Url = DEFAULT_URL) -> None:
+    """Show a job's progress until it ends, then its scores."""
+    with _client(url) as client:
+        _watch(client, job)
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only queued, running, completed, failed or cancelled.")] = None,
+    limit: Annotated[int, typer.Option(help="How many.")] = 20,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List jobs, newest first."""
+    with _client(url) as client:
+        output.print(job_table(client.jobs(status, limit)["jobs"]))
+
+
+@app.command()
+def results(
+    job: JobId,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Show a job's scores and where its files are."""
+    with _client(url) as client:
+        found = client.get_job(job)
+    if as_json:
+        typer.echo(json.dumps(found["metrics"], indent=2))
+    else:
+        _show_results(found)
+    _expect_completed(found)
+
+
+@app.command()
+def cancel(job: JobId, url: Url = DEFAULT_URL) -> None:
+    """Cancel a queued or running job."""
+    with _client(url) as client:
+        typer.echo(client.cancel_job(job)["message"])
+
+
+def _watch(client: EvalClient, job_id: str) -> None:
+    [job] = follow(client, [job_id], errors)
+    _show_results(job)
+    _expect_completed(job)
+
+
+def _expect_completed(job: Json) -> None:
+    if job["status"] != "completed":
+        _fail(f"the job is {job['status']}" + (f": {job['error']}" if job["error"] else ""))
+
+
+def _show_results(job: Json) -> None:
+    if job["metrics"]:
+        output.print(score_table(job["metrics"]))
+    for path in result_paths(job):
+        output.print(path, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _client(url: str) -> Generator[EvalClient]:
+    """A client whose errors end the command with one line."""
+    try:
+        with EvalClient(url) as client:
+            yield client
+    except EvalError as error:
+        _fail(_explain(error))
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        _fail(f"no server answers at {url} ({error}); start one with `evalpool serve`, or say where with --url")
+
+
+def _explain(error: EvalError) -> str:
+    """The problem's detail, and what could have been meant where the detail does not say it."""
+    choices = [str(choice) for field in error.fields for choice in field.get("choices") or []]
+    if not choices or all(choice in error.detail for choice in choices[:SHOWN_CHOICES]):
+        return error.detail
+    return f"{error.detail} (choices: {', '.join(choices[:SHOWN_CHOICES])}{', …' * (len(choices) > SHOWN_CHOICES)})"
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    raise typer.Exit(1)
+
+
+def _pairs(texts: list[str]) -> Json | None:
+    """`k=v,k=v` texts and JSON objects as one object; a value that reads as JSON (1, true, null) is that."""
+    merged: Json = {}
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            merged |= _json_object(text)
+        else:
+            merged |= dict(_pair(pair) for pair in text.split(","))
+    return merged or None
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not of the form name=value")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
+def _json_object(text: str) -> Json:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON: {error}") from error
+
+
+def _gen_kwargs(text: str | None) -> str | Json | None:
+    return _json_object(text) if text and text.lstrip().startswith("{") else text
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text

@@ -1,0 +1,128 @@
+"""What the command line shows: progress bars while jobs run, tables of jobs and of scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from server.client import FINAL, EvalClient, Json
+
+POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server
+COLORS = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "queued": "dim"}
+
+
+class JobBars:
+    """One line a job and one bar a task, redrawn as `show` is told more. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._ids: dict[tuple[str, str], TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def show(self, job: Json) -> None:
+        """Draw `job` as GET /jobs/{id} gave it."""
+        job_id, progress = job["job_id"], job["progress"] or {}
+        done, total = progress.get("done", 0), progress.get("total", 0)
+        self._draw((job_id, ""), f"[bold]{job_id[:8]}[/] {_state(job)}", done, total, _remaining(progress))
+        for task, count in progress.get("tasks", {}).items():
+            self._draw((job_id, task), f"  {task}", count["done"], count["total"], "")
+        if job["status"] in FINAL:
+            for (owner, _), bar in self._ids.items():
+                if owner == job_id:
+                    self._bars.stop_task(bar)
+
+    def _draw(self, key: tuple[str, str], description: str, done: int, total: int, note: str) -> None:
+        if key not in self._ids:
+            self._ids[key] = self._bars.add_task(description, total=None, note=note)
+        self._bars.update(self._ids[key], description=description, completed=done, total=total or None, note=note)
+
+
+def follow(client: EvalClient, job_ids: Iterable[str], console: Console) -> list[Json]:
+    """Show bars until every one of the jobs has ended; the jobs as they ended, in order."""
+    jobs: dict[str, Json] = {job_id: {"status": "queued"} for job_id in job_ids}
+    with JobBars(console) as bars:
+        while waiting := [job_id for job_id, job in jobs.items() if job["status"] not in FINAL]:
+            for job_id in waiting:
+                jobs[job_id] = client.get_job(job_id)
+                bars.show(jobs[job_id])
+            time.sleep(POLL_SECONDS)
+    return list(jobs.values())
+
+
+class Score(NamedTuple):
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    filter: str
+    value: Any
+    stderr: Any
+
+
+def scores(metrics: dict[str, Json]) -> Iterator[Score]:
+    """The scores in a job's `metrics`: keys "acc,none" and "acc_stderr,none", in their order."""
+    for task, values in metrics.items():
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                yield Score(task, metric, name, value, values.get(f"{metric}_stderr,{name}"))
+
+
+def score_table(metrics: dict[str, Json]) -> Table:
+    """Scores with standard errors."""
+    table = Table("Task", "Metric", "Filter", title="Scores", title_justify="left")
+    table.add_column("Score", justify="right")
+    table.add_column("± stderr", justify="right")
+    for score in scores(metrics):
+        table.add_row(score.task, score.metric, score.filter, _number(score.value), _number(score.stderr))
+    return table
+
+
+def job_table(jobs: list[Json]) -> Table:
+    """Jobs, one a row."""
+    table = Table("Job", "Status", "Model", "Tasks", "Created", "Progress")
+    for job in jobs:
+        request, progress = job["request"], job["progress"] or {}
+        model = (request.get("model_args") or {}).get("pretrained") or request["model"]
+        share = f"{progress['done']}/{progress['total']}" if progress else ""
+        created = job["created_at"][:19].replace("T", " ")
+        table.add_row(job["job_id"], _state(job), str(model), ", ".join(request["tasks"]), created, share)
+    return table
+
+
+def result_paths(job: Json) -> list[str]:
+    """The job's files on the server: results first, then samples."""
+    return [path for files in (job["result"] or {}).values() for path in (files["results"], *files["samples"])]
+
+
+def _state(job: Json) -> str:
+    status = job["status"]
+    text = {"queued": f"queued (position {job['position_in_queue']})", "running": job["phase"] or status}
+    return f"[{COLORS[status]}]{text.get(status, status)}[/]"
+
+
+def _remaining(progress: Json) -> str:
+    seconds = progress.get("eta_seconds")
+    return "" if seconds is None else f"about {seconds:.0f} s left"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "" if value is None else str(value)
