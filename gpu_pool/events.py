@@ -182,6 +182,12 @@ class DropJob(Record, frozen=True, kw_only=True):
     job_id: str
 
 
+class ConcludeJob(Record, frozen=True, kw_only=True):
+    """The job's evaluator reported its end: make it durable."""
+
+    job_id: str
+
+
 class SettleJob(Record, frozen=True, kw_only=True):
     """The job has reached an end that its evaluator did not report."""
 
@@ -219,6 +225,7 @@ Action = (
     | Attach
     | Detach
     | DropJob
+    | ConcludeJob
     | SettleJob
     | BeginCancel
     | RequeueJob

@@ -210,3 +210,33 @@ class Worker(Record, frozen=True, kw_only=True):
     jobs: frozenset[str] = frozenset()
     idle_since: float = 0.0
     """Monotonic seconds, meaningful while IDLE."""
+
+
+class WorkerView(Record, frozen=True, kw_only=True):
+    """A worker as the operator sees it."""
+
+    worker: Worker
+    pid: int | None
+    description: str | None
+    """Class, parameters, dtype and attention of the loaded model; None while it loads."""
+    memory_bytes: int | None
+
+
+class GpuView(Record, frozen=True, kw_only=True):
+    """A GPU as the operator sees it."""
+
+    gpu: Gpu
+    worker_id: str | None
+    free: bool
+    reason: str | None
+    """Why it cannot be leased now; None when it can, or when a worker of ours holds it."""
+
+
+class QueueView(Record, frozen=True, kw_only=True):
+    """Job ids by place, oldest first, and how many have ended."""
+
+    queued: tuple[str, ...]
+    running: tuple[str, ...]
+    completed: int
+    failed: int
+    cancelled: int

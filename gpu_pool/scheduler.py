@@ -114,6 +114,7 @@ class Scheduler:
 
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.running.pop(event.job_id, None):
+            self._do(ev.ConcludeJob(job_id=event.job_id))
             for worker_id in list(run.workers):
                 self._release(worker_id, event.job_id)
 

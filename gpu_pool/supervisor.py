@@ -1,4 +1,4 @@
-"""Child processes: spawn one, talk to it, learn of its death, end it politely or at once. The seam to other machines."""
+"""Child processes: spawn one, talk to it, learn of its death, end it. The seam to other machines."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Child(Generic[Received]):
     def kill(self) -> None:
         """End the child and everything in its process group, now."""
         self.killed = True
-        self._signal_group()
+        if not self._dead.is_set():
+            self._signal_group()
 
     async def stop(self, grace_seconds: float = POLITE_SECONDS) -> None:
         """Ask it to end, then make it; returns when it is gone."""

@@ -1,0 +1,114 @@
+"""What is refused at submission: everything about a request that only this box can judge."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Literal
+
+from gpu_pool.desk import Desk
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.gen_kwargs import parse_gen_kwargs
+from gpu_pool.leases import Leases
+from gpu_pool.models import resolve_hub_revision, resolve_model
+from gpu_pool.records import Evaluation, ModelArgs, Record
+from gpu_pool.settings import PoolSettings
+
+
+class Placement(Record, frozen=True, kw_only=True):
+    """On what a job may run."""
+
+    device: Literal["cpu", "cuda"]
+    max_replicas: int
+    slot_index: str | None = None
+
+
+class Admission:
+    """Judges requests. Every refusal is an InvalidRequest that names the field."""
+
+    def __init__(self, settings: PoolSettings, desk: Desk, leases: Leases) -> None:
+        self._settings = settings
+        self._desk = desk
+        self._leases = leases
+
+    async def admit(self, evaluation: Evaluation) -> ModelArgs:
+        """Check everything, cheapest first; returns the model's arguments, a hub id resolved to a commit."""
+        parse_gen_kwargs(evaluation.gen_kwargs)
+        self.place(evaluation)
+        self.check_output_dir(evaluation.output_dir)
+        args = await self.model_args(evaluation)
+        await self._check_tasks(evaluation.tasks)
+        return args
+
+    async def model_args(self, evaluation: Evaluation) -> ModelArgs:
+        """What `model` and `model_args` mean; reads files or asks the hub, in a thread."""
+
+        def resolve() -> ModelArgs:
+            args = resolve_model(
+                evaluation.model, evaluation.model_args, allow_remote_code=self._settings.allow_remote_code
+            )
+            return args if os.path.exists(args.pretrained) else resolve_hub_revision(args)
+
+        return await asyncio.to_thread(resolve)
+
+    def place(self, evaluation: Evaluation) -> Placement:
+        """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`."""
+        device, index = self._device(evaluation)
+        slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index)]
+        if not slots:
+            raise InvalidRequest("device", self._no_such_device(device, index))
+        if index is not None and evaluation.num_gpus > 1:
+            raise InvalidRequest(
+                "num_gpus", f"must be 1 with device {evaluation.device!r}, which is one GPU; or use 'cuda'"
+            )
+        wanted = max(1, evaluation.num_gpus)
+        if wanted > len(slots):
+            noun = "GPUs" if device == "cuda" else "CPU workers"
+            raise InvalidRequest("num_gpus", f"must be at most {len(slots)}: this box has {len(slots)} {noun}")
+        return Placement(device=device, max_replicas=wanted, slot_index=index)
+
+    def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None]:
+        match evaluation.device:
+            case None:
+                use_gpu = self._leases.has_gpus and evaluation.num_gpus > 0
+                return ("cuda" if use_gpu else "cpu"), None
+            case "cpu":
+                return "cpu", None
+            case name:
+                if evaluation.num_gpus == 0:
+                    raise InvalidRequest("num_gpus", f"must be at least 1 with device {name!r}; 0 means the CPU")
+                _, _, index = name.partition(":")
+                return "cuda", index or None
+
+    def _no_such_device(self, device: str, index: str | None) -> str:
+        indices = [slot.index for slot in self._leases.slots(device)]
+        if device == "cpu":
+            return "this server was started without CPU workers; use 'cuda' or leave it out"
+        if not indices:
+            return "this box has no GPU; use 'cpu' or leave it out"
+        return f"there is no GPU {index}; this box has {', '.join(f'cuda:{i}' for i in indices)}"
+
+    def check_output_dir(self, output_dir: str | None) -> Path | None:
+        """The folder, resolved; raises InvalidRequest when it lies outside the allowed roots."""
+        if output_dir is None:
+            return None
+        roots = [root.resolve() for root in (self._settings.data_dir, *self._settings.output_roots)]
+        try:
+            path = Path(output_dir).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError):
+            raise InvalidRequest("output_dir", "is not a path that can be resolved") from None
+        if not any(path.is_relative_to(root) for root in roots):
+            allowed = ", ".join(str(root) for root in roots)
+            raise InvalidRequest("output_dir", f"must lie under one of: {allowed} (setting output_roots)")
+        if path.exists() and not path.is_dir():
+            raise InvalidRequest("output_dir", "is a file; name a folder")
+        return path
+
+    async def _check_tasks(self, tasks: tuple[str, ...]) -> None:
+        problems = await self._desk.check(tasks)
+        if problems:
+            first = problems[0]
+            field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
+            reasons = "; ".join(problem.reason for problem in problems)
+            raise InvalidRequest(field, reasons, choices=first.suggestions)

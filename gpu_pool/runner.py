@@ -1,0 +1,383 @@
+"""Carries out what the scheduler asks for: processes, messages and durable states. One loop takes events in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, assert_never
+
+import msgspec
+
+from gpu_pool import events as ev
+from gpu_pool import messages as msg
+from gpu_pool.leases import Leases
+from gpu_pool.records import Job, JobState, ModelSpec, Slot
+from gpu_pool.scheduler import Scheduler
+from gpu_pool.settings import PoolSettings
+from gpu_pool.store import Store
+from gpu_pool.supervisor import Child
+from gpu_pool.transitions import JobEvent, advance_job
+
+MAX_RESTART_PAUSE_SECONDS = 30.0
+"""Evaluators that die before they are ready are started again ever more slowly, up to this."""
+
+logger = logging.getLogger(__name__)
+
+EvaluatorChild = Child[msg.FromEvaluator]
+WorkerChild = Child[msg.FromWorker]
+
+
+class Processes(msgspec.Struct, kw_only=True):
+    """How processes are started; the seam at which tests and other machines come in."""
+
+    evaluator: Callable[[str], Awaitable[EvaluatorChild]]
+    worker: Callable[[str, ModelSpec, list[Slot]], Awaitable[WorkerChild]]
+    address: Callable[[str], str]
+    """Where the worker of that id listens for evaluators."""
+
+
+class Runner:
+    """The live side of the pool: unfinished jobs, their processes, and the loop between scheduler and world."""
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        store: Store,
+        leases: Leases,
+        processes: Processes,
+        job_dir: Callable[[str], Path],
+        refresh: Callable[[Job], None],
+    ) -> None:
+        self.jobs: dict[str, Job] = {}
+        """Jobs that have not ended, oldest first, with live progress."""
+        self.evaluating_since: dict[str, tuple[float, int]] = {}
+        """Job -> (monotonic seconds, requests done) at its first progress: what estimates are made from."""
+        self.evaluators: dict[str, EvaluatorChild] = {}
+        self.workers: dict[str, WorkerChild] = {}
+        self.loaded: dict[str, msg.WorkerReady] = {}
+        self.ended: dict[JobState, int] = {}
+        self.scheduler = Scheduler(
+            evaluators=settings.evaluators or min(8, settings.cpu_workers + 1), max_attempts=settings.max_attempts
+        )
+        self._settings = settings
+        self._store = store
+        self._leases = leases
+        self._processes = processes
+        self._job_dir = job_dir
+        self._refresh = refresh
+        self._events: asyncio.Queue[tuple[ev.Event, asyncio.Future[None] | None]] = asyncio.Queue()
+        self._loop: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._outcomes: dict[str, msg.JobDone | msg.JobFailed] = {}
+        """What evaluators reported at the end of a job, until the loop has taken it in."""
+        self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failed_starts = 0
+        self._given: set[str] = set()
+        """Jobs that the scheduler has been given."""
+        self._ending: set[str] = set()
+        """Jobs that end before it is given them."""
+
+    # ------------------------------------------------------------------ the loop
+
+    def start(self) -> asyncio.Task[None]:
+        """Start the loop; the task ends after `stop`, or with what went wrong."""
+        self._loop = asyncio.create_task(self._run(), name="runner")
+        return self._loop
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            event, done = await self._events.get()
+            for action in self.scheduler.step(event):
+                await self._perform(action)
+            if done is not None and not done.done():
+                done.set_result(None)
+
+    def put(self, event: type[ev.Event], **fields: Any) -> None:
+        """Queue an event that happened now."""
+        self._events.put_nowait((event(now=time.monotonic(), **fields), None))
+
+    async def handle(self, event: type[ev.Event], **fields: Any) -> None:
+        """Queue an event that happened now, and return when what follows from it is done."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._events.put_nowait((event(now=time.monotonic(), **fields), done))
+        await done
+
+    async def submit(self, demand: ev.Demand) -> None:
+        """Let the scheduler have a queued job whose model is known now, unless the job has ended meanwhile."""
+        job_id = demand.job_id
+        if job_id in self.jobs:
+            await self._note(self.jobs[job_id], model=demand.spec)
+        if job_id in self.jobs and job_id not in self._ending:
+            self._given.add(job_id)
+            self.put(ev.JobSubmitted, demand=demand)
+
+    async def settle_queued(self, job_id: str, event: JobEvent, error: str | None) -> None:
+        """End a job that the scheduler has not been given yet; others are left alone."""
+        job = self.jobs.get(job_id)
+        if job and job_id not in self._given | self._ending:
+            self._ending.add(job_id)
+            await self._settle(job, event, error)
+            self._ending.discard(job_id)
+
+    def own_pids(self) -> set[int]:
+        """Processes whose use of a GPU is ours."""
+        return {child.pid for child in self.workers.values()}
+
+    def background(self, work: Awaitable[Any]) -> None:
+        """Run beside the loop; what goes wrong is logged."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a background task failed", exc_info=error)
+
+    async def stop(self) -> None:
+        """End every process; running jobs go back to the queue, those being cancelled are cancelled."""
+        self._stopping = True
+        self.put(ev.Tick)
+        if self._loop:
+            await asyncio.gather(self._loop, return_exceptions=True)
+        for timer in self._timers.values():
+            timer.cancel()
+        for child in self.evaluators.values():
+            child.kill()
+        stopping = [child.stop() for child in self.workers.values()]
+        await asyncio.gather(*stopping, *(child.gone for child in self.evaluators.values()))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in list(self.jobs.values()):
+            if job.state is JobState.RUNNING:
+                await self._requeue(job, "the server was stopped")
+            elif job.state is JobState.CANCELLING:
+                await self._settle(job, JobEvent.RELEASED, None)
+
+    # ------------------------------------------------------------------ actions
+
+    async def _perform(self, action: ev.Action) -> None:
+        match action:
+            case ev.StartEvaluator(evaluator_id=evaluator_id):
+                self.background(self._start_evaluator(evaluator_id))
+            case ev.KillEvaluator(evaluator_id=evaluator_id):
+                if child := self.evaluators.get(evaluator_id):
+                    child.kill()
+            case ev.StartWorker():
+                await self._start_worker(action)
+            case ev.StopWorker(worker_id=worker_id):
+                if child := self.workers.get(worker_id):
+                    self.background(child.stop())
+            case ev.ReclaimSlots(slot_ids=slot_ids):
+                self.background(self._reclaim(slot_ids))
+            case ev.StartJob():
+                await self._start_job(action)
+            case ev.Attach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
+                address = self._processes.address(worker_id)
+                message = msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address)
+                self._tell(evaluator_id, message)
+            case ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
+                self._tell(evaluator_id, msg.DetachWorker(job_id=job_id, worker_id=worker_id))
+            case ev.DropJob(worker_id=worker_id, job_id=job_id):
+                self._drop(worker_id, job_id)
+            case ev.BeginCancel(job_id=job_id):
+                await self._begin_cancel(job_id)
+            case ev.ConcludeJob(job_id=job_id):
+                await self._conclude(self.jobs[job_id])
+            case ev.SettleJob(job_id=job_id, outcome=outcome, error=error):
+                if job := self.jobs.get(job_id):
+                    await self._settle(job, _settling(job.state, outcome), error)
+            case ev.RequeueJob(job_id=job_id, cause=cause):
+                if job := self.jobs.get(job_id):
+                    await self._requeue(job, cause)
+            case ev.RefreshModel(job_id=job_id):
+                if job := self.jobs.get(job_id):
+                    self._given.discard(job_id)
+                    self._refresh(await self._requeue(job, "the model's files changed before they were loaded"))
+            case _:
+                assert_never(action)
+
+    def _tell(self, evaluator_id: str, message: msg.ToEvaluator) -> None:
+        if child := self.evaluators.get(evaluator_id):
+            child.send(message)
+
+    async def _start_evaluator(self, evaluator_id: str) -> None:
+        if self._failed_starts:
+            await asyncio.sleep(min(MAX_RESTART_PAUSE_SECONDS, 2.0**self._failed_starts))
+        child = await self._processes.evaluator(evaluator_id)
+        self.evaluators[evaluator_id] = child
+
+        async def on_message(message: msg.FromEvaluator) -> None:
+            await self._on_evaluator_message(evaluator_id, message)
+
+        async def on_death(cause: str) -> None:
+            del self.evaluators[evaluator_id]
+            self._failed_starts += not child.killed
+            self.put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause)
+
+        child.watch(on_message, on_death)
+
+    async def _start_worker(self, action: ev.StartWorker) -> None:
+        worker_id = action.worker_id
+        if reason := await self._leases.take(action.slot_ids, self.own_pids()):
+            self.put(ev.LeaseRefused, worker_id=worker_id, reason=reason)
+            return
+        slots = [self.scheduler.slots[slot_id] for slot_id in action.slot_ids]
+        child = self.workers[worker_id] = await self._processes.worker(worker_id, action.spec, slots)
+        self._arm((worker_id, "load"), self._settings.worker_load_timeout_s, child, "did not load its model in time")
+
+        async def on_message(message: msg.FromWorker) -> None:
+            self._on_worker_message(worker_id, message)
+
+        async def on_death(cause: str) -> None:
+            del self.workers[worker_id]
+            self.loaded.pop(worker_id, None)
+            for key in [key for key in self._timers if key[0] == worker_id]:
+                self._disarm(key)
+            self.put(ev.WorkerDied, worker_id=worker_id, cause=cause)
+
+        child.watch(on_message, on_death)
+
+    async def _reclaim(self, slot_ids: tuple[str, ...]) -> None:
+        await self._leases.reclaim(slot_ids, self.own_pids())
+        self.put(ev.SlotsReturned, slot_ids=slot_ids)
+
+    def _drop(self, worker_id: str, job_id: str) -> None:
+        if child := self.workers.get(worker_id):
+            child.send(msg.DropJob(job_id=job_id))
+            self._arm((worker_id, job_id), self._settings.drop_timeout_s, child, f"did not let go of job {job_id}")
+
+    def _arm(self, key: tuple[str, str], seconds: float, child: WorkerChild, why: str) -> None:
+        def kill() -> None:
+            logger.error("%s %s and is killed", child.name, why)
+            child.kill()
+
+        self._timers[key] = asyncio.get_running_loop().call_later(seconds, kill)
+
+    def _disarm(self, key: tuple[str, str]) -> None:
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+
+    # ------------------------------------------------------------------ messages
+
+    async def _on_evaluator_message(self, evaluator_id: str, message: msg.FromEvaluator) -> None:
+        match message:
+            case msg.EvaluatorReady(rss_bytes=rss):
+                self._failed_starts = 0
+                if rss > self._settings.evaluator_memory_bytes:
+                    logger.info("%s uses %d MiB and is replaced", evaluator_id, rss >> 20)
+                    self.background(self.evaluators[evaluator_id].stop())
+                else:
+                    self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
+            case msg.JobProgress(job_id=job_id, progress=progress):
+                if job := self.jobs.get(job_id):
+                    self.jobs[job_id] = msgspec.structs.replace(job, progress=progress)
+                    self.evaluating_since.setdefault(job_id, (time.monotonic(), progress.done))
+            case msg.TaskDone(job_id=job_id, task=task, metrics=metrics):
+                if job := self.jobs.get(job_id):
+                    await self._note(job, metrics=job.metrics | {task: metrics})
+            case msg.JobDone(job_id=job_id) | msg.JobFailed(job_id=job_id):
+                self._outcomes[job_id] = message
+                self.put(ev.JobEnded, job_id=job_id)
+            case msg.Catalogue() | msg.TasksChecked():
+                logger.error("%s answered a question that only the desk is asked", evaluator_id)
+            case _:
+                assert_never(message)
+
+    def _on_worker_message(self, worker_id: str, message: msg.FromWorker) -> None:
+        match message:
+            case msg.WorkerReady():
+                self._disarm((worker_id, "load"))
+                self.loaded[worker_id] = message
+                self.put(ev.WorkerLoaded, worker_id=worker_id)
+            case msg.LoadFailed(error=error, content_changed=changed):
+                self._disarm((worker_id, "load"))
+                self.put(ev.WorkerLoadFailed, worker_id=worker_id, error=error, content_changed=changed)
+            case msg.Dropped(job_id=job_id):
+                self._disarm((worker_id, job_id))
+                self.put(ev.WorkerDroppedJob, worker_id=worker_id, job_id=job_id)
+            case _:
+                assert_never(message)
+
+    # ------------------------------------------------------------------ durable states
+
+    async def _start_job(self, action: ev.StartJob) -> None:
+        job = self.jobs[action.job_id]
+        now = datetime.now(UTC)
+        attempt = job.attempt + 1
+        job = await self._change(
+            job, JobEvent.START, started_at=now, attempt=attempt, progress=None, metrics={}, error=None
+        )
+        await self._store.start_attempt(job.id, attempt, now)
+        assert job.model is not None
+        folder = self._job_dir(job.id)
+        output = Path(job.evaluation.output_dir) if job.evaluation.output_dir else folder / "results"
+        output.mkdir(parents=True, exist_ok=True)
+        run = msg.RunJob(
+            job_id=job.id,
+            evaluation=job.evaluation,
+            model=job.model,
+            output_dir=str(output.resolve()),
+            log_path=str(folder / "job.log"),
+        )
+        self._tell(action.evaluator_id, run)
+
+    async def _begin_cancel(self, job_id: str) -> None:
+        if job := self.jobs.get(job_id):
+            await self._change(job, JobEvent.CANCEL)
+
+    async def _conclude(self, job: Job) -> None:
+        match self._outcomes.pop(job.id):
+            case msg.JobDone(result=result, progress=progress):
+                await self._store.add_scores(job.id, result.metrics)
+                fields = {"result": result, "progress": progress, "metrics": result.metrics}
+                await self._settle(job, JobEvent.COMPLETE, None, **fields)
+            case msg.JobFailed(error=error):
+                await self._settle(job, JobEvent.FAIL, error)
+
+    async def _requeue(self, job: Job, cause: str) -> Job:
+        await self._store.end_attempt(job.id, job.attempt, datetime.now(UTC), "requeued", cause)
+        self.evaluating_since.pop(job.id, None)
+        logger.warning("job %s goes back to the queue: %s", job.id, cause)
+        return await self._change(job, JobEvent.REQUEUE, progress=None)
+
+    async def _settle(self, job: Job, event: JobEvent, error: str | None, **fields: Any) -> None:
+        """Bring a job to its end, durably, and forget it here."""
+        now = datetime.now(UTC)
+        if "progress" not in fields:
+            fields["progress"] = job.progress
+        ended = await self._change(job, event, completed_at=now, error=error, **fields)
+        if job.attempt:
+            await self._store.end_attempt(job.id, job.attempt, now, ended.state.value, error)
+        del self.jobs[job.id]
+        self._given.discard(job.id)
+        self.evaluating_since.pop(job.id, None)
+        self._outcomes.pop(job.id, None)
+        self.ended[ended.state] = self.ended.get(ended.state, 0) + 1
+        logger.info("job %s is %s%s", job.id, ended.state.value, f": {error}" if error else "")
+
+    async def _change(self, job: Job, event: JobEvent, **fields: Any) -> Job:
+        """Make a change of state durable, then show it."""
+        state = advance_job(job.state, event)
+        if not await self._store.change_state(job.id, job.state, state, **fields):
+            raise RuntimeError(f"job {job.id} is not {job.state} in the database: is another server using it?")
+        live = self.jobs[job.id]  # progress may have arrived meanwhile
+        self.jobs[job.id] = msgspec.structs.replace(live, state=state, **fields)
+        return self.jobs[job.id]
+
+    async def _note(self, job: Job, **fields: Any) -> None:
+        self.jobs[job.id] = msgspec.structs.replace(job, **fields)
+        await self._store.update(job.id, **fields)
+
+
+def _settling(state: JobState, outcome: str) -> JobEvent:
+    """Which event of the table brings a job in this state to that outcome."""
+    if outcome == "failed":
+        return JobEvent.FAIL
+    return JobEvent.RELEASED if state is JobState.CANCELLING else JobEvent.CANCEL
