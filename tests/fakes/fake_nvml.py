@@ -1,7 +1,7 @@
 """Scripted GPUs for tests: builds fake_nvml.c once and gives each test its own state file.
 
-A process sees the fake GPUs when it is started with `FakeNvml.environment()`; what it sees changes with `write`.
-They can be discovered, not computed on.
+A process sees the fake GPUs when it is started with `FakeNvml.environment()`, or after `FakeNvml.install`; what it sees
+changes with `write`. They can be discovered, not computed on.
 """
 
 from __future__ import annotations
@@ -31,15 +31,24 @@ class FakeNvml:
         draft.write_text("".join(f"{line}\n" for line in lines))
         draft.replace(self.state_path)
 
-    def environment(self, **more: str) -> dict[str, str]:
-        """This process's environment with the fake GPUs, a lock folder of the test's own, and `more`."""
-        inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-        fake = {
+    def variables(self) -> dict[str, str]:
+        """What a process needs in its environment: the library, this machine's state, a lock folder of its own."""
+        return {
             "LD_LIBRARY_PATH": str(self.library_folder),
             "FAKE_NVML_STATE": str(self.state_path),
             "TMPDIR": str(self.folder),
         }
-        return inherited | fake | more
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """This process's environment with the fake GPUs, all of them visible, and `more`."""
+        inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        return inherited | self.variables() | more
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let every process that the test starts from now on see the fake GPUs."""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name, value in self.variables().items():
+            monkeypatch.setenv(name, value)
 
 
 def gpu_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,20 @@ import msgspec
 
 from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, ShuttingDown
 from gpu_pool.messages import TaskEntry
-from gpu_pool.pool import GpuView, Pool, QueueView, WorkerView
-from gpu_pool.records import Evaluation, Gpu, Job, JobState, ModelArgs, ModelSpec, Worker, WorkerState
+from gpu_pool.pool import Pool
+from gpu_pool.records import (
+    Evaluation,
+    Gpu,
+    GpuView,
+    Job,
+    JobState,
+    ModelArgs,
+    ModelSpec,
+    QueueView,
+    Worker,
+    WorkerState,
+    WorkerView,
+)
 
 SPEC = ModelSpec(kind="hf", args=ModelArgs(pretrained="/models/tiny"), fingerprint="ab" * 32)
 TASKS = (
@@ -58,11 +71,13 @@ class FakePool(Pool):
             raise JobNotFound(job_id)
         return self._jobs[job_id]
 
-    async def jobs(self, state: JobState | None, limit: int, before: str | None) -> list[Job]:
+    async def jobs(self, state: Collection[JobState] | None, limit: int, before: str | None) -> list[Job]:
         newest_first = list(reversed(self._jobs.values()))
         if before is not None:
-            newest_first = newest_first[newest_first.index(await self.job(before)) + 1 :]
-        return [job for job in newest_first if state in (None, job.state)][:limit]
+            if before not in self._jobs:
+                raise InvalidRequest("cursor", "no such job")
+            newest_first = newest_first[newest_first.index(self._jobs[before]) + 1 :]
+        return [job for job in newest_first if state is None or job.state in state][:limit]
 
     def queue_position(self, job_id: str) -> int | None:
         queued = self._ids(JobState.QUEUED)
@@ -74,6 +89,7 @@ class FakePool(Pool):
             running=self._ids(JobState.RUNNING, JobState.CANCELLING),
             completed=len(self._ids(JobState.COMPLETED)),
             failed=len(self._ids(JobState.FAILED)),
+            cancelled=len(self._ids(JobState.CANCELLED)),
         )
 
     def eta_seconds(self, job_id: str) -> float | None:
@@ -81,9 +97,9 @@ class FakePool(Pool):
 
     def workers(self) -> list[WorkerView]:
         worker = Worker(id="w1", spec=SPEC, slots=("cpu:0",), state=WorkerState.BUSY, jobs=frozenset({"j"}))
-        return [WorkerView(worker=worker, pid=123, served=7)]
+        return [WorkerView(worker=worker, pid=123, description="Llama", memory_bytes=1 << 30)]
 
-    def gpus(self) -> list[GpuView]:
+    async def gpus(self) -> list[GpuView]:
         return [GpuView(gpu=GPU, worker_id=None, free=True, reason=None)]
 
     async def catalogue(self) -> tuple[TaskEntry, ...]:

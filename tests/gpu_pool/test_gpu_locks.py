@@ -54,7 +54,10 @@ def test_a_lock_dies_with_its_process(folder: Path) -> None:
 def test_a_child_does_not_inherit_a_lock(folder: Path) -> None:
     lock = GpuLock("GPU-1", folder)
     assert lock.acquire()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False):
+    command = [sys.executable, "-c", "import sys; print('started', flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, close_fds=False) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
         lock.release()
         assert GpuLock("GPU-1", folder).acquire()
 
