@@ -76,15 +76,15 @@ def first_worker(demand: Demand, view: View) -> Choice:
     return Choice(evict=view.idlest(demand))
 
 
-def next_worker(demand: Demand, held: Iterable[str], running_for: float, view: View) -> Choice:
+def next_worker(demand: Demand, held: Iterable[str], sharing_for: float, view: View) -> Choice:
     """A running job's further worker, or its own one instead of a shared one.
 
     Below its cap it takes idle replicas, then free slots, then the slot of an idle replica of another model. At its
-    cap, while others use all it has, it moves to a replica of its own once it has run for as long as loading takes.
+    cap, when others have used all it has for as long as loading takes, it moves to a replica of its own.
     """
     mine = set(held)
     if len(mine) >= demand.max_replicas:
-        return _own_worker(demand, mine, running_for, view)
+        return _own_worker(demand, mine, sharing_for, view)
     unused = [worker for worker in view.replicas(demand) if worker.id not in mine and not worker.jobs]
     if unused:
         return Choice(use=unused[0].id)
@@ -93,11 +93,11 @@ def next_worker(demand: Demand, held: Iterable[str], running_for: float, view: V
     return Choice(evict=view.idlest(demand))
 
 
-def _own_worker(demand: Demand, mine: set[str], running_for: float, view: View) -> Choice:
+def _own_worker(demand: Demand, mine: set[str], sharing_for: float, view: View) -> Choice:
     if not all(len(view.workers[worker].jobs) > 1 for worker in mine):
         return Choice()
     unused = [worker for worker in view.replicas(demand) if worker.id not in mine and not worker.jobs]
     if unused:
         return Choice(use=unused[0].id)
     patience = view.load_seconds.get(demand.spec.replica_key, UNKNOWN_LOAD_SECONDS)
-    return Choice(start_in=view.free_slot(demand)) if running_for > patience else Choice()
+    return Choice(start_in=view.free_slot(demand)) if sharing_for > patience else Choice()

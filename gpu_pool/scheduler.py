@@ -22,7 +22,6 @@ class Running(msgspec.Struct, kw_only=True):
 
     demand: ev.Demand
     evaluator_id: str
-    since: float
     workers: list[str] = []
     """Workers it holds, loading ones too."""
     losses: int = 0
@@ -48,6 +47,8 @@ class Scheduler:
         self.reclaiming: set[str] = set()
         self.load_seconds: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
+        self._shared_since: dict[str, float] = {}
+        """Worker -> since when more than one job uses it."""
         self._evaluator_target = evaluators
         self._max_attempts = max_attempts
         self._counter = 0
@@ -201,10 +202,9 @@ class Scheduler:
         self._stop(worker.id)
 
     def _on_worker_died(self, event: ev.WorkerDied) -> None:
-        worker = self.workers.pop(event.worker_id, None)
+        worker = self._forget(event.worker_id)
         if worker is None:
             return
-        self._loading_since.pop(worker.id, None)
         self.reclaiming.update(worker.slots)
         self._do(ev.ReclaimSlots(slot_ids=worker.slots))
         self._let_go(worker.id)
@@ -221,14 +221,18 @@ class Scheduler:
         self._let_go(event.worker_id, event.job_id)
 
     def _on_lease_refused(self, event: ev.LeaseRefused) -> None:
-        worker = self.workers.pop(event.worker_id, None)
+        worker = self._forget(event.worker_id)
         if worker is None:
             return
-        self._loading_since.pop(worker.id, None)
         for slot in worker.slots:
             self.unusable[slot] = event.reason
         for job_id in worker.jobs:
             self.running[job_id].workers.remove(worker.id)
+
+    def _forget(self, worker_id: str) -> Worker | None:
+        self._loading_since.pop(worker_id, None)
+        self._shared_since.pop(worker_id, None)
+        return self.workers.pop(worker_id, None)
 
     def _release(self, worker_id: str, job_id: str) -> None:
         """The job does not use the worker any more."""
@@ -299,7 +303,7 @@ class Scheduler:
                 self._grow(run, coming)
 
     def _begin(self, demand: ev.Demand, evaluator_id: str, coming: list[str]) -> bool:
-        run = Running(demand=demand, evaluator_id=evaluator_id, since=self._now)
+        run = Running(demand=demand, evaluator_id=evaluator_id)
         choice = first_worker(demand, self._view())
         if choice.use is None and choice.start_in is None:
             self._make_room(choice, demand, coming)
@@ -312,7 +316,10 @@ class Scheduler:
 
     def _grow(self, run: Running, coming: list[str]) -> None:
         while True:
-            choice = next_worker(run.demand, run.workers, self._now - run.since, self._view())
+            sharing = min(
+                (self._now - self._shared_since.get(worker_id, self._now) for worker_id in run.workers), default=0
+            )
+            choice = next_worker(run.demand, run.workers, sharing, self._view())
             if not self._apply(choice, run, coming):
                 return
 
@@ -356,7 +363,11 @@ class Scheduler:
     # ------------------------------------------------------------------ small change
 
     def _set(self, worker_id: str, **changes: Any) -> None:
-        self.workers[worker_id] = msgspec.structs.replace(self.workers[worker_id], **changes)
+        worker = self.workers[worker_id] = msgspec.structs.replace(self.workers[worker_id], **changes)
+        if len(worker.jobs) > 1:
+            self._shared_since.setdefault(worker_id, self._now)
+        else:
+            self._shared_since.pop(worker_id, None)
 
     def _new_id(self, kind: str) -> str:
         self._counter += 1
