@@ -1,0 +1,64 @@
+"""Where an evaluator process begins. The server imports this file: heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gpu_pool.child import enter_child
+from gpu_pool.messages import EvaluatorStart
+
+
+def evaluator_main(connection: Connection[Any, Any], start: EvaluatorStart, parent_pid: int) -> None:
+    """Spawn target: import the harness, index its tasks, then serve the control pipe until it closes."""
+    enter_child(parent_pid, start.log_path)
+    _set_environment(start)
+    _log_to_stderr()
+    _serve(connection, start)
+
+
+def _set_environment(start: EvaluatorStart) -> None:
+    """What libraries read when they are imported."""
+    threads = str(max(1, min(8, (os.cpu_count() or 1) // 4)))
+    os.environ.update(
+        DISABLE_MULTIPROC="1",  # lm-eval would fork a pool to bootstrap
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="passive",
+        TOKENIZERS_PARALLELISM="true",
+        RAYON_NUM_THREADS=threads,  # tokenising shares the machine with CPU workers
+        TQDM_DISABLE="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        CUDA_VISIBLE_DEVICES="",  # GPUs are the workers'
+    )
+    if start.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    for name in ("gpu_pool", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _serve(connection: Connection[Any, Any], start: EvaluatorStart) -> None:
+    import gc
+
+    from gpu_pool.cache import ResponseCache
+    from gpu_pool.evaluator.catalogue import TaskLibrary
+    from gpu_pool.evaluator.harness_lm_eval import memoise_templates
+    from gpu_pool.evaluator.job import Workshop
+    from gpu_pool.evaluator.loop import EvaluatorLoop
+
+    memoise_templates()
+    data_dir = Path(start.data_dir)
+    library = TaskLibrary(data_dir, start.include_paths, start.dataset_roots, start.allow_code_execution)
+    cache = ResponseCache(data_dir / "cache" / "responses.sqlite")
+    loop = EvaluatorLoop(connection, start, Workshop(library, cache, allow_code=start.allow_code_execution))
+    gc.collect()
+    gc.freeze()  # what was imported stays: collections after each job need not look at it
+    loop.serve()

@@ -1,0 +1,28 @@
+"""An exception as one sentence for the user: no stack, no value of the environment."""
+
+from __future__ import annotations
+
+import os
+
+from gpu_pool.errors import PoolError
+
+MAX_CHARACTERS = 600
+_SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "AUTH")
+_SHORTEST_SECRET = 6  # shorter values would blank out ordinary words
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, in one line of at most MAX_CHARACTERS."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, PoolError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = without_secrets(text)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the values of environment variables that look like secrets blanked out."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and any(word in name.upper() for word in _SECRET_NAMES):
+            text = text.replace(value, "***")
+    return text

@@ -1,0 +1,168 @@
+"""lm-eval's own steps, one task at a time: what `simple_evaluate` and `evaluate` do, without their model call.
+
+Sources: `lm_eval/evaluator.py` and `lm_eval/evaluator_utils.py` 0.4.13. Tasks, prompts, filters, metrics and
+aggregation are the harness's; only the order of the steps is ours, so that a task can be published while others run.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lm_eval.utils
+import numpy as np
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups, get_sample_size
+
+from gpu_pool.errors import PoolError
+from gpu_pool.records import Evaluation
+from gpu_pool.results import hash_text, plain
+
+ChatTemplate = Callable[..., str]
+
+_log = logging.getLogger(__name__)
+
+
+class TaskError(PoolError):
+    """A task cannot be run here."""
+
+
+def memoise_templates() -> None:
+    """Compile each Jinja template once: lm-eval does it for every document and every shot."""
+    environment = lm_eval.utils.env
+    environment.from_string = functools.lru_cache(maxsize=4096)(environment.from_string)
+
+
+def seed_everything(evaluation: Evaluation) -> None:
+    """Seed Python and numpy as `simple_evaluate` does. (torch runs in the workers, where each request has a seed.)"""
+    if evaluation.random_seed is not None:
+        random.seed(evaluation.random_seed)
+    if evaluation.numpy_random_seed is not None:
+        np.random.seed(evaluation.numpy_random_seed)  # noqa: NPY002  (tasks use the global generator)
+
+
+def configure_task(name: str, task: Task, evaluation: Evaluation, allow_code: bool) -> None:
+    """Apply the request's overrides to one task.
+
+    Raises:
+        TaskError: the task runs code written by the model, or needs a multimodal model.
+    """
+    if getattr(task, "UNSAFE_CODE", False) and not allow_code:
+        raise TaskError(f"{name} runs code written by the model, which the operator of this server does not allow")
+    if getattr(task, "MULTIMODAL", False):
+        raise TaskError(f"{name} needs a multimodal model")
+    if task.get_config("output_type") == "generate_until":
+        if evaluation.gen_kwargs:
+            task.set_config(key="generation_kwargs", value=evaluation.gen_kwargs, update=True)
+        _log.info("%s: generation_kwargs %s", name, task.get_config("generation_kwargs"))
+    if evaluation.predict_only:
+        task.override_metric(metric_name="bypass")
+    _set_fewshots(name, task, evaluation)
+
+
+def _set_fewshots(name: str, task: Task, evaluation: Evaluation) -> None:
+    """A task that says 0 keeps 0; the seed is set whoever says the number."""
+    default = task.get_config("num_fewshot")
+    if evaluation.num_fewshot is not None and default != 0:
+        task.set_config(key="num_fewshot", value=evaluation.num_fewshot)
+        _log.info("%s: num_fewshot %s instead of %s", name, evaluation.num_fewshot, default)
+    elif default is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=evaluation.fewshot_random_seed)
+
+
+def build_instances(task: Task, evaluation: Evaluation, chat_template: ChatTemplate | None) -> list[Instance]:
+    """Render all prompts of a task."""
+    task.build_all_requests(
+        limit=get_sample_size(task, evaluation.limit),
+        system_instruction=evaluation.system_instruction,
+        apply_chat_template=chat_template is not None,
+        fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+        chat_template=chat_template,
+    )
+    return task.instances
+
+
+def release(task: Task) -> None:
+    """Free the requests of a scored task."""
+    task._instances = None
+
+
+class TaskScore:
+    """A scored task: lm-eval's accumulator with this one task in it, and its samples."""
+
+    def __init__(self, name: str, accumulated: EvalAcc, samples: list[dict[str, Any]] | None) -> None:
+        self.accumulated = accumulated
+        self.metrics: dict[str, Any] = accumulated.metrics[name]
+        self.samples = samples
+
+
+def score_task(name: str, task: Task, evaluation: Evaluation) -> TaskScore:
+    """Filters, metrics and standard errors of a task whose instances have their responses (`evaluate`)."""
+    task.apply_filters()
+    keep_samples = evaluation.log_samples or evaluation.predict_only
+    samples: list[dict[str, Any]] = []
+    raw_metrics: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
+    instances = _by_document(task.instances)
+    for filter_name in task.instances[0].filtered_resps:
+        for doc_id, doc in task.doc_iterator(limit=get_sample_size(task, evaluation.limit)):
+            requests = instances[doc_id]
+            metrics = task.process_results(doc, [request.filtered_resps[filter_name] for request in requests])
+            if keep_samples:
+                samples.append(_sample(task, doc_id, doc, requests, filter_name, metrics))
+            for metric, value in metrics.items():
+                raw_metrics[metric, filter_name].append(value)
+    accumulator = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
+    accumulated = _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
+    return TaskScore(name, accumulated, samples if keep_samples else None)
+
+
+def combine_scores(scores: Iterable[TaskScore], groups: Mapping[str, Group]) -> dict[str, Any]:
+    """lm-eval's results of all tasks and their groups, without samples."""
+    total = EvalAcc()
+    total.groups = dict(groups)
+    for score in scores:
+        one = score.accumulated
+        total.metrics.update(one.metrics)
+        total.configs.update(one.configs)
+        total.versions.update(one.versions)
+        total.num_fewshot.update(one.num_fewshot)
+        total.higher_is_better.update(one.higher_is_better)
+        total.n_samples.update(one.n_samples)
+    return dict(aggregate_groups(total)._to_eval_results())
+
+
+def _by_document(instances: Iterable[Instance]) -> dict[int | None, list[Instance]]:
+    documents: defaultdict[int | None, list[Instance]] = defaultdict(list)
+    for instance in instances:
+        documents[instance.doc_id].append(instance)
+    for some in documents.values():
+        some.sort(key=lambda instance: instance.idx)
+    return documents
+
+
+def _sample(
+    task: Task, doc_id: int, doc: Any, requests: list[Instance], filter_name: str, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    target = task.doc_to_target(doc)
+    return {
+        "doc_id": doc_id,
+        "doc": doc,
+        "target": target,
+        "arguments": [request.args for request in requests],
+        "resps": [request.resps for request in requests],
+        "filtered_resps": [request.filtered_resps[filter_name] for request in requests],
+        "filter": filter_name,
+        "metrics": list(metrics),
+        "doc_hash": hash_text(json.dumps(requests[0].doc, indent=2, default=plain, ensure_ascii=False)),
+        "prompt_hash": hash_text(requests[0].arguments[0]),
+        "target_hash": hash_text(str(target)),
+    } | metrics

@@ -1,0 +1,129 @@
+"""The evaluator's loop: one question or job at a time from the control pipe, workers' comings and goings meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, assert_never
+
+import msgspec
+
+from gpu_pool.child import redirect_output
+from gpu_pool.evaluator.failures import explain
+from gpu_pool.evaluator.job import JobRun, Workshop
+from gpu_pool.messages import (
+    MAX_MESSAGE_BYTES,
+    AttachWorker,
+    BuildCatalogue,
+    Catalogue,
+    CheckTasks,
+    DetachWorker,
+    EvaluatorReady,
+    EvaluatorStart,
+    JobFailed,
+    Message,
+    RunJob,
+    Shutdown,
+    TasksChecked,
+    decode_to_evaluator,
+    encode,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class EvaluatorLoop:
+    """Serves one control pipe until it closes."""
+
+    def __init__(self, connection: Connection[Any, Any], start: EvaluatorStart, workshop: Workshop) -> None:
+        self._connection = connection
+        self._start = start
+        self._workshop = workshop
+        self._inbox: queue.SimpleQueue[CheckTasks | BuildCatalogue | tuple[RunJob, JobRun]] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._job: JobRun | None = None
+
+    def serve(self) -> None:
+        """Answer messages for ever; the reader ends the process."""
+        threading.Thread(target=self._read, name="control", daemon=True).start()
+        self._say_ready()
+        while True:
+            match self._inbox.get():
+                case CheckTasks(check_id=check_id, tasks=tasks):
+                    problems = self._workshop.library.check(tasks)
+                    self._send(TasksChecked(check_id=check_id, problems=problems))
+                case BuildCatalogue():
+                    self._send(Catalogue(entries=self._workshop.library.entries()))
+                case (message, job):
+                    self._run(message, job)
+                    self._say_ready()
+
+    def _read(self) -> None:
+        """Take messages off the pipe; whatever ends this ends the process at once, jobs and all."""
+        try:
+            while self._receive(decode_to_evaluator(self._connection.recv_bytes(MAX_MESSAGE_BYTES))):
+                pass
+            os._exit(0)
+        except (EOFError, OSError):
+            os._exit(0)
+        except msgspec.DecodeError:
+            _log.exception("A message of the server cannot be read")
+        finally:
+            os._exit(1)
+
+    def _receive(self, message: Any) -> bool:
+        """Take in one message; False when it was the last."""
+        match message:
+            case Shutdown():
+                return False
+            case AttachWorker(job_id=job_id, worker_id=worker_id, address=address):
+                if self._job and self._job.dispatcher.job_id == job_id:
+                    self._job.dispatcher.attach(worker_id, address)
+            case DetachWorker(job_id=job_id, worker_id=worker_id):
+                if self._job and self._job.dispatcher.job_id == job_id:
+                    self._job.dispatcher.detach(worker_id)
+            case RunJob():
+                self._job = JobRun(message, self._workshop, self._send)
+                self._inbox.put((message, self._job))
+            case _:
+                self._inbox.put(message)
+        return True
+
+    def _run(self, message: RunJob, job: JobRun) -> None:
+        redirect_output(message.log_path)
+        try:
+            self._send(job.execute())
+        except Exception as error:
+            _log.exception("The job failed")
+            self._send(JobFailed(job_id=message.job_id, error=explain(error)))
+        finally:
+            self._job = None
+            redirect_output(self._start.log_path)
+
+    def _send(self, message: Message) -> None:
+        with self._sending:
+            self._connection.send_bytes(encode(message))
+
+    def _say_ready(self) -> None:
+        gc.collect()
+        _give_memory_back()
+        self._send(EvaluatorReady(rss_bytes=_rss_bytes()))
+
+
+def _give_memory_back() -> None:
+    """Let the C library return what is free; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,211 @@
+"""Text to tokens, exactly as lm-eval's HF backend does it, but each distinct string once and in batched calls."""
+
+# pyright: basic
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+from lm_eval.models.utils import configure_pad_token, has_bos_prefix, resolve_max_length
+from transformers import AutoConfig, AutoTokenizer
+
+from gpu_pool.errors import PoolError
+from gpu_pool.records import ModelArgs, ModelSpec
+
+Tokens = tuple[int, ...]
+
+_BATCH = 1024  # strings per tokenizer call: enough for its overhead, little enough for memory
+_WARM_TOKENIZERS = 4
+
+_log = logging.getLogger(__name__)
+
+
+class PromptError(PoolError):
+    """A prompt cannot be rendered or tokenised for this model."""
+
+
+class PromptEncoder:
+    """Tokenizer, chat template and length of one model. Sources named below are `lm_eval.models.huggingface.HFLM`'s."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        self._args = args
+        config = _load_config(args)
+        self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
+        self.max_length: int = args.max_length or resolve_max_length(config, self.tokenizer)
+        self.prefix_token_id = _prefix_token_id(args, self.tokenizer)
+        self._prefix: str = self.tokenizer.decode(self.prefix_token_id)
+        self._template_args = dict(args.chat_template_args or {})
+        if args.enable_thinking is not None:
+            self._template_args["enable_thinking"] = args.enable_thinking
+
+    @property
+    def end_of_text(self) -> str | None:
+        """The end token as a stop string (`generate_until`)."""
+        end = self.tokenizer.eos_token_id
+        return None if end is None else self.tokenizer.decode(end, skip_special_tokens=False)
+
+    def encode(self, strings: Iterable[str]) -> dict[str, Tokens]:
+        """Tokens of each distinct string (`tok_encode`)."""
+        plain: list[str] = []
+        prefixed: list[str] = []
+        for string in dict.fromkeys(strings):
+            (prefixed if has_bos_prefix(string, self._prefix) else plain).append(string)
+        return self._batches(plain, self._bos_option()) | self._batches(prefixed, {"add_special_tokens": False})
+
+    def encode_continuations(self, strings: Iterable[str]) -> dict[str, Tokens]:
+        """Tokens of each distinct string without any special token (`tok_encode`, add_special_tokens=False)."""
+        return self._batches(list(dict.fromkeys(strings)), {"add_special_tokens": False})
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+        """(context, continuation) tokens of each pair of strings (`TemplateLM.loglikelihood`, `_encode_pair`)."""
+        split = [_move_spaces(context, continuation) for context, continuation in pairs if context]
+        tokens = self.encode(string for context, whole in split for string in (context, whole))
+        bare = self.encode_continuations(continuation for context, continuation in pairs if not context)
+        moved = iter(split)
+        return [
+            self._cut(tokens, *next(moved)) if context else self._after_prefix(bare[continuation])
+            for context, continuation in pairs
+        ]
+
+    def encode_prompts(self, prompts: Iterable[str], room: int) -> dict[str, Tokens]:
+        """Tokens of prompts that leave `room` tokens to generate, cut from the left (`tok_batch_encode`)."""
+        longest = self.max_length - room
+        if longest <= 0:
+            raise PromptError(
+                f"max_gen_toks ({room}) must be less than the model's maximum sequence length ({self.max_length})"
+            )
+        plain: list[str] = []
+        prefixed: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            has_bos = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))
+            (prefixed if has_bos else plain).append(prompt)
+        truncation = {"truncation": self._args.truncation}
+        tokens = self._batches(plain, self._bos_option() | truncation)
+        tokens |= self._batches(prefixed, {"add_special_tokens": False} | truncation)
+        cut = sum(len(prompt) > longest for prompt in tokens.values())
+        if cut:
+            _log.warning("%d prompts are longer than %d tokens: their beginning is left out", cut, longest)
+        return {prompt: ids[-longest:] for prompt, ids in tokens.items()}
+
+    def chat_template(self, wanted: bool | str) -> str | None:
+        """The template that `apply_chat_template: wanted` uses (`TemplateLM.chat_template`)."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, dict):
+            return template
+        name = wanted if isinstance(wanted, str) else "default"
+        if name not in template:
+            raise PromptError(f"The model has no chat template {name!r}; it has: {', '.join(sorted(template))}")
+        return template[name]
+
+    def apply_chat_template(
+        self, wanted: bool | str, history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """One conversation as a prompt; without its system turn if the template refuses that."""
+        render = functools.partial(
+            self.tokenizer.apply_chat_template,
+            chat_template=self.chat_template(wanted),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self._template_args,
+        )
+        try:
+            return render(history)
+        except jinja2.exceptions.TemplateError:
+            _log.warning("The chat template refuses the conversation: trying without its system turn")
+            return render([turn for turn in history if turn["role"] != "system"])
+
+    def description(self) -> dict[str, Any]:
+        """lm-eval's tokenizer entries of a results file (`add_tokenizer_info`)."""
+        tokenizer = self.tokenizer
+        return {
+            "tokenizer_pad_token": [tokenizer.pad_token, str(tokenizer.pad_token_id)],
+            "tokenizer_eos_token": [tokenizer.eos_token, str(tokenizer.eos_token_id)],
+            "tokenizer_bos_token": [tokenizer.bos_token, str(tokenizer.bos_token_id)],
+            "eot_token_id": tokenizer.eos_token_id,
+            "max_length": self.max_length,
+        }
+
+    def _bos_option(self) -> dict[str, Any]:
+        wanted = self._args.add_bos_token
+        return {} if wanted is None else {"add_special_tokens": wanted}
+
+    def _batches(self, strings: Sequence[str], options: dict[str, Any]) -> dict[str, Tokens]:
+        tokens: dict[str, Tokens] = {}
+        for start in range(0, len(strings), _BATCH):
+            batch = list(strings[start : start + _BATCH])
+            encoded = self.tokenizer(batch, return_attention_mask=False, **options)["input_ids"]
+            tokens.update(zip(batch, map(tuple, encoded), strict=True))
+        return tokens
+
+    def _cut(self, tokens: dict[str, Tokens], context: str, whole: str) -> tuple[Tokens, Tokens]:
+        before = tokens[context]
+        return self._checked(before, tokens[whole][len(before) :])
+
+    def _after_prefix(self, continuation: Tokens) -> tuple[Tokens, Tokens]:
+        if continuation[:1] == (self.prefix_token_id,):
+            return self._checked(continuation[:1], continuation[1:])
+        return self._checked((self.prefix_token_id,), continuation)
+
+    def _checked(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, Tokens]:
+        if not context or not continuation:
+            raise PromptError("A context or continuation has no tokens: there is nothing to score")
+        if len(continuation) > self.max_length:
+            raise PromptError(
+                f"A continuation of {len(continuation)} tokens is longer than the model's maximum ({self.max_length})"
+            )
+        return context, continuation
+
+
+class EncoderPool:
+    """Encoders kept warm between jobs, by the model's content and arguments."""
+
+    def __init__(self) -> None:
+        self._encoders: dict[str, PromptEncoder] = {}
+
+    def get(self, model: ModelSpec) -> PromptEncoder:
+        """The model's encoder, loaded if need be; the least recently used one makes room."""
+        encoder = self._encoders.pop(model.replica_key, None) or PromptEncoder(model.args)
+        self._encoders[model.replica_key] = encoder
+        if len(self._encoders) > _WARM_TOKENIZERS:
+            del self._encoders[next(iter(self._encoders))]
+        return encoder
+
+
+def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
+    """(context without trailing spaces, context and continuation together)."""
+    return context.rstrip(), context + continuation
+
+
+def _load_tokenizer(args: ModelArgs) -> Any:
+    """HFLM's `_create_tokenizer`."""
+    options: dict[str, Any] = _source_options(args)
+    if args.tokenizer is None and args.gguf_file is not None:
+        options["gguf_file"] = args.gguf_file
+    else:
+        options["use_fast"] = args.use_fast_tokenizer
+    if args.add_bos_token is not None:
+        options["add_bos_token"] = args.add_bos_token
+    return AutoTokenizer.from_pretrained(args.tokenizer or args.pretrained, **options)
+
+
+def _load_config(args: ModelArgs) -> Any:
+    """HFLM's `_get_config`."""
+    gguf = {} if args.gguf_file is None else {"gguf_file": args.gguf_file}
+    return AutoConfig.from_pretrained(args.pretrained, **_source_options(args), **gguf)
+
+
+def _source_options(args: ModelArgs) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+    return options | {"subfolder": args.subfolder} if args.subfolder else options
+
+
+def _prefix_token_id(args: ModelArgs, tokenizer: Any) -> int:
+    """HFLM's `prefix_token_id`."""
+    for candidate in (args.prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    raise PromptError("The tokenizer has neither a beginning nor an end token: give model_args.prefix_token_id")

@@ -1,0 +1,187 @@
+"""From lm-eval's instances to what a worker is asked, and back.
+
+A `Unit` is one question to a worker. Equal deterministic questions of a job are one unit, asked once, whoever waits for
+its answer: repeats of a greedy prompt, documents that occur twice, tasks that share documents.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import hashlib
+import secrets
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import msgspec
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
+from gpu_pool.evaluator.prompts import PromptEncoder, PromptError, Tokens
+from gpu_pool.messages import GenerationOptions
+from gpu_pool.records import ModelSpec
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """One question: score `continuation` after `prompt`, or (with `options`) continue `prompt`."""
+
+    prompt: Tokens
+    continuation: Tokens = ()
+    options: GenerationOptions | None = None
+    kind: str = "loglikelihood"
+    """Units of one kind may share a chunk: the same for equal `options`."""
+    seed: int = 0
+    key: bytes | None = None
+    """Of the response cache; None when the answer is a matter of chance."""
+    answer: Answer | None = None
+    asked: bool = False
+    """Whether it is with the workers, or was."""
+    waiting: Counter[str] = field(default_factory=Counter)
+    """How often each task waits for the answer."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens to compute, roughly: what chunks are measured in."""
+        return len(self.prompt) + (self.options.max_gen_toks if self.options else len(self.continuation))
+
+    def forget_tokens(self) -> None:
+        """Free what an answered unit no longer needs."""
+        self.prompt = self.continuation = ()
+
+
+@dataclass(slots=True)
+class TaskRequests:
+    """What one task waits for: for each instance, for each repeat, the units whose answers make the response."""
+
+    task: str
+    responses: list[tuple[Instance, list[list[Unit]]]]
+
+    def units(self) -> Iterable[Unit]:
+        """Every unit as often as it is used."""
+        return (unit for _, repeats in self.responses for units in repeats for unit in units)
+
+    def deliver(self) -> None:
+        """Give every instance its responses."""
+        for instance, repeats in self.responses:
+            instance.resps.extend(_response(instance.request_type, units) for units in repeats)
+
+
+class RequestBuilder:
+    """Makes the units of one job."""
+
+    def __init__(self, model: ModelSpec, encoder: PromptEncoder, seed: int | None) -> None:
+        self._encoder = encoder
+        self._thinking = model.args.enable_thinking
+        self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
+        self._scope = cache_scope(model)
+        self._units: dict[bytes, Unit] = {}
+
+    def build(self, task: str, instances: Sequence[Instance]) -> TaskRequests:
+        """The requests of one task's instances, in their order.
+
+        Raises:
+            PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
+        """
+        makers: dict[str, Callable[[Sequence[Instance]], list[list[list[Unit]]]]] = {
+            "loglikelihood": self._loglikelihood,
+            "loglikelihood_rolling": self._rolling,
+            "generate_until": self._generation,
+        }
+        repeats: dict[int, list[list[Unit]]] = {}
+        for kind in dict.fromkeys(instance.request_type for instance in instances):
+            some = [instance for instance in instances if instance.request_type == kind]
+            repeats.update(zip(map(id, some), makers[kind](some), strict=True))
+        return TaskRequests(task, [(instance, repeats[id(instance)]) for instance in instances])
+
+    def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        if self._thinking:
+            raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
+        pairs = self._encoder.encode_pairs([instance.args for instance in instances])
+        return [
+            [[self._scoring(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
+        ]
+
+    def _rolling(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        tokens = self._encoder.encode(instance.args[0] for instance in instances)
+        return [[self._windows(tokens[instance.args[0]])] * (instance.repeats or 1) for instance in instances]
+
+    def _windows(self, tokens: Tokens) -> list[Unit]:
+        windows = get_rolling_token_windows(
+            token_list=list(tokens),
+            prefix_token=self._encoder.prefix_token_id,
+            max_seq_len=self._encoder.max_length,
+            context_len=1,
+        )
+        return [self._scoring(tuple(context), tuple(ids)) for context, ids in map(make_disjoint_window, windows)]
+
+    def _generation(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        end = self._encoder.end_of_text
+        options = [generation_options(instance.args[1], end) for instance in instances]
+        prompts: dict[tuple[str, int], Tokens] = {}
+        for room in {option.max_gen_toks for option in options}:
+            texts = [i.args[0] for i, option in zip(instances, options, strict=True) if option.max_gen_toks == room]
+            prompts.update(((text, room), ids) for text, ids in self._encoder.encode_prompts(texts, room).items())
+        return [
+            [
+                [self._generating(instance, repeat, prompts[instance.args[0], option.max_gen_toks], option)]
+                for repeat in range(instance.repeats or 1)
+            ]
+            for instance, option in zip(instances, options, strict=True)
+        ]
+
+    def _scoring(self, context: Tokens, continuation: Tokens) -> Unit:
+        key = answer_key(self._scope, b"loglikelihood", _bytes(context), _bytes(continuation))
+        return self._units.setdefault(key, Unit(prompt=context, continuation=continuation, key=key))
+
+    def _generating(self, instance: Instance, repeat: int, prompt: Tokens, options: GenerationOptions) -> Unit:
+        kind = msgspec.json.encode(options, order="sorted")
+        unit = Unit(prompt=prompt, options=options, kind=kind.decode())
+        if not is_deterministic(options):
+            unit.seed = self._sampling_seed(instance, repeat)
+            return unit
+        unit.key = answer_key(self._scope, b"generate", _bytes(prompt), kind)
+        return self._units.setdefault(unit.key, unit)
+
+    def _sampling_seed(self, instance: Instance, repeat: int) -> int:
+        """The same for the same document whatever else is evaluated, another one for each repeat."""
+        place = f"{instance.task_name}/{instance.doc_id}/{instance.idx}/{repeat}".encode()
+        return int.from_bytes(hashlib.sha256(self._seed + b"/" + place).digest()[:4], "big")
+
+
+def cache_scope(model: ModelSpec) -> bytes:
+    """What all cache keys of a model begin with: its content and arguments, and what computes the answers."""
+    libraries = [version("torch"), version("transformers")]
+    return msgspec.json.encode([ENGINE_VERSION, model.replica_key, *libraries])
+
+
+def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:
+    """A task's `generation_kwargs` as HFLM's `generate_until` and `_model_generate` read them."""
+    kwargs = dict(normalize_gen_kwargs(gen_kwargs))
+    until = handle_stop_sequences(kwargs.pop("until", None), eos=end_of_text)
+    max_gen_toks = kwargs.pop("max_gen_toks")
+    do_sample = bool(kwargs.pop("do_sample"))
+    temperature = kwargs.pop("temperature", 0.0)
+    if do_sample or temperature != 0.0:
+        kwargs["temperature"] = temperature
+    return GenerationOptions(until=tuple(until), max_gen_toks=max_gen_toks, do_sample=do_sample, kwargs=kwargs)
+
+
+def is_deterministic(options: GenerationOptions) -> bool:
+    """Whether the same prompt gives the same text every time."""
+    return not options.do_sample or options.kwargs.get("temperature") == 0.0
+
+
+def _response(request_type: str, units: Sequence[Unit]) -> object:
+    answers = [unit.answer for unit in units]
+    if request_type == "loglikelihood_rolling":
+        return sum(answer[0] for answer in answers)
+    return answers[0]
+
+
+def _bytes(tokens: Tokens) -> bytes:
+    return array("I", tokens).tobytes()
