@@ -25,6 +25,7 @@ class Leases:
         self._settings = settings
         self._inventory = inventory
         self._gpus: dict[str, Gpu] = {}
+        self._seen_gpus = False
         self._locks: dict[str, GpuLock] = {}
         self._free_before: dict[str, int] = {}
         self._quarantined: dict[str, str] = {}
@@ -33,8 +34,8 @@ class Leases:
 
     @property
     def has_gpus(self) -> bool:
-        """Whether the last look found any GPU."""
-        return bool(self._gpus)
+        """Whether any look so far found a GPU (a driver may come back)."""
+        return self._seen_gpus
 
     def slots(self, device: str) -> list[Slot]:
         """All slots of a kind of device, usable or not."""
@@ -49,6 +50,7 @@ class Leases:
         async with self._looking:
             gpus = await asyncio.to_thread(self._inventory.gpus)
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
+        self._seen_gpus |= bool(gpus)
         seen = [(_slot(gpu), self._why_not(gpu, own_pids)) for gpu in gpus]
         return (*((slot, None) for slot in self._cpu_slots), *seen)
 
@@ -63,9 +65,10 @@ class Leases:
             reason = self._why_not(gpu, own_pids) if gpu else "the GPU is not there any more"
             if reason is None:
                 lock = GpuLock(slot_id)
-                reason = None if lock.acquire() else "another evalpool server holds it"
-                if reason is None:
+                if lock.acquire():
                     self._locks[slot_id] = lock
+                else:
+                    reason = lock.problem
             if reason is not None:
                 self.release(wanted)
                 return f"GPU {gpu.index if gpu else slot_id}: {reason}"

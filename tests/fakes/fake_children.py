@@ -1,0 +1,77 @@
+"""Spawn targets for supervisor tests: small real processes that misbehave on purpose."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from gpu_pool.child import enter_child
+from gpu_pool.messages import DropJob, Dropped, decode_to_worker, encode
+
+
+def echo(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Answer every DropJob; end at Shutdown."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    print("started", flush=True)
+    os.system("echo from below python")
+    while isinstance(message := decode_to_worker(connection.recv_bytes()), DropJob):
+        connection.send_bytes(encode(Dropped(job_id=message.job_id)))
+
+
+def last_words(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Say something and die at once."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    connection.send_bytes(encode(Dropped(job_id="last words")))
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def deaf(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Never read the pipe."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    connection.send_bytes(encode(Dropped(job_id="ready")))
+    signal.pause()
+
+
+def half_a_frame(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Announce more than is sent, and hang."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    os.write(connection.fileno(), struct.pack("!i", 1000) + b"not all of it")
+    signal.pause()
+
+
+def nonsense(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Send a frame that is no message."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    connection.send_bytes(b"\xc1")
+    signal.pause()
+
+
+def oversize(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Announce a frame larger than any message."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    os.write(connection.fileno(), struct.pack("!i", 2**31 - 1))
+    signal.pause()
+
+
+def with_grandchild(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Fork a grandchild that holds the pipe open, report its pid, and die when told to."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            time.sleep(60)  # a grandchild that would live for ever
+    connection.send_bytes(encode(Dropped(job_id=str(pid))))
+    connection.recv_bytes()
+    os._exit(3)
+
+
+def busy(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Compute without ever returning to the pipe."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    connection.send_bytes(encode(Dropped(job_id="ready")))
+    while True:
+        sum(range(1000))

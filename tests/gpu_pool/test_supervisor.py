@@ -1,0 +1,142 @@
+"""Real spawned processes: messages, deaths, groups, and what a child does that hangs or talks nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_children
+import pytest
+
+from gpu_pool.messages import DropJob, Dropped, FromWorker, decode_from_worker
+from gpu_pool.supervisor import Child, describe_exit, spawn
+
+PATIENCE_SECONDS = 30
+
+
+class Watched:
+    """A child, what it said, and how it ended."""
+
+    def __init__(self, child: Child[FromWorker]) -> None:
+        self.child = child
+        self.said: asyncio.Queue[str] = asyncio.Queue()
+        self.causes: list[str] = []
+        child.watch(self.on_message, self.on_death)
+
+    async def on_message(self, message: FromWorker) -> None:
+        assert isinstance(message, Dropped)
+        self.said.put_nowait(message.job_id)
+
+    async def on_death(self, cause: str) -> None:
+        self.causes.append(cause)
+
+
+async def start(target: Callable[..., None], folder: Path) -> Watched:
+    return Watched(await spawn("child", target, str(folder), decode_from_worker))
+
+
+def ends(descriptor: int) -> bool:
+    """Whether the process of this pidfd, which need not be a child of ours, ends in time."""
+    readable, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
+    os.close(descriptor)
+    return bool(readable)
+
+
+@pytest.fixture(autouse=True)
+async def bounded() -> object:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        yield
+
+
+async def test_messages_go_both_ways_and_output_goes_to_the_log(tmp_path: Path) -> None:
+    watched = await start(fake_children.echo, tmp_path)
+    for word in ("a", "b"):
+        watched.child.send(DropJob(job_id=word))
+        assert await watched.said.get() == word
+    await watched.child.stop(PATIENCE_SECONDS)
+    assert watched.causes == ["exit code 0"]
+    assert (tmp_path / "child.log").read_text() == "started\nfrom below python\n"
+
+
+async def test_last_words_are_heard_before_the_death(tmp_path: Path) -> None:
+    watched = await start(fake_children.last_words, tmp_path)
+    assert await watched.child.gone == "killed by SIGSEGV"
+    assert watched.said.get_nowait() == "last words"
+
+
+async def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+    watched = await start(fake_children.deaf, tmp_path)
+    await watched.said.get()
+    await watched.child.stop(grace_seconds=0.1)
+    assert watched.causes == ["killed by SIGKILL"]
+
+
+async def test_half_a_frame_blocks_nobody_else(tmp_path: Path) -> None:
+    hung = await start(fake_children.half_a_frame, tmp_path / "hung")
+    watched = await start(fake_children.echo, tmp_path / "well")
+    watched.child.send(DropJob(job_id="a"))
+    assert await watched.said.get() == "a"
+    hung.child.kill()
+    watched.child.kill()
+    await asyncio.gather(hung.child.gone, watched.child.gone)
+
+
+@pytest.mark.parametrize("target", [fake_children.nonsense, fake_children.oversize])
+async def test_a_child_that_talks_nonsense_is_killed(target: Callable[..., None], tmp_path: Path) -> None:
+    watched = await start(target, tmp_path)
+    assert await watched.child.gone == "killed by SIGKILL"
+
+
+async def test_a_grandchild_that_holds_the_pipe_dies_with_its_parent(tmp_path: Path) -> None:
+    watched = await start(fake_children.with_grandchild, tmp_path)
+    grandchild = os.pidfd_open(int(await watched.said.get()))
+    watched.child.send(DropJob(job_id="die"))
+    assert await watched.child.gone == "exit code 3"
+    assert ends(grandchild)
+
+
+async def test_what_a_killed_child_still_says_is_not_heard(tmp_path: Path) -> None:
+    watched = await start(fake_children.echo, tmp_path)
+    watched.child.kill()
+    watched.child.send(DropJob(job_id="a"))
+    await watched.child.gone
+    assert watched.said.empty()
+    watched.child.kill()  # its process is gone: nothing to signal
+
+
+def test_children_die_with_a_parent_that_is_killed_even_while_they_compute(tmp_path: Path) -> None:
+    script = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(fake_children.__file__).parent)!r})
+import fake_children
+from gpu_pool.messages import decode_from_worker
+from gpu_pool.supervisor import spawn
+
+async def main():
+    child = await spawn("busy", fake_children.busy, {str(tmp_path)!r}, decode_from_worker)
+    async def on_message(message): print(child.pid, flush=True)
+    async def on_death(cause): pass
+    await child.watch(on_message, on_death)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+    (tmp_path / "parent.py").write_text(script)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        descriptor = os.pidfd_open(pid)
+        parent.send_signal(signal.SIGKILL)
+    assert ends(descriptor)
+
+
+def test_exit_codes_in_words() -> None:
+    assert describe_exit(0) == "exit code 0"
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(None) == "not ended"
