@@ -96,4 +96,7 @@ def _client_of(hello: Hello, writer: asyncio.StreamWriter) -> Client:
         payload = encode(message)
         loop.call_soon_threadsafe(writer.write, _LENGTH.pack(len(payload)) + payload)
 
-    return Client(hello.job_id, send, partial(loop.call_soon_threadsafe, writer.transport.abort))
+    def hang_up() -> None:
+        loop.call_soon_threadsafe(writer.transport.abort)
+
+    return Client(hello.job_id, send, hang_up)

@@ -14,7 +14,7 @@ import transformers
 from gpu_pool.messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import greedy_batches, run_halving
 from gpu_pool.worker.engine.loading import LoadedModel
-from gpu_pool.worker.engine.padding import pad_left
+from gpu_pool.worker.engine.padding import Company, pad_left
 from gpu_pool.worker.engine.sampling import seeded_sampling
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
@@ -80,13 +80,13 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
     """Whether one more prompt, none longer than the first, may be generated together with the others."""
     limits, options = loaded.limits, chunk.options
     most_rows = chunk.batch_size or limits.generated_rows
-    if _beams(options) > 1 and options.do_sample:
-        most_rows = 1  # their draws come from one generator for the whole batch
-    equal_lengths = not _is_blind_to_padding(loaded, options)
+    company = _company(loaded, options)
 
     def fits(batch: list[Prompt], prompt: Prompt) -> bool:
         count, width = len(batch) + 1, len(batch[0].tokens)
-        if count > most_rows or (equal_lengths and len(prompt.tokens) != width):
+        if company is Company.NONE or (company is Company.EQUAL_LENGTH and len(prompt.tokens) != width):
+            return False
+        if count > most_rows:
             return False
         held = count * _beams(options) * (width + options.max_gen_toks)
         return bool(chunk.batch_size) or held <= limits.generated_tokens
@@ -94,10 +94,14 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
     return fits
 
 
-def _is_blind_to_padding(loaded: LoadedModel, options: GenerationOptions) -> bool:
+def _company(loaded: LoadedModel, options: GenerationOptions) -> Company:
+    """What both the model and the options allow."""
+    if _beams(options) > 1 and options.do_sample:
+        return Company.NONE  # their draws come from one generator for the whole batch
     defaults = loaded.model.generation_config
-    set_options = [name for name in _COUNT_PADDING if options.kwargs.get(name, getattr(defaults, name, None))]
-    return not set_options and loaded.pads_left
+    if any(options.kwargs.get(name, getattr(defaults, name, None)) for name in _COUNT_PADDING):
+        return Company.NONE if loaded.company is Company.NONE else Company.EQUAL_LENGTH
+    return loaded.company
 
 
 def _beams(options: GenerationOptions) -> int:

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.worker.engine.batching import CPU_LIMITS, CUDA_LIMITS, Limits
-from gpu_pool.worker.engine.padding import tolerates_left_padding
+from gpu_pool.worker.engine.padding import Company, probe_company
 from gpu_pool.worker.engine.tokenizer import load_tokenizer
 
 DEFAULT_MAX_LENGTH = 2048
@@ -71,9 +71,9 @@ class LoadedModel:
         return "logits_to_keep" in self.forward_names and not _has_virtual_tokens(self.model)
 
     @cached_property
-    def pads_left(self) -> bool:
-        """Whether answers stay the same under padding on the left; if not, only prompts of equal length go together."""
-        return tolerates_left_padding(self.model)
+    def company(self) -> Company:
+        """Which prompts may be continued together."""
+        return probe_company(self.model)
 
     def logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [rows, len(positions), vocabulary] of right-padded `ids` [rows, width] at `positions` (ascending).

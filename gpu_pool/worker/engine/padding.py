@@ -1,17 +1,18 @@
 # pyright: basic
-"""Padding sequences to one width, and whether a model's answers survive it."""
+"""Padding sequences to one width, and which models' answers survive it."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-_PROBE_LENGTH, _PROBE_PADDING = 6, 5
+_PROBE_LENGTH = 6
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.1
-"""Share of the logits' spread that padding may change: rounding does less, a state polluted by padding more."""
+"""Share of the logits' spread that company may change: rounding does less, a polluted state more."""
 
 
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -32,16 +33,28 @@ def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class Company(enum.Enum):
+    """Which prompts a model can continue together without changing each other's answers."""
+
+    ANY_LENGTH = "any length"
+    EQUAL_LENGTH = "equal length"  # some recurrent models let padding into their state, attention mask or not
+    NONE = "none"  # and some mix the rows of a batch up
+
+
 @torch.inference_mode()
-def tolerates_left_padding(model: Any) -> bool:
-    """Ask the model: some recurrent ones let padding into their state, attention mask or not."""
+def probe_company(model: Any) -> Company:
+    """Ask the model, with three generations of two tokens."""
     embedding = model.get_input_embeddings().weight
-    probe = [(7 * index + 3) % len(embedding) for index in range(_PROBE_LENGTH)]
-    longer = [(5 * index + 2) % len(embedding) for index in range(_PROBE_LENGTH + _PROBE_PADDING)]
-    alone = _second_logits(model, [probe], embedding.device)
-    padded = _second_logits(model, [probe, longer], embedding.device)
-    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    return bool((alone - padded).abs().max() <= tolerance * (alone.max() - alone.min()))
+    first, second, longer = (
+        [(factor * index + 3) % len(embedding) for index in range(length)]
+        for factor, length in ((7, _PROBE_LENGTH), (5, _PROBE_LENGTH), (11, 2 * _PROBE_LENGTH))
+    )
+    alone = _second_logits(model, [first], embedding.device)
+    allowed = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE) * (alone.max() - alone.min())
+    for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
+        if (alone - _second_logits(model, [first, other], embedding.device)).abs().max() <= allowed:
+            return company
+    return Company.NONE
 
 
 def _second_logits(model: Any, sequences: list[list[int]], device: torch.device) -> torch.Tensor:

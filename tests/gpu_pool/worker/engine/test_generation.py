@@ -1,0 +1,195 @@
+from typing import Any
+
+import pytest
+
+from gpu_pool.messages import GenerationChunk, GenerationOptions
+from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.generation import generate
+
+PROMPTS = [
+    "Question: what is the capital of France?",
+    "Paris",
+    "the city of Paris, of course, and which of these is it? " * 3,
+    "A",
+    "which of these is it?\nAnswer:",
+    "Answer: the city",
+    "0123456789",
+    "of course of course",
+    "is it, is it, is it?",
+]
+
+
+def never() -> bool:
+    return False
+
+
+def texts(
+    loaded: Any,
+    prompts: list[str],
+    batch_size: int | None = None,
+    seeds: tuple[int, ...] = (),
+    **options: Any,
+) -> tuple[str, ...]:
+    """Our answers."""
+    chunk = GenerationChunk(
+        chunk_id=1,
+        prompts=tuple(tuple(loaded.tokenizer.encode(prompt)) for prompt in prompts),
+        options=GenerationOptions(**options),
+        seeds=seeds,
+        batch_size=batch_size,
+    )
+    return generate(loaded, chunk, never)
+
+
+def expected(reference: Any, prompts: list[str], **gen_kwargs: Any) -> tuple[str, ...]:
+    """lm-eval's answers."""
+    from lm_eval.api.instance import Instance
+
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(gen_kwargs)), idx=index)
+        for index, prompt in enumerate(prompts)
+    ]
+    return tuple(reference.generate_until(requests, disable_tqdm=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, None])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mistral", "mamba", "rwkv"])
+def test_equals_lm_eval(model_type, batch_size, checkpoint, load, reference):
+    theirs = expected(reference(checkpoint(model_type)), PROMPTS, max_gen_toks=24)
+    ours = texts(load(checkpoint(model_type)), PROMPTS, batch_size, max_gen_toks=24)
+    assert ours == theirs
+    assert len(set(ours)) > 3
+
+
+def test_equals_lm_eval_in_batches(checkpoint, load, reference):
+    theirs = expected(reference(checkpoint("llama"), batch_size=7), PROMPTS, max_gen_toks=24)
+    assert texts(load(checkpoint("llama")), PROMPTS, max_gen_toks=24) == theirs
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_stop_strings(batch_size, checkpoint, load, reference):
+    folder = checkpoint("llama")
+    unstopped = texts(load(folder), PROMPTS, max_gen_toks=24)
+    until = [text[5:7] for text in unstopped[:3]]
+    theirs = expected(reference(folder), PROMPTS, max_gen_toks=24, until=list(until))
+    ours = texts(load(folder), PROMPTS, batch_size, max_gen_toks=24, until=tuple(until))
+    assert ours == theirs
+    assert ours != unstopped
+
+
+def test_generation_ends_with_the_last_stop_string(checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    until = tuple({text[3] for text in texts(loaded, PROMPTS[:4], max_gen_toks=200)})
+    steps: list[int] = []
+    hook = loaded.model.register_forward_pre_hook(lambda *_: steps.append(1))
+    texts(loaded, PROMPTS[:4], max_gen_toks=200, until=until)
+    hook.remove()
+    assert len(steps) < 100
+
+
+def test_long_prompts_lose_their_beginning(checkpoint, load, reference):
+    folder = checkpoint("llama")
+    theirs = expected(reference(folder, max_length=40), PROMPTS, max_gen_toks=24)
+    assert texts(load(folder, max_length=40), PROMPTS, max_gen_toks=24) == theirs
+
+
+def test_end_of_sequence_token_ends_a_text(checkpoint, load, reference):
+    folder = checkpoint("llama")
+    first = load(folder).tokenizer.encode(texts(load(folder), PROMPTS[:1], max_gen_toks=24)[0][4:])[0]
+    theirs = expected(reference(folder), PROMPTS, max_gen_toks=24, eos_token_id=first)
+    ours = texts(load(folder), PROMPTS, max_gen_toks=24, kwargs={"eos_token_id": first})
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"num_beams": 3}, {"max_length": 70}],
+)
+def test_options_equal_lm_eval_one_at_a_time(kwargs, checkpoint, load, reference):
+    folder = checkpoint("llama")
+    prompts = [prompt[:40] for prompt in PROMPTS]
+    theirs = expected(reference(folder), prompts, max_gen_toks=24, until=["e"], **kwargs)
+    assert texts(load(folder), prompts, max_gen_toks=24, until=("e",), kwargs=kwargs) == theirs
+
+
+def test_think_end_token(checkpoint, load, reference):
+    folder = checkpoint("llama")
+    text = texts(load(folder), PROMPTS[:1], max_gen_toks=24)[0]
+    by_text = {"think_end_token": text[6:8]}
+    assert texts(load(folder, **by_text), PROMPTS, max_gen_toks=24) == expected(
+        reference(folder, **by_text), PROMPTS, max_gen_toks=24
+    )
+    by_id = {"think_end_token": str(load(folder).tokenizer.encode(text[6:])[0])}
+    assert texts(load(folder, **by_id), PROMPTS, max_gen_toks=24) == expected(
+        reference(folder, **by_id), PROMPTS, max_gen_toks=24
+    )
+
+
+SAMPLING: dict[str, Any] = {
+    "max_gen_toks": 16,
+    "do_sample": True,
+    "kwargs": {"temperature": 0.9, "top_p": 0.95, "top_k": 50},
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_sampling_does_not_depend_on_the_batch(batch_size, checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    seeds = tuple(range(len(PROMPTS)))
+    ours = texts(loaded, PROMPTS, batch_size, seeds, **SAMPLING)
+    backwards = texts(loaded, PROMPTS[::-1], 3, seeds[::-1], **SAMPLING)
+    assert ours == backwards[::-1]
+    assert ours != texts(loaded, PROMPTS, batch_size, tuple(seed + 100 for seed in seeds), **SAMPLING)
+
+
+def test_beam_sampling_does_not_depend_on_the_batch(checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    options = SAMPLING | {"kwargs": {"temperature": 0.9, "num_beams": 2}}
+    ours = texts(loaded, PROMPTS[:3], None, (1, 2, 3), **options)
+    assert ours[1:] == texts(loaded, PROMPTS[1:3], 2, (2, 3), **options)
+
+
+def test_sampling_follows_the_softmax():
+    """Frequencies of each token's draw against its probability: within five standard errors."""
+    import torch
+
+    from gpu_pool.worker.engine.sampling import SeededNoise
+
+    count = 5000
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    noise = SeededNoise(range(count), torch.device("cpu"))
+    drawn = noise(torch.empty(0), probabilities.log().repeat(count, 1)).argmax(-1)
+    shares = drawn.bincount(minlength=5) / count
+    assert ((shares - probabilities).abs() <= 5 * (probabilities * (1 - probabilities) / count).sqrt()).all()
+
+
+def test_no_room_for_the_prompt_is_refused(checkpoint, load):
+    with pytest.raises(ValueError, match="must be less than the context length"):
+        texts(load(checkpoint("llama")), PROMPTS, max_gen_toks=256)
+
+
+def test_empty_prompt_starts_from_the_prefix_token(checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    prefix = GenerationChunk(
+        chunk_id=1, prompts=((loaded.prefix_token_id,),), options=GenerationOptions(max_gen_toks=8)
+    )
+    assert texts(loaded, [""], max_gen_toks=8) == generate(loaded, prefix, never)
+
+
+def test_cancelled_at_the_next_token(checkpoint, load):
+    asked = iter([False, False, True])
+    chunk = GenerationChunk(chunk_id=1, prompts=((5, 6),), options=GenerationOptions(max_gen_toks=100))
+    with pytest.raises(Cancelled):
+        generate(load(checkpoint("llama")), chunk, lambda: next(asked))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_real_model_equals_lm_eval(batch_size, smollm2, load, reference):
+    prompts = [
+        "The capital of France is",
+        "Question: How many legs does a spider have?\nAnswer:",
+        "Once upon a time there was a small dog who lived near a big river. One day",
+    ]
+    theirs = expected(reference(smollm2), prompts, max_gen_toks=16, until=["\n\n"])
+    assert texts(load(smollm2), prompts, batch_size, max_gen_toks=16, until=("\n\n",)) == theirs
