@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from gpu_pool.records import Record
 
@@ -21,8 +24,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Folders of the user's own task YAML."""
     dataset_roots: dict[str, str] = {}
     """Hub data set -> local files, so that unmodified tasks run offline."""
-    cpu_workers: int = default_cpu_workers()
-    evaluators: int = 0
+    cpu_workers: Annotated[int, Meta(ge=0)] = default_cpu_workers()
+    evaluators: Annotated[int, Meta(ge=0)] = 0
     """Jobs that may run at once (evaluator processes); 0: one more than there are workers, at most 8."""
     output_roots: tuple[Path, ...] = ()
     """Folders under which a request's `output_dir` may lie, beside the data folder's own."""
@@ -30,13 +33,13 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Run tasks that execute code written by the model."""
     allow_remote_code: bool = False
     """Run code that comes with a checkpoint (`trust_remote_code`)."""
-    max_attempts: int = 3
+    max_attempts: Annotated[int, Meta(ge=1)] = 3
     """Times a job is started before losing its processes makes it fail."""
-    evaluator_memory_bytes: int = 4 * 1024**3
+    evaluator_memory_bytes: Annotated[int, Meta(ge=1)] = 4 * 1024**3
     """An evaluator above this is replaced when its job is done."""
-    gpu_free_fraction: float = 0.9
+    gpu_free_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """A GPU counts as free when at least this share of its memory is."""
-    worker_load_timeout_s: float = 3600.0
+    worker_load_timeout_s: Annotated[float, Meta(gt=0)] = 3600.0
     """A worker that has not loaded its model by then is killed."""
-    drop_timeout_s: float = 60.0
+    drop_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     """A worker that has not reached the end of a step by then, while a job waits to be cancelled, is killed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from litestar import Litestar
+from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
 
@@ -14,7 +14,7 @@ from server.errors import problem_response
 from server.openapi import openapi_config, openapi_json, static_files
 from server.routes import catalog, evaluate, gpus, health, jobs, queue
 from server.settings import Settings
-from server.strict_json import StrictRequest
+from server.strict_json import StrictRequest, refuse_unknown_parameters
 
 HANDLERS = [
     evaluate.evaluate,
@@ -48,7 +48,11 @@ def create_app(settings: Settings, pool: Pool | None = None) -> Litestar:
         return pool
 
     return Litestar(
-        route_handlers=[*HANDLERS, openapi_json, static_files],
+        route_handlers=[
+            Router("/", route_handlers=HANDLERS, before_request=refuse_unknown_parameters),
+            openapi_json,
+            static_files,
+        ],
         dependencies={"pool": Provide(provide_pool, sync_to_thread=False)},
         exception_handlers={HTTPException: problem_response, Exception: problem_response},
         request_class=StrictRequest,

@@ -1,4 +1,4 @@
-"""The one table from errors to HTTP: every error leaves as RFC 9457 problem+json, and a 500 says nothing of its cause."""
+"""The one table from errors to HTTP: all leave as RFC 9457 problem+json, and a 500 says nothing of its cause."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.openapi.datastructures import ResponseSpec
 
+from gpu_pool.desk import DeskUnavailable
 from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, NoSuchSamples, ShuttingDown
 from server.schemas import FieldProblem, Problem
 
@@ -22,7 +23,11 @@ STATUS_OF: dict[type[Exception], HTTPStatus] = {
     NoSuchSamples: HTTPStatus.NOT_FOUND,
     JobAlreadyFinished: HTTPStatus.BAD_REQUEST,
     ShuttingDown: HTTPStatus.SERVICE_UNAVAILABLE,
+    DeskUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+
+_NAMES = {"data": "body"}
+"""Names of a handler's parameters that a client knows by another."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +46,9 @@ def problem_of(error: Exception) -> Problem:
     if status := STATUS_OF.get(type(error)):
         return _problem(status, str(error), _field_problems(error))
     if isinstance(error, HTTPException) and error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
-        return _problem(HTTPStatus(error.status_code), error.detail, _parameter_problems(error))
+        errors = _parameter_problems(error)
+        detail = "; ".join(f"{item.field}: {item.problem}" for item in errors) or error.detail
+        return _problem(HTTPStatus(error.status_code), detail, errors)
     return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The server failed to answer; its log says why", [])
 
 
@@ -75,4 +82,4 @@ def _parameter_problems(error: HTTPException) -> list[FieldProblem]:
     if not error.extra:
         return []
     extras = msgspec.convert(error.extra, list[_Extra])
-    return [FieldProblem(field=extra.key, problem=extra.message, choices=[]) for extra in extras]
+    return [FieldProblem(field=_NAMES.get(extra.key, extra.key), problem=extra.message, choices=[]) for extra in extras]

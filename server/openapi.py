@@ -8,15 +8,19 @@ from typing import Any
 import msgspec
 from litestar import Litestar, Request, Response, get
 from litestar.enums import MediaType
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Tag
 from litestar.static_files import create_static_files_router
+from litestar.types import Method
+from litestar.types.internal_types import PathParameterDefinition
 
 from server import schemas
 
 STATIC = Path(__file__).parent / "static"
 API_VERSION = "0.1.0"
+_REF = "#/components/schemas/{name}"
 
 _DESCRIPTION = """Evaluation as a service for language models on a box of GPUs.
 
@@ -27,18 +31,30 @@ is refused as ambiguous.
 
 
 def document(app: Litestar) -> dict[str, Any]:
-    """The app's OpenAPI document, with the components as msgspec states them.
-
-    Litestar's own lose `additionalProperties: false` and the bounds inside unions.
-    """
+    """The app's OpenAPI document, corrected where Litestar's says something else than the server does."""
     spec = app.openapi_schema.to_schema()
-    spec["components"]["schemas"] = _components()
+    structs = [getattr(schemas, name) for name in spec["components"]["schemas"]]
+    # Litestar's own components lose `additionalProperties: false` and the bounds inside unions
+    spec["components"]["schemas"] = msgspec.json.schema_components(structs, ref_template=_REF)[1]
+    for path in spec["paths"].values():
+        for operation in path.values():
+            operation["summary"] = operation.pop("description")
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = _without_null(parameter["schema"])
     return spec
 
 
-def _components() -> dict[str, Any]:
-    structs = [item for item in vars(schemas).values() if isinstance(item, type) and issubclass(item, msgspec.Struct)]
-    return msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")[1]
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter may be left out, but its text is never null."""
+    match schema:
+        case {"oneOf": [present, {"type": "null"}]}:
+            return present
+        case _:
+            return schema
+
+
+def _operation_id(handler: HTTPRouteHandler, _method: Method, _path: list[str | PathParameterDefinition]) -> str:
+    return handler.handler_name
 
 
 class _Document(OpenAPIRenderPlugin):
@@ -85,4 +101,5 @@ def openapi_config() -> OpenAPIConfig:
             Tag(name="checkpoints", description="Make training checkpoints loadable"),
         ],
         use_handler_docstrings=True,
+        operation_id_creator=_operation_id,
     )

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 _SEED_MAX = 2**32 - 1
+_BATCH_SIZE = r"^(auto|[1-9][0-9]{0,5})(?!\n)$"  # `$` alone lets a final newline through
+_DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?)(?!\n)$"
 
 Name = Annotated[str, Meta(min_length=1)]
 Seed = Annotated[int, Meta(ge=0, le=_SEED_MAX)] | None
@@ -41,11 +43,11 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         Meta(description="A number of few-shot examples, 0 or more; null: what the task says"),
     ] = None
     batch_size: Annotated[
-        Annotated[int, Meta(ge=1, le=1_000_000)] | Annotated[str, Meta(pattern="^(auto|[1-9][0-9]{0,5})$")] | None,
+        Annotated[int, Meta(ge=1, le=1_000_000)] | Annotated[str, Meta(pattern=_BATCH_SIZE)] | None,
         Meta(description='Most sequences in one forward pass: a positive integer or "auto"; null: "auto"'),
     ] = None
     device: Annotated[
-        Annotated[str, Meta(pattern="^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?)$")] | None,
+        Annotated[str, Meta(pattern=_DEVICE)] | None,
         Meta(description='"cpu", "cuda" (any GPU) or "cuda:N" (GPU N in PCI order); null: GPUs where there are any'),
     ] = None
     limit: Annotated[
@@ -97,7 +99,7 @@ class MergeRequest(Request, frozen=True, kw_only=True):
     ] = None
     checkpoint_type: Annotated[
         Literal["regular", "ema"],
-        Meta(description='"regular" for the model\'s weights, "ema" for their moving average'),
+        Meta(description='"regular" for the model\'s weights, "ema" for their average'),
     ] = "regular"
 
 
@@ -210,6 +212,7 @@ class QueueInfo(Response, frozen=True, kw_only=True):
     completed_jobs: int
     failed_jobs: int
     running_jobs: list[str]
+    cancelled_jobs: int
 
 
 class Health(Response, frozen=True, kw_only=True):
@@ -270,7 +273,8 @@ class WorkerInfo(Response, frozen=True, kw_only=True):
     pid: int | None
     slots: list[str]
     jobs: list[str]
-    served: int
+    description: str | None
+    memory_bytes: int | None
     model: ModelInfo
 
 

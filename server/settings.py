@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from msgspec import Meta
 
 from gpu_pool.records import Record
 from gpu_pool.settings import PoolSettings
+from gpu_pool.suggestions import close_names
 
 PREFIX = "EVALPOOL_"
 NOT_SETTINGS = frozenset({"EVALPOOL_URL", "EVALPOOL_CACHE", "EVALPOOL_VENV"})
@@ -51,7 +51,7 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None, environ: M
     Raises:
         SettingsError: unknown name or wrong value, saying where.
     """
-    values = {
+    values: dict[str, Any] = {
         "data_dir": Path("evalpool-data").absolute(),
         **_from_file(config_file),
         **_from_environment(environ),
@@ -94,7 +94,7 @@ def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_known(name: str, known: Mapping[str, Any], where: str) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        close = close_names(name, known) or sorted(known)
         raise SettingsError(f"{where}: no such setting; did you mean {', '.join(close)}?")
 
 

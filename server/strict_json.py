@@ -1,17 +1,18 @@
-"""Strict request bodies: straight from JSON into the handler's Struct, and what is wrong with those that do not fit."""
+"""Strict requests: bodies decoded straight into the handler's Struct, and what is wrong with those that do not fit."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from typing import Any
 
 import msgspec
 from litestar import Request
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.suggestions import close_names
 
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
@@ -35,6 +36,14 @@ class UnsupportedMediaType(HTTPException):
 class StrictRequest(Request[Any, Any, Any]):
     """A request whose JSON body is decoded without conversions ("2" is no number) and without unknown fields."""
 
+    async def body(self) -> bytes:
+        """The body's bytes. Raises RequestEntityTooLarge, saying what the limit is."""
+        try:
+            return await super().body()
+        except RequestEntityTooLarge as error:
+            most = self.route_handler.resolve_request_max_body_size()
+            raise RequestEntityTooLarge(detail=f"The body must not be larger than {most} bytes") from error
+
     async def json(self) -> Any:
         """The body as the type of the handler's `data` parameter.
 
@@ -43,6 +52,14 @@ class StrictRequest(Request[Any, Any, Any]):
         if self.content_type[0].lower() != "application/json":
             raise UnsupportedMediaType(detail="Send the body as Content-Type: application/json")
         return decode(await self.body(), self.route_handler.parsed_fn_signature.parameters["data"].annotation)
+
+
+def refuse_unknown_parameters(request: Request[Any, Any, Any]) -> None:
+    """Before each request: a misspelt query parameter must not be ignored. Raises ValidationException."""
+    known = request.route_handler.parsed_fn_signature.parameters
+    unknown = [{"key": key, "message": "unknown parameter"} for key in request.query_params if key not in known]
+    if unknown:
+        raise ValidationException(extra=unknown)
 
 
 def decode(body: bytes, type_: Any) -> Any:
@@ -54,7 +71,7 @@ def decode(body: bytes, type_: Any) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedJson(detail=f"The body is not JSON: {error}") from error
     for field in msgspec.structs.fields(type_):
-        _check_storable(getattr(value, field.name), field.name)
+        check_storable(getattr(value, field.name), field.name)
     return value
 
 
@@ -63,8 +80,8 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(type_)
 
 
-def _check_storable(value: Any, path: str, depth: int = 0) -> None:
-    """Refuse what JSON allows but files, processes and the database do not."""
+def check_storable(value: Any, path: str, depth: int = 0) -> None:
+    """Refuse what JSON allows but files, processes and the database do not. Raises InvalidRequest."""
     match value:
         case str() if "\0" in value:
             raise InvalidRequest(path, "must not contain the NUL character")
@@ -74,11 +91,11 @@ def _check_storable(value: Any, path: str, depth: int = 0) -> None:
             raise InvalidRequest(path, f"is nested more than {_MAX_DEPTH} levels deep")
         case list():
             for index, item in enumerate(value):
-                _check_storable(item, f"{path}[{index}]", depth + 1)
+                check_storable(item, f"{path}[{index}]", depth + 1)
         case dict():
             for key, item in value.items():
-                _check_storable(key, path)
-                _check_storable(item, f"{path}.{key}", depth + 1)
+                check_storable(key, path)
+                check_storable(item, f"{path}.{key}", depth + 1)
         case _:
             pass
 
@@ -90,7 +107,7 @@ def _invalid_request(message: str, type_: Any) -> InvalidRequest:
     what, path = match_["what"], (match_["path"] or "").removeprefix(".")
     if unknown := _UNKNOWN.fullmatch(what):
         known = [field.encode_name for field in msgspec.structs.fields(type_)]
-        close = difflib.get_close_matches(unknown["name"], known, n=3) or known
+        close = close_names(unknown["name"], known) or known
         return InvalidRequest(unknown["name"], "unknown field", choices=close)
     if missing := _MISSING.fullmatch(what):
         return InvalidRequest(missing["name"], f"missing; {_description(type_, missing['name'])}")

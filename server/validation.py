@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.records import Evaluation
 from server.schemas import EvaluateRequest
+from server.strict_json import check_storable
 
 
 def to_evaluation(request: EvaluateRequest) -> Evaluation:
@@ -20,7 +21,7 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
         batch_size=_batch_size(request.batch_size),
         device=request.device,
         limit=_limit(request.limit),
-        gen_kwargs=parse_gen_kwargs(request.gen_kwargs),
+        gen_kwargs=_gen_kwargs(request.gen_kwargs),
         log_samples=request.log_samples,
         predict_only=request.predict_only,
         num_gpus=request.num_gpus,
@@ -48,11 +49,17 @@ def _batch_size(value: int | str | None) -> int | Literal["auto"]:
     return "auto" if value is None or value == "auto" else int(value)
 
 
+def _gen_kwargs(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    options = parse_gen_kwargs(value)
+    check_storable(options, "gen_kwargs")  # a string can hold numbers that the body's own check has not seen
+    return options
+
+
 def _limit(value: int | float | None) -> int | float | None:
     """Floats above 1 must be whole; 1.0 could mean one document or all of them."""
     if not isinstance(value, float) or value < 1:
         return value
-    if value == 1:
+    if value == 1.0:
         raise InvalidRequest("limit", "1.0 is ambiguous: 1 is one document, leaving it out is all of them")
     if not value.is_integer():
         raise InvalidRequest("limit", f"{value} is no number of documents (1, 2, …) and no fraction between 0 and 1")

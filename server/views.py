@@ -7,14 +7,19 @@ from datetime import UTC, datetime
 import msgspec
 
 from gpu_pool.messages import TaskEntry
-from gpu_pool.pool import GpuView, Pool, QueueView, WorkerView
-from gpu_pool.records import Job, JobState, ModelSpec, Progress
+from gpu_pool.pool import Pool
+from gpu_pool.records import GpuView, Job, JobState, ModelSpec, Progress, QueueView, WorkerView
 from server import schemas
 
 
 def status_of(state: JobState) -> schemas.JobStatus:
     """The reference's five names: a job that is being cancelled still reads "running"."""
     return schemas.JobStatus.RUNNING if state is JobState.CANCELLING else schemas.JobStatus(state.value)
+
+
+def states_of(status: schemas.JobStatus) -> tuple[JobState, ...]:
+    """The states that show as `status`."""
+    return tuple(state for state in JobState if status_of(state) is status)
 
 
 def submitted(job: Job, position: int | None) -> schemas.JobSubmitted:
@@ -72,6 +77,7 @@ def queue_info(queue: QueueView) -> schemas.QueueInfo:
         completed_jobs=queue.completed,
         failed_jobs=queue.failed,
         running_jobs=list(queue.running),
+        cancelled_jobs=queue.cancelled,
     )
 
 
@@ -120,7 +126,8 @@ def worker_list(workers: list[WorkerView]) -> schemas.WorkerList:
                 pid=view.pid,
                 slots=list(view.worker.slots),
                 jobs=sorted(view.worker.jobs),
-                served=view.served,
+                description=view.description,
+                memory_bytes=view.memory_bytes,
                 model=model_info(view.worker.spec),
             )
             for view in workers

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import get
-from litestar.params import Parameter
+from litestar.di import NamedDependency
+from litestar.params import QueryParameter
 
 from gpu_pool.models import model_kinds
 from gpu_pool.pool import Pool
@@ -16,14 +17,14 @@ from server.schemas import ModelList, TaskList
 
 @get("/tasks", tags=["catalogue"], responses=problems(400))
 async def list_tasks(
-    pool: Pool,
-    details: Annotated[bool, Parameter(description="Say also what each name is")] = False,
+    pool: NamedDependency[Pool],
+    details: Annotated[bool, QueryParameter(description="Say also what each name is")] = False,
 ) -> TaskList:
     """Names that `tasks` may contain."""
     return views.task_list(await pool.catalogue(), details)
 
 
-@get("/models", tags=["catalogue"])
+@get("/models", tags=["catalogue"], responses=problems(400))
 async def list_models() -> ModelList:
     """Kinds that `model` may name; it may also be a path or a hub id."""
     return ModelList(models=model_kinds())

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import msgspec
 from litestar import post
+from litestar.di import NamedDependency
+from litestar.enums import RequestEncodingType
 from litestar.openapi.spec import Example
-from litestar.params import Body
+from litestar.params import BodyKwarg
 
 from gpu_pool.pool import Pool
 from server import views
@@ -40,7 +42,10 @@ _EXAMPLES = [
 
 
 @post("/evaluate", status_code=200, tags=["jobs"], responses=problems(400, 413, 415, 422, 503))
-async def evaluate(data: Annotated[EvaluateRequest, Body(examples=_EXAMPLES)], pool: Pool) -> JobSubmitted:
+async def evaluate(
+    data: Annotated[EvaluateRequest, BodyKwarg(media_type=RequestEncodingType.JSON, examples=_EXAMPLES)],
+    pool: NamedDependency[Pool],
+) -> JobSubmitted:
     """Queue an evaluation; everything that can be refused is refused now."""
     job = await pool.submit(to_evaluation(data), msgspec.to_builtins(data))
     return views.submitted(job, pool.queue_position(job.id))

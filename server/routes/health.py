@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from litestar import get
+from litestar.di import NamedDependency
 
 from gpu_pool.pool import Pool
 from server import views
+from server.errors import problems
 from server.schemas import Health
 
 
-@get("/health", tags=["server"])
-async def get_health(pool: Pool) -> Health:
+@get("/health", tags=["server"], responses=problems(400))
+async def get_health(pool: NamedDependency[Pool]) -> Health:
     """Whether the server answers."""
     return views.health(pool.queue())

@@ -6,10 +6,10 @@ import asyncio
 from typing import Annotated
 
 from litestar import delete, get
-from litestar.params import Parameter
+from litestar.di import NamedDependency
+from litestar.params import FromPath, QueryParameter
 
 from gpu_pool.pool import Pool
-from gpu_pool.records import JobState
 from server import views
 from server.errors import problems
 from server.job_files import log_tail, sample_page
@@ -18,26 +18,26 @@ from server.schemas import JobInfo, JobPage, JobStatus, Message, SamplePage
 _MAX_OFFSET = 2**31 - 1
 
 
-@get("/jobs", tags=["jobs"], responses=problems(400, 404))
+@get("/jobs", tags=["jobs"], responses=problems(400, 422))
 async def list_jobs(
-    pool: Pool,
-    status: Annotated[JobStatus | None, Parameter(description="Only jobs in this state")] = None,
-    limit: Annotated[int, Parameter(ge=1, le=200, description="Most jobs in the answer")] = 50,
-    cursor: Annotated[str | None, Parameter(description="The previous page's `next_cursor`")] = None,
+    pool: NamedDependency[Pool],
+    status: Annotated[JobStatus | None, QueryParameter(description="Only jobs in this state")] = None,
+    limit: Annotated[int, QueryParameter(ge=1, le=200, description="Most jobs in the answer")] = 50,
+    cursor: Annotated[str | None, QueryParameter(description="The previous page's `next_cursor`")] = None,
 ) -> JobPage:
     """Jobs, newest first."""
-    jobs = await pool.jobs(JobState(status.value) if status else None, limit + 1, cursor)
+    jobs = await pool.jobs(views.states_of(status) if status else None, limit + 1, cursor)
     return views.job_page(jobs, limit, pool)
 
 
-@get("/jobs/{job_id:str}", tags=["jobs"], responses=problems(404))
-async def get_job(job_id: str, pool: Pool) -> JobInfo:
+@get("/jobs/{job_id:str}", tags=["jobs"], responses=problems(400, 404))
+async def get_job(job_id: FromPath[str], pool: NamedDependency[Pool]) -> JobInfo:
     """One job with its progress and, as tasks complete, its scores."""
     return views.job_info(await pool.job(job_id), pool)
 
 
 @delete("/jobs/{job_id:str}", status_code=200, tags=["jobs"], responses=problems(400, 404))
-async def cancel_job(job_id: str, pool: Pool) -> Message:
+async def cancel_job(job_id: FromPath[str], pool: NamedDependency[Pool]) -> Message:
     """Cancel a queued or running job."""
     await pool.cancel(job_id)
     return Message(message=f"Job {job_id} cancelled")
@@ -45,11 +45,11 @@ async def cancel_job(job_id: str, pool: Pool) -> Message:
 
 @get("/jobs/{job_id:str}/samples", tags=["jobs"], responses=problems(400, 404))
 async def get_samples(
-    job_id: str,
-    pool: Pool,
-    task: Annotated[str | None, Parameter(description="May be left out where the job has one task")] = None,
-    offset: Annotated[int, Parameter(ge=0, le=_MAX_OFFSET, description="Records to skip")] = 0,
-    limit: Annotated[int, Parameter(ge=1, le=1000, description="Most records in the answer")] = 100,
+    job_id: FromPath[str],
+    pool: NamedDependency[Pool],
+    task: Annotated[str | None, QueryParameter(description="May be left out where the job has one task")] = None,
+    offset: Annotated[int, QueryParameter(ge=0, le=_MAX_OFFSET, description="Records to skip")] = 0,
+    limit: Annotated[int, QueryParameter(ge=1, le=1000, description="Most records in the answer")] = 100,
 ) -> SamplePage:
     """Per-sample records of a completed job, in lm-eval's format."""
     job = await pool.job(job_id)
@@ -58,9 +58,9 @@ async def get_samples(
 
 @get("/jobs/{job_id:str}/log", media_type="text/plain", tags=["jobs"], responses=problems(400, 404))
 async def get_log(
-    job_id: str,
-    pool: Pool,
-    tail: Annotated[int, Parameter(ge=1, le=100_000, description="Last lines to show")] = 1000,
+    job_id: FromPath[str],
+    pool: NamedDependency[Pool],
+    tail: Annotated[int, QueryParameter(ge=1, le=100_000, description="Last lines to show")] = 1000,
 ) -> str:
     """What the job's evaluator wrote."""
     await pool.job(job_id)
