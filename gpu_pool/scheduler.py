@@ -1,8 +1,4 @@
-"""The scheduler: events in, actions out. It touches no process, socket, clock or file.
-
-Every job it knows is in exactly one of three places: `waiting`, `running` or `cancelling`. Every slot is free, leased
-to one worker, being reclaimed, or unusable. `check()` states these invariants; the tests call it after every step.
-"""
+"""The scheduler: events in, actions out. It touches no process, socket, clock or file."""
 
 from __future__ import annotations
 
@@ -12,87 +8,32 @@ from typing import Any
 import msgspec
 
 from gpu_pool import events as ev
-from gpu_pool.policy import Choice, View, first_worker, next_worker
-from gpu_pool.records import ModelSpec, Slot, Worker, WorkerState
+from gpu_pool.ledger import Ledger, Running
+from gpu_pool.policy import Choice, first_worker, next_worker
+from gpu_pool.records import ModelSpec, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 
-class Running(msgspec.Struct, kw_only=True):
-    """A job with an evaluator."""
-
-    demand: ev.Demand
-    evaluator_id: str
-    workers: list[str] = []
-    """Workers it holds, loading ones too."""
-    losses: int = 0
-    """Workers that died under it."""
-    may_grow: bool = True
-    """False once a further replica failed to load: the next one would fail too."""
-
-
-class Scheduler:
+class Scheduler(Ledger):
     """The pool's decisions. `step` takes one event and returns the actions that follow, in order."""
 
     def __init__(self, *, evaluators: int, max_attempts: int) -> None:
-        self.waiting: dict[str, ev.Demand] = {}
-        self.running: dict[str, Running] = {}
-        self.cancelling: dict[str, set[str]] = {}
-        """Job -> the processes that still have to let go of it."""
-        self.evaluators: dict[str, str | None] = {}
-        """Evaluator -> its job; "" while it starts; None while it is ready."""
-        self.workers: dict[str, Worker] = {}
-        self.slots: dict[str, Slot] = {}
-        self.unusable: dict[str, str] = {}
-        """Slot -> why the last look at the hardware ruled it out."""
-        self.reclaiming: set[str] = set()
-        self.load_seconds: dict[str, float] = {}
-        self._loading_since: dict[str, float] = {}
-        self._shared_since: dict[str, float] = {}
-        """Worker -> since when more than one job uses it."""
+        super().__init__()
         self._evaluator_target = evaluators
         self._max_attempts = max_attempts
         self._counter = 0
         self._actions: list[ev.Action] = []
-        self._now = 0.0
 
     # ------------------------------------------------------------------ the face
 
     def step(self, event: ev.Event) -> list[ev.Action]:
         """Take one event; return what must be done, in order."""
-        self._now = event.now
+        self.now = event.now
         self._handlers[type(event)](self, event)
         self._keep_evaluators()
         self._place()
         actions, self._actions = self._actions, []
         return actions
-
-    def leased(self) -> dict[str, str]:
-        """Slot -> the worker that holds it."""
-        return {slot: w.id for w in self.workers.values() if w.state is not WorkerState.DEAD for slot in w.slots}
-
-    def position(self, job_id: str) -> int | None:
-        """How many waiting jobs go before this one; None when it does not wait."""
-        if job_id not in self.waiting:
-            return None
-        order = self.waiting[job_id].order
-        return sum(demand.order < order for demand in self.waiting.values())
-
-    def check(self) -> None:
-        """Raise AssertionError when an invariant is broken."""
-        places = [*self.waiting, *self.running, *self.cancelling]
-        assert len(places) == len(set(places)), "a job is in two places"
-        leases = [slot for worker in self.workers.values() for slot in worker.slots]
-        assert len(leases) == len(set(leases)), "a slot is leased twice"
-        assert not self.reclaiming & set(leases), "a slot is leased while it is being reclaimed"
-        for job_id, run in self.running.items():
-            assert self.evaluators.get(run.evaluator_id) == job_id, "a running job has lost its evaluator"
-            for worker_id in run.workers:
-                assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
-        for worker in self.workers.values():
-            for job_id in worker.jobs:
-                assert worker.id in self.running[job_id].workers, "a worker and its job disagree"
-            if worker.state is WorkerState.IDLE:
-                assert not worker.jobs, "an idle worker has a job"
 
     # ------------------------------------------------------------------ jobs
 
@@ -111,13 +52,13 @@ class Scheduler:
                 if self.workers[worker_id].state is WorkerState.BUSY:
                     self.cancelling[job_id].add(worker_id)
                     self._do(ev.DropJob(worker_id=worker_id, job_id=job_id))
-                self._release(worker_id, job_id)
+                self.release(worker_id, job_id)
 
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.running.pop(event.job_id, None):
             self._do(ev.ConcludeJob(job_id=event.job_id))
             for worker_id in list(run.workers):
-                self._release(worker_id, event.job_id)
+                self.release(worker_id, event.job_id)
 
     def _abandon(self, run: Running) -> None:
         """Take a running job out of its place and end its evaluator; its workers are the caller's to release."""
@@ -128,13 +69,13 @@ class Scheduler:
     def _fail(self, run: Running, error: str) -> None:
         self._abandon(run)
         for worker_id in list(run.workers):
-            self._release(worker_id, run.demand.job_id)
+            self.release(worker_id, run.demand.job_id)
         self._do(ev.SettleJob(job_id=run.demand.job_id, outcome="failed", error=error))
 
     def _requeue(self, run: Running, cause: str) -> None:
         demand = msgspec.structs.replace(run.demand, attempts=run.demand.attempts + 1)
         for worker_id in list(run.workers):
-            self._release(worker_id, demand.job_id)
+            self.release(worker_id, demand.job_id)
         if demand.attempts >= self._max_attempts:
             self._do(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({demand.attempts} times)"))
         else:
@@ -176,10 +117,10 @@ class Scheduler:
         worker = self.workers.get(event.worker_id)
         if worker is None or worker.state is not WorkerState.STARTING:
             return
-        self.load_seconds[worker.spec.replica_key] = self._now - self._loading_since.pop(worker.id)
-        self._set(worker.id, state=advance_worker(worker.state, WorkerEvent.LOADED), idle_since=self._now)
+        self.load_seconds[worker.spec.replica_key] = self.now - self.loading_since.pop(worker.id)
+        self.update_worker(worker.id, state=advance_worker(worker.state, WorkerEvent.LOADED), idle_since=self.now)
         if worker.jobs:
-            self._set(worker.id, state=advance_worker(WorkerState.IDLE, WorkerEvent.ATTACH))
+            self.update_worker(worker.id, state=advance_worker(WorkerState.IDLE, WorkerEvent.ATTACH))
         for job_id in sorted(worker.jobs):
             run = self.running[job_id]
             self._do(ev.Attach(job_id=job_id, evaluator_id=run.evaluator_id, worker_id=worker.id))
@@ -191,7 +132,7 @@ class Scheduler:
             return
         for job_id in sorted(worker.jobs):
             run = self.running[job_id]
-            self._release(worker.id, job_id)
+            self.release(worker.id, job_id)
             if run.workers:
                 run.may_grow = False
             elif event.content_changed:
@@ -202,7 +143,7 @@ class Scheduler:
         self._stop(worker.id)
 
     def _on_worker_died(self, event: ev.WorkerDied) -> None:
-        worker = self._forget(event.worker_id)
+        worker = self.forget_worker(event.worker_id)
         if worker is None:
             return
         self.reclaiming.update(worker.slots)
@@ -221,7 +162,7 @@ class Scheduler:
         self._let_go(event.worker_id, event.job_id)
 
     def _on_lease_refused(self, event: ev.LeaseRefused) -> None:
-        worker = self._forget(event.worker_id)
+        worker = self.forget_worker(event.worker_id)
         if worker is None:
             return
         for slot in worker.slots:
@@ -229,44 +170,25 @@ class Scheduler:
         for job_id in worker.jobs:
             self.running[job_id].workers.remove(worker.id)
 
-    def _forget(self, worker_id: str) -> Worker | None:
-        self._loading_since.pop(worker_id, None)
-        self._shared_since.pop(worker_id, None)
-        return self.workers.pop(worker_id, None)
-
-    def _release(self, worker_id: str, job_id: str) -> None:
-        """The job does not use the worker any more."""
-        worker = self.workers[worker_id]
-        jobs = worker.jobs - {job_id}
-        state = worker.state
-        if not jobs and state is WorkerState.BUSY:
-            state = advance_worker(state, WorkerEvent.RELEASE)
-        self._set(worker_id, jobs=jobs, state=state, idle_since=self._now)
-        if (run := self.running.get(job_id)) and worker_id in run.workers:
-            run.workers.remove(worker_id)
-
     def _trim(self, run: Running) -> None:
         """Give up the most shared of a job's loaded workers while it has more than its cap."""
         while len(run.workers) > run.demand.max_replicas:
             busiest = max(run.workers, key=lambda worker_id: (len(self.workers[worker_id].jobs), worker_id))
-            self._release(busiest, run.demand.job_id)
+            self.release(busiest, run.demand.job_id)
             detach = ev.Detach(job_id=run.demand.job_id, evaluator_id=run.evaluator_id, worker_id=busiest)
             self._do(detach)
 
     def _stop(self, worker_id: str) -> None:
         worker = self.workers[worker_id]
         if worker.state is not WorkerState.STOPPING:
-            self._set(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
+            self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
             self._do(ev.StopWorker(worker_id=worker_id))
 
     # ------------------------------------------------------------------ slots
 
     def _on_slots_seen(self, event: ev.SlotsSeen) -> None:
-        leased = self.leased()
-        gone = {
-            slot_id: slot for slot_id, slot in self.slots.items() if slot_id in leased or slot_id in self.reclaiming
-        }
-        self.slots = gone | {slot.id: slot for slot, _ in event.slots}
+        held = self.leased().keys() | self.reclaiming
+        self.slots = {slot_id: self.slots[slot_id] for slot_id in held} | {slot.id: slot for slot, _ in event.slots}
         self.unusable = {slot.id: reason for slot, reason in event.slots if reason is not None}
 
     def _on_slots_returned(self, event: ev.SlotsReturned) -> None:
@@ -277,25 +199,17 @@ class Scheduler:
 
     # ------------------------------------------------------------------ placement
 
-    def _view(self) -> View:
-        taken = self.leased().keys() | self.reclaiming | self.unusable.keys()
-        free = frozenset(self.slots.keys() - taken)
-        return View(workers=self.workers, slots=self.slots, free=free, load_seconds=self.load_seconds)
-
     def _place(self) -> None:
         """Jobs that lost their workers first, then waiting ones by age, then growth onto what nobody waits for."""
-        coming = [
-            slot for worker in self.workers.values() if worker.state is WorkerState.STOPPING for slot in worker.slots
-        ]
-        coming += sorted(self.reclaiming)
+        coming = self.coming()
         starved: list[ev.Demand] = []
         for run in list(self.running.values()):
-            if not run.workers and not self._apply(first_worker(run.demand, self._view()), run, coming):
+            if not run.workers and not self._apply(first_worker(run.demand, self.view()), run, coming):
                 starved.append(run.demand)
         for demand in sorted(self.waiting.values(), key=lambda demand: demand.order):
             evaluator_id = next((key for key, job in self.evaluators.items() if job is None), None)
             if evaluator_id is None:
-                return
+                break
             if not self._begin(demand, evaluator_id, coming):
                 starved.append(demand)
         for run in list(self.running.values()):
@@ -304,7 +218,7 @@ class Scheduler:
 
     def _begin(self, demand: ev.Demand, evaluator_id: str, coming: list[str]) -> bool:
         run = Running(demand=demand, evaluator_id=evaluator_id)
-        choice = first_worker(demand, self._view())
+        choice = first_worker(demand, self.view())
         if choice.use is None and choice.start_in is None:
             self._make_room(choice, demand, coming)
             return False
@@ -316,10 +230,7 @@ class Scheduler:
 
     def _grow(self, run: Running, coming: list[str]) -> None:
         while True:
-            sharing = min(
-                (self._now - self._shared_since.get(worker_id, self._now) for worker_id in run.workers), default=0
-            )
-            choice = next_worker(run.demand, run.workers, sharing, self._view())
+            choice = next_worker(run.demand, run.workers, self.sharing_for(run), self.view())
             if not self._apply(choice, run, coming):
                 return
 
@@ -329,16 +240,16 @@ class Scheduler:
         if choice.use is not None:
             worker = self.workers[choice.use]
             run.workers.append(worker.id)
-            self._set(worker.id, jobs=worker.jobs | {job_id})
+            self.update_worker(worker.id, jobs=worker.jobs | {job_id})
             if worker.state is WorkerState.IDLE:
-                self._set(worker.id, state=advance_worker(worker.state, WorkerEvent.ATTACH))
+                self.update_worker(worker.id, state=advance_worker(worker.state, WorkerEvent.ATTACH))
             if worker.state is not WorkerState.STARTING:
                 self._do(ev.Attach(job_id=job_id, evaluator_id=run.evaluator_id, worker_id=worker.id))
                 self._trim(run)
             return True
         if choice.start_in is not None:
             worker_id = self._start_worker(run.demand.spec, choice.start_in)
-            self._set(worker_id, jobs=frozenset({job_id}))
+            self.update_worker(worker_id, jobs=frozenset({job_id}))
             run.workers.append(worker_id)
             return True
         self._make_room(choice, run.demand, coming)
@@ -355,19 +266,12 @@ class Scheduler:
 
     def _start_worker(self, spec: ModelSpec, slot_id: str) -> str:
         worker_id = self._new_id("worker")
-        self.workers[worker_id] = Worker(id=worker_id, spec=spec, slots=(slot_id,), idle_since=self._now)
-        self._loading_since[worker_id] = self._now
+        self.workers[worker_id] = Worker(id=worker_id, spec=spec, slots=(slot_id,), idle_since=self.now)
+        self.loading_since[worker_id] = self.now
         self._do(ev.StartWorker(worker_id=worker_id, spec=spec, slot_ids=(slot_id,)))
         return worker_id
 
     # ------------------------------------------------------------------ small change
-
-    def _set(self, worker_id: str, **changes: Any) -> None:
-        worker = self.workers[worker_id] = msgspec.structs.replace(self.workers[worker_id], **changes)
-        if len(worker.jobs) > 1:
-            self._shared_since.setdefault(worker_id, self._now)
-        else:
-            self._shared_since.pop(worker_id, None)
 
     def _new_id(self, kind: str) -> str:
         self._counter += 1

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PURE = {f"gpu_pool.{name}" for name in ("records", "transitions", "events", "policy", "scheduler", "messages")}
+PURE_NAMES = ("records", "transitions", "events", "policy", "ledger", "scheduler", "messages")
+PURE = {f"gpu_pool.{name}" for name in PURE_NAMES}
 HEAVY = {"torch", "transformers", "lm_eval", "datasets"}
 
 

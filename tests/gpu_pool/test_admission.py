@@ -1,0 +1,113 @@
+"""What this box refuses: devices it does not have, more of them than there are, folders outside the roots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pytest
+
+from gpu_pool.admission import Admission, Placement
+from gpu_pool.desk import Desk
+from gpu_pool.errors import InvalidRequest
+from gpu_pool.gpus import Inventory
+from gpu_pool.leases import Leases
+from gpu_pool.messages import TaskProblem
+from gpu_pool.records import Evaluation, Gpu
+from gpu_pool.settings import PoolSettings
+
+
+class Gpus(Inventory):
+    """That many free GPUs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(visible_devices="")
+        self.count = count
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        return tuple(
+            Gpu(uuid=f"GPU-{n}", index=str(n), name="fake", total_bytes=1, free_bytes=1, visible_device=str(n))
+            for n in range(self.count)
+        )
+
+
+class OneTask:
+    """A desk that knows one task."""
+
+    async def check(self, tasks: tuple[str, ...]) -> tuple[TaskProblem, ...]:
+        unknown = (task for task in tasks if task != "arc_easy")
+        return tuple(TaskProblem(task=task, reason="unknown task", suggestions=("arc_easy",)) for task in unknown)
+
+
+async def box(folder: Path, gpus: int = 0, cpu_workers: int = 2) -> Admission:
+    settings = PoolSettings(data_dir=folder / "data", cpu_workers=cpu_workers, output_roots=(folder / "allowed",))
+    leases = Leases(settings, Gpus(gpus))
+    await leases.look(())
+    return Admission(settings, cast(Desk, OneTask()), leases)
+
+
+def evaluation(**fields: object) -> Evaluation:
+    return msgspec.structs.replace(Evaluation(model="hf", tasks=("arc_easy",)), **fields)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fields", "expected"),
+    [
+        (0, {}, Placement(device="cpu", max_replicas=1)),
+        (0, {"num_gpus": 2}, Placement(device="cpu", max_replicas=2)),
+        (0, {"num_gpus": 0}, Placement(device="cpu", max_replicas=1)),
+        (2, {}, Placement(device="cuda", max_replicas=1)),
+        (2, {"num_gpus": 0}, Placement(device="cpu", max_replicas=1)),
+        (2, {"device": "cpu"}, Placement(device="cpu", max_replicas=1)),
+        (2, {"device": "cuda", "num_gpus": 2}, Placement(device="cuda", max_replicas=2)),
+        (2, {"device": "cuda:1"}, Placement(device="cuda", max_replicas=1, slot_index="1")),
+    ],
+)
+async def test_where_a_job_may_run(tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement) -> None:
+    assert (await box(tmp_path, gpus)).place(evaluation(**fields)) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fields", "field", "words"),
+    [
+        (0, {"device": "cuda"}, "device", "no GPU"),
+        (0, {"num_gpus": 3}, "num_gpus", "at most 2.*2 CPU workers"),
+        (2, {"num_gpus": 3}, "num_gpus", "at most 2.*2 GPUs"),
+        (2, {"device": "cuda:7"}, "device", "cuda:0, cuda:1"),
+        (2, {"device": "cuda:0", "num_gpus": 2}, "num_gpus", "one GPU"),
+        (2, {"device": "cuda", "num_gpus": 0}, "num_gpus", "at least 1"),
+    ],
+)
+async def test_what_the_box_does_not_have(
+    tmp_path: Path, gpus: int, fields: dict[str, object], field: str, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        (await box(tmp_path, gpus)).place(evaluation(**fields))
+    assert refused.value.field == field
+
+
+async def test_output_goes_only_under_the_roots(tmp_path: Path) -> None:
+    admission = await box(tmp_path)
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "allowed" / "way-out").symlink_to(tmp_path)
+    (tmp_path / "allowed" / "file").touch()
+    assert admission.check_output_dir(None) is None
+    assert admission.check_output_dir(f"{tmp_path}/allowed/run") == tmp_path / "allowed" / "run"
+    assert admission.check_output_dir(f"{tmp_path}/data/run") == tmp_path / "data" / "run"
+    for outside in ("/etc", "allowed/../..", "allowed/way-out/elsewhere", "allowed/../allowed-not", "\0"):
+        with pytest.raises(InvalidRequest) as refused:
+            admission.check_output_dir(f"{tmp_path}/{outside}" if outside != "/etc" else outside)
+        assert refused.value.field == "output_dir"
+    with pytest.raises(InvalidRequest, match="is a file"):
+        admission.check_output_dir(f"{tmp_path}/allowed/file")
+
+
+async def test_a_refused_task_is_named_with_the_nearest(tmp_path: Path, tiny_model: Path) -> None:
+    admission = await box(tmp_path)
+    wrong = evaluation(model=str(tiny_model), tasks=("arc_easy", "ark"))
+    with pytest.raises(InvalidRequest, match="unknown task") as refused:
+        await admission.admit(wrong)
+    assert (refused.value.field, refused.value.choices) == ("tasks[1]", ("arc_easy",))
+    args = await admission.admit(evaluation(model=str(tiny_model)))
+    assert args.pretrained == str(tiny_model)
