@@ -1,0 +1,95 @@
+"""lm-eval's YAML task with its few-shot documents read when a prompt first needs them, and documents processed once.
+
+Stock `ConfigurableTask` lists its whole training split when it is built, also for a 0-shot evaluation: seconds for a
+large split, and an error where the local files do not have it. Prompts are the same.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import functools
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+from lm_eval.api import samplers
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
+
+from gpu_pool.errors import PoolError
+
+KEPT_PROCESSED = 128
+"""Processed splits that are kept; lm-eval asks for them several times a job."""
+
+
+class NoFewshotDocuments(PoolError):
+    """A task has no documents to take few-shot examples from."""
+
+
+class LazyTask(ConfigurableTask):
+    """A task made from YAML."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._is_built = False
+        self._fewshot_seed: int | None = None
+        super().__init__(config=config)
+        self._is_built = True
+
+    def fewshot_docs(self) -> Any:
+        """The documents that examples are drawn from; None while the task is built, which makes that skip them."""
+        return super().fewshot_docs() if self._is_built else None
+
+    @functools.cached_property
+    def sampler(self) -> samplers.ContextSampler:
+        """As `ConfigurableTask.__init__` makes it."""
+        documents = self.fewshot_docs()
+        if documents is None:
+            raise NoFewshotDocuments(f"{self.config.task} has no documents to take few-shot examples from")
+        kind = self.fewshot_cfg.sampler
+        make = samplers.get_sampler(kind) if isinstance(kind, str) else kind
+        return make(list(documents), rnd=None).set_rnd(self._fewshot_seed)
+
+    def set_fewshot_seed(self, seed: int | None = None) -> None:
+        """As in lm-eval, without making the sampler."""
+        self.fewshot_rnd = random.Random(seed)
+        self._fewshot_seed = seed
+        if "sampler" in self.__dict__:
+            self.sampler.set_rnd(seed)
+
+
+class LazyTaskFactory(TaskFactory):
+    """Builds LazyTask where lm-eval's factory builds ConfigurableTask from a registered YAML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._processed: OrderedDict[tuple[Any, str], Any] = OrderedDict()
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
+        config = self._load_full_config(entry, overrides)
+        if "class" in config:
+            return super()._build_task(entry, overrides)
+        for key in ("tag", "group", "task_list"):
+            config.pop(key, None)
+        if callable(config.get("process_docs")):
+            config["process_docs"] = self._once(config["process_docs"])
+        return LazyTask(config)
+
+    def _once(self, process: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`process`, applied once to each data set."""
+
+        @functools.wraps(process)
+        def processed(documents: Any) -> Any:
+            if not isinstance(documents, datasets.Dataset):
+                return process(documents)
+            key = (process, documents._fingerprint)
+            if key not in self._processed:
+                self._processed[key] = process(documents)
+                if len(self._processed) > KEPT_PROCESSED:
+                    self._processed.popitem(last=False)
+            self._processed.move_to_end(key)
+            return self._processed[key]
+
+        return processed

@@ -1,0 +1,120 @@
+"""Which tasks, groups and tags there are: lm-eval's index, without the configurations, kept on disk.
+
+Parsing the 14,000 YAML files of the library takes seconds; names, kinds and file paths load in some 50 ms, and
+lm-eval's factory reads the YAML of what it builds anyway.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import lm_eval.tasks
+import msgspec
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from gpu_pool.evaluator.failures import explain
+
+LIBRARY_ROOT = Path(lm_eval.tasks.__file__).parent
+_IGNORED_FOLDERS = ("__pycache__", ".ipynb_checkpoints", ".git")
+
+
+class IndexedTask(msgspec.Struct, frozen=True, array_like=True):
+    """One name."""
+
+    name: str
+    kind: str
+    path: str | None
+    tags: tuple[str, ...]
+    """Of a tag: the tasks that have it. Of others: their tags."""
+    output_type: str | None
+
+
+class RootIndex(msgspec.Struct, frozen=True):
+    """One folder of task YAML."""
+
+    state: str
+    """Changes when a file of the folder does, or lm-eval."""
+    tasks: tuple[IndexedTask, ...]
+    broken: dict[str, str]
+    """YAML files that cannot be read, and why."""
+
+
+def load_index(root: Path, cache_dir: Path) -> RootIndex:
+    """The index of a folder, from `cache_dir` while nothing has changed."""
+    state = root_state(root)
+    digest = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+    cached = cache_dir / f"tasks-{digest}.msgpack"
+    try:
+        index = msgspec.msgpack.decode(cached.read_bytes(), type=RootIndex)
+        if index.state == state:
+            return index
+    except (FileNotFoundError, msgspec.DecodeError):
+        pass  # the first time, or another version's
+    index = _build(root, state)
+    _write(cached, msgspec.msgpack.encode(index))
+    return index
+
+
+def root_state(root: Path) -> str:
+    """A digest of lm-eval's version and, outside its own folder, of the names and times of all files."""
+    digest = hashlib.sha256(f"{version('lm_eval')}\0{root.absolute()}\0".encode())
+    if root != LIBRARY_ROOT:
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if name not in _IGNORED_FOLDERS)
+            for name in sorted(files):
+                status = os.lstat(os.path.join(folder, name))
+                digest.update(f"{folder}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def to_entries(indexes: Iterable[RootIndex]) -> dict[str, Entry]:
+    """lm-eval's registry of several folders, the later ones winning."""
+    return {
+        task.name: Entry(
+            name=task.name,
+            kind=Kind[task.kind],
+            yaml_path=Path(task.path) if task.path else None,
+            tags=set(task.tags),
+        )
+        for index in indexes
+        for task in index.tasks
+    }
+
+
+def _build(root: Path, state: str) -> RootIndex:
+    entries: dict[str, Entry] = {}
+    broken: dict[str, str] = {}
+    for path in TaskIndex._iter_yaml_files(root):
+        try:
+            config = load_yaml(path, resolve_func=False)
+            if {"task", "group", "class"} & set(config):  # others are templates that tasks include
+                TaskIndex.process_cfg(config, path, entries)
+        except Exception as error:  # the user's file: whatever is wrong with it, the others are served
+            broken[str(path)] = explain(error)
+    return RootIndex(state, tuple(_indexed(entry) for entry in entries.values()), broken)
+
+
+def _indexed(entry: Entry) -> IndexedTask:
+    output_type = (entry.cfg or {}).get("output_type")
+    return IndexedTask(
+        name=entry.name,
+        kind=entry.kind.name,
+        path=str(entry.yaml_path) if entry.yaml_path else None,
+        tags=tuple(sorted(entry.tags)),
+        output_type=output_type if isinstance(output_type, str) else None,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)

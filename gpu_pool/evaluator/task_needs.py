@@ -1,0 +1,195 @@
+"""What a task's YAML (and the Python beside it) needs, read without importing or downloading anything."""
+
+# pyright: basic
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.tasks._yaml_loader import load_yaml
+
+_TASKS_ROOT = Path(lm_eval.tasks.__file__).parent
+_CODE_MARKS = ("HF_ALLOW_CODE_EVAL", "code_eval", "UNSAFE_CODE = True")
+
+
+@dataclass(frozen=True)
+class TaskNeeds:
+    """What one leaf task needs."""
+
+    name: str
+    multimodal: bool
+    runs_code: bool
+    missing_modules: tuple[str, ...]
+    """Python libraries that its code imports and that are not installed."""
+    dataset: str | None
+    """Hub id, local folder or file format; None where the task makes its data itself."""
+    config: str | None
+    data_files: tuple[str, ...]
+    eval_split: str | None
+    default_fewshot: int | None
+    fewshot_split: str | None
+    """Where examples would be drawn from; None where they are written in the task."""
+
+
+def read_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A task's or group's YAML with its includes; functions stay text ("/folder/utils.name")."""
+    return load_yaml(path, resolve_func=False) | overrides
+
+
+def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
+    """The needs of the task with this configuration."""
+    modules = _module_files(config)
+    sources = [_source(path) for path in modules]
+    attributes = _class_attributes(config)
+    return TaskNeeds(
+        name=name,
+        multimodal=bool(config.get("doc_to_image") or config.get("doc_to_audio")),
+        runs_code=_runs_code(config, sources),
+        missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
+        dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),
+        config=config.get("dataset_name") or attributes.get("DATASET_NAME"),
+        data_files=tuple(_texts((config.get("dataset_kwargs") or {}).get("data_files"))),
+        eval_split=config.get("test_split") or config.get("validation_split"),
+        default_fewshot=config.get("num_fewshot"),
+        fewshot_split=_fewshot_split(config),
+    )
+
+
+def _fewshot_split(config: dict[str, Any]) -> str | None:
+    """As `ConfigurableTask.fewshot_docs` chooses it."""
+    fewshot = config.get("fewshot_config") or {}
+    split = fewshot.get("split", config.get("fewshot_split"))
+    if split is None and fewshot.get("samples") is not None:
+        return None
+    return split or config.get("training_split") or config.get("validation_split") or config.get("test_split")
+
+
+def _runs_code(config: dict[str, Any], sources: Iterable[str]) -> bool:
+    metrics = [item.get("metric") for item in config.get("metric_list") or [] if isinstance(item, dict)]
+    flagged = bool(config.get("unsafe_code")) or "code_eval" in metrics
+    return flagged or any(mark in source for source in sources for mark in _CODE_MARKS)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string inside nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+# ---------------------------------------------------------------- Python beside the YAML
+
+
+def _module_files(config: dict[str, Any]) -> list[Path]:
+    """Files of the functions (and the class) that the configuration names."""
+    files: dict[Path, None] = {}
+    for text in _texts(config):
+        if text.startswith("/") and "\n" not in text:
+            stem, _, name = text.rpartition(".")
+            path = Path(stem.removesuffix(".py") + ".py")
+            if name.isidentifier() and _is_file(path):
+                files[path] = None
+    return list(files)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text that is no path (too long)
+        return False
+
+
+def _source(path: Path) -> str:
+    return _parsed(path, path.stat().st_mtime_ns)[0]
+
+
+@functools.lru_cache(maxsize=2048)
+def _parsed(path: Path, _mtime_ns: int) -> tuple[str, ast.Module]:
+    text = path.read_text(errors="replace")
+    try:
+        return text, ast.parse(text)
+    except SyntaxError:  # reported when the task is loaded
+        return text, ast.Module(body=[], type_ignores=[])
+
+
+def _class_attributes(config: dict[str, Any]) -> dict[str, Any]:
+    """Constants of the task class that the configuration names, such as DATASET_PATH."""
+    if not isinstance(config.get("class"), str):
+        return {}
+    stem, _, name = config["class"].rpartition(".")
+    path = Path(stem + ".py")
+    if not _is_file(path):
+        return {}
+    constants: dict[str, Any] = {}
+    for node in _parsed(path, path.stat().st_mtime_ns)[1].body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant):
+                    constants |= {
+                        target.id: item.value.value for target in item.targets if isinstance(target, ast.Name)
+                    }
+    return constants
+
+
+def _missing(files: Iterable[Path], *, whole_file: bool) -> Iterator[str]:
+    """Libraries that are imported by `files`, or by what they import of their neighbours, and are not installed."""
+    waiting, seen = list(files), set[Path]()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        tree = _parsed(path, path.stat().st_mtime_ns)[1]
+        for module in _imports(ast.walk(tree) if whole_file else _top_level(tree.body)):
+            neighbour = _neighbour(module, path.parent)
+            if neighbour is not None:
+                waiting.append(neighbour)
+            elif not _is_installed(module.partition(".")[0]):
+                yield module.partition(".")[0]
+
+
+def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.AST]:
+    """Statements that run on import; a `try` that survives a failed import needs nothing."""
+    for node in body:
+        if isinstance(node, ast.Try):
+            if any(isinstance(inner, ast.Raise) for handler in node.handlers for inner in ast.walk(handler)):
+                yield from node.body
+        else:
+            yield node
+
+
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("lm_eval.tasks")
+            )
+
+
+def _neighbour(module: str, folder: Path) -> Path | None:
+    """The file of a module that comes with the tasks, or None."""
+    if module.startswith("lm_eval.tasks."):
+        path = _TASKS_ROOT / (module.removeprefix("lm_eval.tasks.").replace(".", "/") + ".py")
+    else:
+        path = folder / (module.replace(".", "/") + ".py")
+    return path if path.is_file() else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None
