@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection
 from typing import NoReturn, assert_never
 
+import msgspec
+
 from gpu_pool.messages import MAX_MESSAGE_BYTES, DropJob, FromWorker, Shutdown, decode_to_worker, encode
-from gpu_pool.worker.desk import Desk
+from gpu_pool.worker.chunk_queue import ChunkQueue
 
 
 class Control:
@@ -27,19 +30,22 @@ class Control:
         except OSError:
             end_process(0)
 
-    def watch(self, desk: Desk) -> None:
+    def watch(self, queue: ChunkQueue) -> None:
         """Obey the server from now on, whatever the main thread does: loading and computing included."""
-        threading.Thread(target=self._obey, args=(desk,), name="control", daemon=True).start()
+        threading.Thread(target=self._obey, args=(queue,), name="control", daemon=True).start()
 
-    def _obey(self, desk: Desk) -> None:
+    def _obey(self, queue: ChunkQueue) -> None:
         while True:
             try:
                 message = decode_to_worker(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
             except (EOFError, OSError):
                 end_process(0)
+            except msgspec.DecodeError:
+                traceback.print_exc()
+                end_process(1)
             match message:
                 case DropJob(job_id=job_id):
-                    desk.drop(job_id)
+                    queue.drop(job_id)
                 case Shutdown():
                     end_process(0)
                 case _:

@@ -25,9 +25,9 @@ from gpu_pool.messages import (
     WorkerStart,
 )
 from gpu_pool.records import ModelSpec
+from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
 from gpu_pool.worker.control import Control, end_process
 from gpu_pool.worker.data_channel import listen
-from gpu_pool.worker.desk import Chunk, Client, Desk
 from gpu_pool.worker.engine.batching import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loading import LoadedModel, load_model
@@ -43,13 +43,13 @@ class ContentChanged(Exception):
 def run_worker(connection: Connection, start: WorkerStart) -> int:
     """Serve until the control pipe says otherwise; returns an exit status only when the model cannot be served."""
     control = Control(connection)
-    desk = Desk(lambda job_id: control.send(Dropped(job_id=job_id)))
-    control.watch(desk)
+    queue = ChunkQueue(lambda job_id: control.send(Dropped(job_id=job_id)))
+    control.watch(queue)
     torch.set_num_threads(start.threads)
     try:
         loaded = load_model(start.spec, allow_remote_code=start.allow_remote_code)
         _check_content(start.spec, Path(start.data_dir))
-        listen(start.socket_path, desk, _welcome(start.worker_id, loaded))
+        listen(start.socket_path, queue, _welcome(start.worker_id, loaded))
     except Exception as error:
         traceback.print_exc()
         reason = f"{start.spec.args.pretrained} cannot be served: {_in_short(error)}"
@@ -57,7 +57,7 @@ def run_worker(connection: Connection, start: WorkerStart) -> int:
         return 1
     control.send(WorkerReady(memory_bytes=loaded.memory_bytes(), description=loaded.describe()))
     while True:
-        _step(loaded, desk)
+        _step(loaded, queue)
 
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:
@@ -78,13 +78,13 @@ def _welcome(worker_id: str, loaded: LoadedModel) -> Welcome:
     )
 
 
-def _step(loaded: LoadedModel, desk: Desk) -> None:
+def _step(loaded: LoadedModel, queue: ChunkQueue) -> None:
     """Compute one chunk and answer it, unless its evaluator has gone."""
-    client, chunk = desk.take()
+    client, chunk = queue.take()
     try:
         answer = _answer(loaded, client, chunk)
     finally:
-        desk.finish()
+        queue.finish()
     if answer is not None and not client.gone:
         client.send(answer)
 

@@ -1,4 +1,4 @@
-"""The worker's desk: chunks that wait to be computed, taken from each evaluator in turn. Its threads meet only here."""
+"""Chunks that wait to be computed, taken from each evaluator in turn. The worker's threads meet only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Chunk = LoglikelihoodChunk | GenerationChunk
 
 
 class Client:
-    """One evaluator's connection, as the desk sees it. `send` and `hang_up` may be called from any thread."""
+    """One evaluator's connection, as the queue sees it. `send` and `hang_up` may be called from any thread."""
 
     def __init__(self, job_id: str, send: Callable[[FromWorkerData], None], hang_up: Callable[[], None]) -> None:
         self.job_id = job_id
@@ -23,7 +23,7 @@ class Client:
         """Nobody waits for its answers any more: a running chunk of it ends at its next step."""
 
 
-class Desk:
+class ChunkQueue:
     """Takes chunks from the I/O threads and hands them, one at a time, to the one computing thread."""
 
     def __init__(self, report_dropped: Callable[[str], None]) -> None:

@@ -1,0 +1,320 @@
+"""Real worker processes: spawned as the server does it, driven over their control pipe and data socket."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.messages import (
+    ChunkFailed,
+    DropJob,
+    Dropped,
+    GenerationChunk,
+    GenerationDone,
+    GenerationOptions,
+    Hello,
+    LoadFailed,
+    LoglikelihoodChunk,
+    LoglikelihoodDone,
+    Message,
+    Shutdown,
+    Welcome,
+    WorkerReady,
+    WorkerStart,
+    decode_from_worker,
+    decode_from_worker_data,
+    encode,
+)
+from gpu_pool.records import ModelArgs, ModelSpec
+from gpu_pool.worker.entry import worker_main
+
+PATIENCE_SECONDS = 60.0  # a test that waits longer hangs
+SCORE = LoglikelihoodChunk(chunk_id=1, requests=(((5, 6, 7), (8,)), ((5, 6), (9, 10))))
+ENDLESS = GenerationChunk(
+    chunk_id=2, prompts=((5, 6),) * 5000, options=GenerationOptions(max_gen_toks=200), batch_size=1
+)
+"""Minutes of work."""
+
+
+def received(connection: Connection, decode: Callable[[bytes], Any]) -> Any:
+    assert connection.poll(PATIENCE_SECONDS), "no message in time"
+    return decode(connection.recv_bytes())
+
+
+class Evaluator:
+    """A data channel, from the evaluator's side."""
+
+    def __init__(self, socket_path: str, job_id: str) -> None:
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(socket_path)
+        self.connection = Connection(connected.detach())
+        self.send(Hello(job_id=job_id))
+        self.welcome = self.receive()
+
+    def send(self, message: Message) -> None:
+        self.connection.send_bytes(encode(message))
+
+    def receive(self) -> Any:
+        return received(self.connection, decode_from_worker_data)
+
+    def is_closed(self) -> bool:
+        """Waits for the worker to close the connection."""
+        try:
+            assert self.connection.poll(PATIENCE_SECONDS)
+            return not self.connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return True
+
+
+class WorkerProcess:
+    """One spawned worker, from the server's side."""
+
+    def __init__(self, start: WorkerStart) -> None:
+        self.start = start
+        context = multiprocessing.get_context("spawn")
+        self.control, theirs = context.Pipe(duplex=True)
+        self.process = context.Process(target=worker_main, args=(theirs, start, os.getpid()))
+        self.process.start()
+        theirs.close()
+
+    def tell(self, message: Message) -> None:
+        self.control.send_bytes(encode(message))
+
+    def receive(self) -> Any:
+        return received(self.control, decode_from_worker)
+
+    def connect(self, job_id: str = "job") -> Evaluator:
+        return Evaluator(self.start.socket_path, job_id)
+
+    def exit_code(self) -> int | None:
+        self.process.join(PATIENCE_SECONDS)
+        return self.process.exitcode
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.join(PATIENCE_SECONDS)
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+
+
+def worker_start(folder: Path, pretrained: Path, fingerprint: str | None = None, **fields: Any) -> WorkerStart:
+    args = ModelArgs(pretrained=str(pretrained))
+    memo = folder / "fingerprints.json"
+    return WorkerStart(
+        worker_id="w1",
+        spec=ModelSpec(kind="hf", args=args, fingerprint=fingerprint or fingerprint_model(args, memo)),
+        socket_path=str(folder / "w1.sock"),
+        log_path=str(folder / "w1.log"),
+        data_dir=str(folder),
+        **fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> Iterator[WorkerProcess]:
+    """A worker that most tests share: each must leave it idle, as jobs do."""
+    process = WorkerProcess(worker_start(tmp_path_factory.mktemp("worker"), checkpoint("llama")))
+    assert isinstance(process.receive(), WorkerReady)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def spawn_worker() -> Iterator[Callable[[WorkerStart], WorkerProcess]]:
+    """Start a worker of the test's own."""
+    started: list[WorkerProcess] = []
+
+    def spawn(start: WorkerStart) -> WorkerProcess:
+        started.append(WorkerProcess(start))
+        return started[-1]
+
+    yield spawn
+    for process in started:
+        process.close()
+
+
+def test_welcome_says_what_evaluators_need(worker):
+    assert worker.connect().welcome == Welcome(
+        worker_id="w1", max_length=256, prefix_token_id=1, dtype="float32", attn_implementation="sdpa"
+    )
+
+
+def test_answers_both_kinds_of_chunk(worker):
+    evaluator = worker.connect()
+    evaluator.send(SCORE)
+    evaluator.send(GenerationChunk(chunk_id=7, prompts=((5, 6),), options=GenerationOptions(max_gen_toks=4)))
+    scored, generated = evaluator.receive(), evaluator.receive()
+    assert isinstance(scored, LoglikelihoodDone)
+    assert len(scored.answers) == 2
+    assert scored.seconds > 0
+    assert isinstance(generated, GenerationDone)
+    assert len(generated.texts) == 1
+
+
+def test_evaluators_take_turns(worker):
+    first, second = worker.connect("a"), worker.connect("b")
+    for chunk_id in range(50):
+        prompts = ((5, 6),) * 2
+        first.send(GenerationChunk(chunk_id=chunk_id, prompts=prompts, options=GenerationOptions(max_gen_toks=16)))
+    second.send(SCORE)
+    order = []
+    while len(order) < 51:
+        for connection in wait([first.connection, second.connection], PATIENCE_SECONDS):
+            decode_from_worker_data(connection.recv_bytes())
+            order.append(connection is second.connection)
+    assert order.index(True) < 49
+
+
+def test_failing_chunk_leaves_the_worker_alive(worker):
+    evaluator = worker.connect()
+    evaluator.send(LoglikelihoodChunk(chunk_id=3, requests=(((100_000,), (1,)),)))
+    evaluator.send(SCORE)
+    failed = evaluator.receive()
+    assert isinstance(failed, ChunkFailed)
+    assert (failed.chunk_id, failed.error.split(":")[0]) == (3, "ValueError")
+    assert isinstance(evaluator.receive(), LoglikelihoodDone)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        struct.pack("!i", 2**30),  # more than any message
+        struct.pack("!i", -1),
+        struct.pack("!i", 4) + b"\xff\xff\xff\xff",  # not msgpack
+        struct.pack("!i", 1) + b"\x01",  # msgpack, but no message
+    ],
+)
+def test_nonsense_closes_only_its_connection(nonsense, worker):
+    evaluator, other = worker.connect(), worker.connect()
+    os.write(evaluator.connection.fileno(), nonsense)
+    assert evaluator.is_closed()
+    other.send(SCORE)
+    assert isinstance(other.receive(), LoglikelihoodDone)
+
+
+def test_chunk_before_hello_closes_the_connection(worker):
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(worker.start.socket_path)
+    with Connection(connected.detach()) as connection:
+        connection.send_bytes(encode(SCORE))
+        with pytest.raises((EOFError, ConnectionResetError)):
+            received(connection, decode_from_worker_data)
+
+
+def test_closed_connection_frees_the_worker_in_mid_generation(worker):
+    leaving, other = worker.connect("a"), worker.connect("b")
+    leaving.send(SCORE)
+    leaving.send(ENDLESS)
+    assert isinstance(leaving.receive(), LoglikelihoodDone)
+    leaving.connection.close()
+    other.send(SCORE)
+    assert isinstance(other.receive(), LoglikelihoodDone)
+
+
+def test_dropped_job_frees_the_worker_in_mid_generation(worker):
+    dropped, other = worker.connect("a"), worker.connect("b")
+    dropped.send(SCORE)
+    dropped.send(ENDLESS)
+    assert isinstance(dropped.receive(), LoglikelihoodDone)
+    worker.tell(DropJob(job_id="a"))
+    assert worker.receive() == Dropped(job_id="a")
+    assert dropped.is_closed()
+    other.send(SCORE)
+    assert isinstance(other.receive(), LoglikelihoodDone)
+
+
+def test_dropping_an_unknown_job_is_answered(worker):
+    worker.tell(DropJob(job_id="nobody"))
+    assert worker.receive() == Dropped(job_id="nobody")
+
+
+def test_shutdown_ends_it_in_the_middle_of_a_step(checkpoint, tmp_path, spawn_worker):
+    process = spawn_worker(worker_start(tmp_path, checkpoint("llama")))
+    ready = process.receive()
+    assert ready.memory_bytes > 0
+    assert ready.description.startswith("LlamaForCausalLM")
+    evaluator = process.connect()
+    evaluator.send(SCORE)
+    evaluator.send(ENDLESS)
+    evaluator.receive()
+    process.tell(Shutdown())
+    assert process.exit_code() == 0
+
+
+def test_missing_model_is_reported(checkpoint, tmp_path, spawn_worker):
+    process = spawn_worker(worker_start(tmp_path, tmp_path / "nothing", fingerprint="0" * 64))
+    failed = process.receive()
+    assert isinstance(failed, LoadFailed)
+    assert not failed.content_changed
+    assert str(tmp_path / "nothing") in failed.error
+    assert process.exit_code() == 1
+
+
+def test_weights_overwritten_before_loading_are_noticed(checkpoint, tmp_path, spawn_worker):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    start = worker_start(tmp_path, folder)
+    shutil.copy(checkpoint("llama", seed=1) / "model.safetensors", folder)
+    process = spawn_worker(start)
+    failed = process.receive()
+    assert isinstance(failed, LoadFailed)
+    assert failed.content_changed
+    assert process.exit_code() == 1
+
+
+PARENT = """
+import multiprocessing, os, sys, msgspec
+from gpu_pool.messages import WorkerStart
+from gpu_pool.worker.entry import worker_main
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=True)
+    start = msgspec.json.decode(sys.argv[1], type=WorkerStart)
+    process = context.Process(target=worker_main, args=(theirs, start, os.getpid()))
+    process.start()
+    ours.recv_bytes()
+    print(process.pid, flush=True)
+    process.join()
+"""
+
+
+def test_dies_with_its_parent(checkpoint, tmp_path):
+    import msgspec
+
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    start = msgspec.json.encode(worker_start(tmp_path, checkpoint("llama"))).decode()
+    root = Path(__file__).parents[3]
+    parent = subprocess.Popen(
+        [sys.executable, script, start], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    with parent:
+        assert parent.stdout is not None
+        descriptor = os.pidfd_open(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+    ended, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
+    os.close(descriptor)
+    assert ended
+
+
+def test_spawn_target_imports_nothing_heavy():
+    program = "import sys, gpu_pool.worker.entry; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
