@@ -12,7 +12,7 @@ from litestar.exceptions import HTTPException
 from gpu_pool.pool import Pool
 from server.errors import problem_response
 from server.openapi import openapi_config, openapi_json, static_files
-from server.routes import catalog, evaluate, gpus, health, jobs, queue
+from server.routes import catalog, evaluate, gpus, health, jobs, merge, queue
 from server.settings import Settings
 from server.strict_json import StrictRequest, refuse_unknown_parameters
 
@@ -29,6 +29,7 @@ HANDLERS = [
     catalog.list_models,
     gpus.list_gpus,
     gpus.list_workers,
+    merge.merge,
 ]
 
 
@@ -47,13 +48,19 @@ def create_app(settings: Settings, pool: Pool | None = None) -> Litestar:
     def provide_pool() -> Pool:
         return pool
 
+    def provide_settings() -> Settings:
+        return settings
+
     return Litestar(
         route_handlers=[
             Router("/", route_handlers=HANDLERS, before_request=refuse_unknown_parameters),
             openapi_json,
             static_files,
         ],
-        dependencies={"pool": Provide(provide_pool, sync_to_thread=False)},
+        dependencies={
+            "pool": Provide(provide_pool, sync_to_thread=False),
+            "settings": Provide(provide_settings, sync_to_thread=False),
+        },
         exception_handlers={HTTPException: problem_response, Exception: problem_response},
         request_class=StrictRequest,
         request_max_body_size=settings.max_body_bytes,

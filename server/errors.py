@@ -13,6 +13,7 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from gpu_pool.desk import DeskUnavailable
 from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, NoSuchSamples, ShuttingDown
+from gpu_pool.merge import CheckpointNotFound, NotMergeable
 from server.schemas import FieldProblem, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -22,6 +23,8 @@ STATUS_OF: dict[type[Exception], HTTPStatus] = {
     JobNotFound: HTTPStatus.NOT_FOUND,
     NoSuchSamples: HTTPStatus.NOT_FOUND,
     JobAlreadyFinished: HTTPStatus.BAD_REQUEST,
+    CheckpointNotFound: HTTPStatus.NOT_FOUND,
+    NotMergeable: HTTPStatus.BAD_REQUEST,
     ShuttingDown: HTTPStatus.SERVICE_UNAVAILABLE,
     DeskUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }

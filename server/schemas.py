@@ -92,10 +92,10 @@ class MergeRequest(Request, frozen=True, kw_only=True):
     """A sharded training checkpoint to turn into one that can be evaluated."""
 
     checkpoint_path: Annotated[
-        Name, Meta(description="Folder of the sharded checkpoint (torch.distributed.checkpoint)")
+        Name, Meta(description="Folder of the sharded checkpoint, or one above several `checkpoint-N`: the latest")
     ]
     output_path: Annotated[
-        Name | None, Meta(description="Folder to write to; null: `merged` inside the checkpoint's own folder")
+        Name | None, Meta(description="Folder to write to, under an allowed root; null: the checkpoint's own")
     ] = None
     checkpoint_type: Annotated[
         Literal["regular", "ema"],

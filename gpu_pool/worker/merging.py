@@ -23,16 +23,24 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 
 from gpu_pool.child import die_with_parent
 
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_METADATA, name) for name in ("Metadata", "StorageMeta", "MetadataIndex", "_MEM_FORMAT_ENCODING")),
+    *((_METADATA, name) for name in ("TensorProperties", "TensorStorageMetadata", "ChunkStorageMetadata")),
+    (_METADATA, "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes of checkpoint metadata, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module in _METADATA_MODULES or (module, name) in _METADATA_NAMES
-        if "." not in name and (known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))):
+        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's metadata names {module}.{name}, which is not allowed")
 
