@@ -86,6 +86,8 @@ class CheckTasks(Message, frozen=True, kw_only=True):
 
     check_id: int
     tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+    """The request's: few-shot examples need a split of their own."""
 
 
 class BuildCatalogue(Message, frozen=True, kw_only=True):
