@@ -50,7 +50,8 @@ class _Known(msgspec.Struct, frozen=True, array_like=True):
 def fingerprint_model(args: ModelArgs, memo_path: Path) -> str:
     """The identity of the model that `args` names, by content (or by hub id and commit: then nothing is read).
 
-    `args.revision` of a hub id must already be a commit (`gpu_pool.models.resolve_hub_revision`).
+    `args.revision` of a hub id must already be a commit, and adapter and tokenizer local
+    (`gpu_pool.models.resolve_hub_revision`).
 
     Raises:
         InvalidRequest: a file cannot be read, or keeps changing while it is read.
@@ -63,9 +64,10 @@ def fingerprint_model(args: ModelArgs, memo_path: Path) -> str:
     else:
         hub = _hub_identity(args)
     if args.peft:
-        parts |= {f"peft/{name}": path for name, path in _folder_files(Path(args.peft)).items()}
+        parts |= {f"peft/{name}": path for name, path in _folder_files(_existing("peft", args.peft)).items()}
     if args.tokenizer:
-        parts |= {f"tokenizer/{name}": path for name, path in _light_files(Path(args.tokenizer)).items()}
+        tokenizer = _light_files(_existing("tokenizer", args.tokenizer))
+        parts |= {f"tokenizer/{name}": path for name, path in tokenizer.items()}
     if not parts:
         return hub
     content = _digest_files(parts, memo_path)
@@ -83,6 +85,13 @@ def model_files(args: ModelArgs) -> dict[str, Path]:
         inner = _folder_files(base / args.subfolder)
         return _light_files(base) | {f"{args.subfolder}/{name}": path for name, path in inner.items()}
     return _folder_files(base)
+
+
+def _existing(key: str, path: str) -> Path:
+    """A part that is not there must not be left out of the identity without a word."""
+    if not os.path.exists(path):
+        raise InvalidRequest(f"model_args.{key}", f"{path} does not exist on the server")
+    return Path(path)
 
 
 def _hub_identity(args: ModelArgs) -> str:

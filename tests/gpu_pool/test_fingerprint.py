@@ -113,6 +113,12 @@ def test_adapter_and_tokenizer_count(model: Path, tmp_path: Path, memo: Path) ->
     assert fingerprint_model(args(model, peft=str(adapter)), memo) != with_adapter
 
 
+@pytest.mark.parametrize("key", ["peft", "tokenizer"])
+def test_a_part_that_is_not_there_is_refused(model: Path, memo: Path, key: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"model_args.{key}: org/name does not exist"):
+        fingerprint_model(args(model, **{key: "org/name"}), memo)
+
+
 def test_of_a_gguf_folder_only_the_named_file_counts(tmp_path: Path, memo: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_text(name)
