@@ -40,7 +40,8 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError when the address is taken, PoolError when the pool cannot start."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+    for chatty in ("aiosqlite", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     asyncio.run(_serve(settings))
 
 
@@ -55,8 +56,11 @@ async def _serve(settings: Settings) -> None:
         log_config=None,
         timeout_graceful_shutdown=REQUESTS_GRACE_SECONDS,
     )
-    async with app.lifespan():
-        await _Server(config).serve(sockets=[listener])
+    try:
+        async with app.lifespan():
+            await _Server(config).serve(sockets=[listener])
+    except ExceptionGroup as group:  # Litestar's task group puts one around whatever its lifespan raises
+        raise group.exceptions[0] from None
 
 
 def _listen(host: str, port: int) -> socket.socket:

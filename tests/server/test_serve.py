@@ -1,0 +1,62 @@
+"""The server as a process: what it says, what stops it from starting, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+def failing_serve(*arguments: object) -> str:
+    """What `evalpool serve` says when it cannot start."""
+    command = [sys.executable, "-m", "server", "serve", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_it_says_where_and_stops_politely(serve: Any):
+    server = serve()
+    assert server.log.read_text().splitlines()[-1] == f"evalpool is ready; API documentation: {server.url}/docs"
+    server.stop()  # asserts the exit status, the time and that no process is left
+
+
+def test_an_open_request_does_not_delay_the_end(serve: Any):
+    server = serve()
+    answers: list[object] = []
+
+    def ask() -> None:
+        try:
+            answers.append(httpx.get(f"{server.url}/tasks", timeout=60).status_code)  # waits for the first index
+        except httpx.HTTPError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    server.stop()
+    thread.join()
+    assert len(answers) == 1
+
+
+def test_a_data_folder_in_use(serve: Any):
+    server = serve()
+    assert str(server.data_dir) in failing_serve("--port", 0, "--data-dir", server.data_dir)
+
+
+def test_an_address_in_use(serve: Any, tmp_path: Path):
+    port = httpx.URL(serve().url).port
+    assert "in use" in failing_serve("--port", port, "--data-dir", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_wrong_setting(tmp_path: Path):
+    config = tmp_path / "evalpool.toml"
+    config.write_text("prot = 1\n")
+    assert "port" in failing_serve("--config", config)
