@@ -104,12 +104,6 @@ class Dispatcher:
                 self._changed.wait()
             return []
 
-    def welcomed(self, link: _Link, welcome: Welcome) -> None:
-        """A worker is connected and ready."""
-        with self._changed:
-            self.welcome = welcome
-            link.ready = True
-
     def left(self, link: _Link) -> None:
         """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
         with self._changed:
@@ -134,10 +128,10 @@ class Dispatcher:
         return []
 
     def _fair_share(self, link: _Link, kind: str) -> float:
-        """What `link` may still take of this kind if all workers are to end together."""
-        held = {other: other.held_cost(kind) for other in self._links.values() if other.ready}
+        """What `link` may still take of this kind if all workers, those still connecting too, are to end together."""
+        held = {other: other.held_cost(kind) for other in {link, *self._links.values()}}
         work = self._queues[kind].cost + sum(held.values())
-        return work / max(1, len(held)) - held.get(link, 0)
+        return work / len(held) - held[link]
 
 
 class _Link(threading.Thread):
@@ -148,7 +142,6 @@ class _Link(threading.Thread):
         self.worker_id = worker_id
         self.pace = Pace(dispatcher.batch_size)
         self.in_flight: dict[int, list[Unit]] = {}
-        self.ready = False
         self.hung_up = False
         self._dispatcher = dispatcher
         self._address = address
@@ -196,7 +189,7 @@ class _Link(threading.Thread):
         message = decode_from_worker_data(connection.recv_bytes(MAX_MESSAGE_BYTES))
         match message:
             case Welcome():
-                self._dispatcher.welcomed(self, message)
+                self._dispatcher.welcome = message
             case LoglikelihoodDone():
                 self._answered(message.chunk_id, message.answers, message.seconds)
             case GenerationDone():

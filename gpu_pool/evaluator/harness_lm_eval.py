@@ -46,7 +46,7 @@ def seed_everything(evaluation: Evaluation) -> None:
     if evaluation.random_seed is not None:
         random.seed(evaluation.random_seed)
     if evaluation.numpy_random_seed is not None:
-        np.random.seed(evaluation.numpy_random_seed)  # noqa: NPY002  (tasks use the global generator)
+        np.random.seed(evaluation.numpy_random_seed)
 
 
 def configure_task(name: str, task: Task, evaluation: Evaluation, allow_code: bool) -> None:

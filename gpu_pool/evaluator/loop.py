@@ -7,11 +7,10 @@ import gc
 import logging
 import os
 import queue
-import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import msgspec
 

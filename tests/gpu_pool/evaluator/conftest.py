@@ -18,7 +18,7 @@ from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.worker.entry import worker_main
 
-WORDS = "city capital France Paris question answer course which these what".split()
+WORDS = ["city", "capital", "France", "Paris", "question", "answer", "course", "which", "these", "what"]
 
 TASKS: dict[str, dict[str, Any]] = {
     "local_choice": {
@@ -167,9 +167,15 @@ def model(tiny_model: Path) -> ModelSpec:
     return ModelSpec(kind="hf", args=ModelArgs(pretrained=str(tiny_model), dtype="float32"), fingerprint="tiny")
 
 
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of all evaluators: the index of lm-eval's library is made once."""
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.fixture(scope="module")
 def start_evaluator(
-    tmp_path_factory: pytest.TempPathFactory, model: ModelSpec, local_tasks: Path
+    tmp_path_factory: pytest.TempPathFactory, data_dir: Path, model: ModelSpec, local_tasks: Path
 ) -> Iterator[StartEvaluator]:
     """Start a real evaluator that knows the local tasks; it is ready when this returns."""
     with ExitStack() as processes:
@@ -178,7 +184,7 @@ def start_evaluator(
             folder = tmp_path_factory.mktemp("evaluator")
             start = msg.EvaluatorStart(
                 evaluator_id="e",
-                data_dir=str(folder),
+                data_dir=str(data_dir),
                 log_path=str(folder / "evaluator.log"),
                 include_paths=(str(local_tasks),),
             )

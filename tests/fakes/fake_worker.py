@@ -1,0 +1,93 @@
+"""A small worker that speaks the data channel honestly: its answers are a function of the tokens alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from gpu_pool import messages as msg
+
+Chunk = msg.LoglikelihoodChunk | msg.GenerationChunk
+Behaviour = Callable[["FakeWorker", Chunk], msg.Message | None]
+"""What to answer to a chunk; None hangs up."""
+
+
+def answer(worker: FakeWorker, chunk: Chunk) -> msg.Message:
+    """The honest answer."""
+    worker.chunks.append(chunk)
+    if isinstance(chunk, msg.LoglikelihoodChunk):
+        scores = tuple((-score(context + continuation), False) for context, continuation in chunk.requests)
+        return msg.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=scores, seconds=0.001)
+    seeds = chunk.seeds or (0,) * len(chunk.prompts)
+    texts = tuple(f"{score(tokens)} {seed}" for tokens, seed in zip(chunk.prompts, seeds, strict=True))
+    return msg.GenerationDone(chunk_id=chunk.chunk_id, texts=texts, seconds=0.001)
+
+
+def score(tokens: tuple[int, ...]) -> float:
+    """Some number that depends on every token."""
+    return sum((i % 7 + 1) * token for i, token in enumerate(tokens)) / 100
+
+
+class FakeWorker:
+    """Listens at `address` from the beginning, for any number of evaluators."""
+
+    def __init__(self, worker_id: str, address: Path, behaviour: Behaviour = answer) -> None:
+        self.worker_id = worker_id
+        self.address = address
+        self.chunks: list[Chunk] = []
+        self._behaviour = behaviour
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(address))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more evaluators."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client.detach(),), daemon=True).start()
+
+    def _serve(self, descriptor: int) -> None:
+        with suppress(OSError, EOFError), Connection(descriptor) as connection:
+            assert isinstance(msg.decode_to_worker_data(connection.recv_bytes()), msg.Hello)
+            welcome = msg.Welcome(
+                worker_id=self.worker_id,
+                max_length=2048,
+                prefix_token_id=0,
+                dtype="float32",
+                attn_implementation="none",
+            )
+            connection.send_bytes(msg.encode(welcome))
+            while reply := self._behaviour(self, msg.decode_to_worker_data(connection.recv_bytes())):
+                connection.send_bytes(msg.encode(reply))
+
+
+def unanswered(_: FakeWorker, chunk: Chunk) -> None:
+    """Die with the first chunk."""
+
+
+def silent(_: FakeWorker, chunk: Chunk) -> None:
+    """Never answer, as a worker that hangs."""
+    threading.Event().wait()
+
+
+def failing(_: FakeWorker, chunk: Chunk) -> msg.Message:
+    """Fail every chunk."""
+    return msg.ChunkFailed(chunk_id=chunk.chunk_id, error="out of memory")
+
+
+def socket_path(folder: Path, name: str) -> Path:
+    """A path short enough for a unix socket, whatever the folder."""
+    link = Path(f"/tmp/evalpool-{os.getpid()}-{name}.sock")
+    return folder / f"{name}.sock" if len(str(folder)) < 80 else link

@@ -1,0 +1,136 @@
+"""Real evaluator processes; their workers are small fakes, so that every step can be held and every loss provoked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_worker import Behaviour, FakeWorker, answer, failing, silent
+
+from gpu_pool import messages as msg
+
+CHOICE_REQUESTS = 3 * 12
+
+
+@pytest.fixture(scope="module")
+def evaluator(start_evaluator):
+    """Shared by the tests here, one job after the other."""
+    return start_evaluator()
+
+
+@pytest.fixture
+def job_id(request: pytest.FixtureRequest) -> str:
+    return request.node.name
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator:
+    """Start a fake worker; returns its address."""
+    workers: list[FakeWorker] = []
+
+    def start(behaviour: Behaviour = answer) -> Path:
+        workers.append(FakeWorker(f"w{len(workers)}", tmp_path / f"w{len(workers)}", behaviour))
+        return workers[-1].address
+
+    yield start
+    for worker in workers:
+        worker.close()
+
+
+def test_a_task_is_published_while_another_runs(evaluator, job_id, start_worker) -> None:
+    release = threading.Event()
+
+    def hold_generation(worker: FakeWorker, chunk: object) -> msg.Message:
+        if isinstance(chunk, msg.GenerationChunk):
+            release.wait()
+        return answer(worker, chunk)
+
+    evaluator.start(job_id, tasks=("local_choice", "local_generation"), use_cache=False)
+    evaluator.attach(job_id, "w", start_worker(hold_generation))
+    first = evaluator.receive()
+    assert isinstance(first, msg.TaskDone)
+    assert first.task == "local_choice"
+    assert len(Path(first.samples_path).read_text().splitlines()) == 12
+    release.set()
+    *_, done = evaluator.finish()
+    assert isinstance(done, msg.JobDone)
+    assert done.progress.workers == {"w": CHOICE_REQUESTS + 24}
+
+
+def test_a_lost_worker_costs_nothing(evaluator, job_id, start_worker) -> None:
+    evaluator.start(job_id, tasks=("local_choice",), use_cache=False)
+    has_chunk = threading.Event()
+
+    def hang(worker: FakeWorker, chunk: object) -> None:
+        has_chunk.set()
+        silent(worker, chunk)
+
+    evaluator.attach(job_id, "w0", start_worker(hang))
+    assert has_chunk.wait(60)
+    evaluator.send(msg.DetachWorker(job_id=job_id, worker_id="w0"))
+    evaluator.attach(job_id, "w1", start_worker())
+    *_, done = evaluator.finish()
+    assert done.progress.workers == {"w1": CHOICE_REQUESTS}
+
+
+def test_a_failure_names_the_task_and_leaves_the_evaluator_ready(evaluator, job_id, start_worker) -> None:
+    job_dir = evaluator.start(job_id, tasks=("local_choice",), use_cache=False)
+    evaluator.attach(job_id, "w", start_worker(failing))
+    assert evaluator.finish() == [msg.JobFailed(job_id=job_id, error="local_choice: out of memory")]
+    assert "Traceback" in (job_dir / "job.log").read_text()
+
+
+def test_a_job_that_cannot_be_built(evaluator, job_id, start_worker) -> None:
+    evaluator.start(job_id, tasks=("local_generation",), gen_kwargs={"max_gen_toks": 5000})
+    (failed,) = evaluator.finish()
+    assert failed.error == (
+        "local_generation: max_gen_toks (5000) must be less than the model's maximum sequence length (2048)"
+    )
+
+
+def test_a_second_run_comes_from_the_cache(evaluator, job_id, start_worker) -> None:
+    tasks = ("local_choice", "local_rolling", "local_generation")
+    evaluator.start(job_id, tasks=tasks)
+    evaluator.attach(job_id, "w", start_worker())
+    *_, first = evaluator.finish()
+    assert first.progress.cached == 0
+    evaluator.start(f"{job_id}-again", tasks=tasks)
+    *_, again = evaluator.finish()  # no worker at all
+    assert again.progress.cached == again.progress.total == first.progress.total
+    assert again.result.metrics == first.result.metrics
+    assert set(again.result.samples.values()).isdisjoint(first.result.samples.values())
+
+
+def test_sampling_is_not_cached_and_has_a_seed_for_each_repeat(evaluator, job_id, tmp_path) -> None:
+    options = {"tasks": ("local_generation",), "limit": 1, "gen_kwargs": {"do_sample": True, "temperature": 0.7}}
+    seeds = []
+    for attempt in ("a", "b"):
+        worker = FakeWorker("w", tmp_path / attempt)
+        evaluator.start(job_id + attempt, **options)
+        evaluator.attach(job_id + attempt, "w", worker.address)
+        *_, done = evaluator.finish()
+        assert done.progress.workers == {"w": 2}
+        seeds.append([seed for chunk in worker.chunks for seed in chunk.seeds])
+        worker.close()
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 2
+
+
+def test_questions_between_jobs(evaluator) -> None:
+    evaluator.send(msg.CheckTasks(check_id=7, tasks=("local_choice", "local_choise")))
+    checked = evaluator.receive()
+    assert checked.check_id == 7
+    assert [problem.task for problem in checked.problems] == ["local_choise"]
+    evaluator.send(msg.BuildCatalogue())
+    names = {entry.name for entry in evaluator.receive().entries}
+    assert {"local_choice", "local_group"} <= names
+
+
+def test_the_process_ends_with_its_pipe_even_in_a_job(start_evaluator, job_id) -> None:
+    evaluator = start_evaluator()
+    evaluator.start(job_id, tasks=("local_choice",))
+    evaluator.send(msg.Shutdown())
+    with pytest.raises(EOFError):
+        evaluator.receive()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_pool.results import ResultFiles, plain_metrics, sanitise_model_name
+
+SAMPLE: dict[str, Any] = {
+    "doc_id": 0,
+    "doc": {"text": "ä", "kind": {1}},
+    "target": 2,
+    "arguments": [("context", " a"), ("context", {"until": ["\n"]})],
+    "resps": [[(-1.5, True)], ["half a character: \udc80"]],
+    "filtered_resps": [(-1.5, np.bool_(True)), "x"],
+    "acc": np.float32(1.0),
+}
+
+
+def test_names(tmp_path: Path) -> None:
+    files = ResultFiles(tmp_path, "/models/a:b")
+    results, samples = files.write_results({"a": 1}), files.write_samples("task", [])
+    assert files.model_name == sanitise_model_name("/models/a:b") == "__models__a__b"
+    assert results.parent == samples.parent == tmp_path / "__models__a__b"
+    assert results.name.endswith("_results.json")
+    assert samples.name == results.name.replace("_results.json", "_samples_task.jsonl")
+
+
+def test_jobs_in_one_folder_have_files_of_their_own(tmp_path: Path) -> None:
+    paths = {ResultFiles(tmp_path, "m").write_results({"job": i}) for i in range(3)}
+    assert sorted(json.loads(path.read_text())["job"] for path in paths) == [0, 1, 2]
+    assert set(tmp_path.rglob("*.*")) == paths  # no temporary file stays
+
+
+def test_samples_are_what_lm_eval_writes(tmp_path: Path) -> None:
+    path = ResultFiles(tmp_path, "m").write_samples("task", [SAMPLE])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {
+            "doc_id": 0,
+            "doc": {"text": "ä", "kind": [1]},
+            "target": "2",
+            "arguments": {
+                "gen_args_0": {"arg_0": "context", "arg_1": " a"},
+                "gen_args_1": {"arg_0": "context", "arg_1": {"until": ["\n"]}},
+            },
+            "resps": [[["-1.5", "True"]], ["half a character: \udc80"]],
+            "filtered_resps": [["-1.5", "True"], "x"],
+            "acc": 1.0,
+        }
+    ]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    files = ResultFiles(tmp_path, "m")
+    path = files.write_samples("task", [SAMPLE])
+    before = path.read_bytes()
+
+    def broken() -> Any:
+        yield SAMPLE
+        raise RuntimeError
+
+    try:
+        files.write_samples("task", broken())
+    except RuntimeError:
+        assert path.read_bytes() == before
+
+
+def test_plain_metrics() -> None:
+    metrics = plain_metrics({"acc": np.float64(0.5), "n": np.int64(3), "stderr": "N/A"})
+    assert metrics == {"acc": 0.5, "n": 3, "stderr": "N/A"}
+    assert {type(value) for value in metrics.values()} == {float, int, str}
