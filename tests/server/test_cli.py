@@ -1,0 +1,163 @@
+"""The command line as a person runs it: real processes against the real REST face."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+from fake_pool import FakePool
+from live_server import live_server
+
+from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
+from server import cli
+
+ROOT = Path(__file__).parents[2]
+COMMAND_SECONDS = 60.0  # each takes about one
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Generator[tuple[str, FakePool]]:
+    with live_server(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def pool(live: tuple[str, FakePool]) -> FakePool:
+    return live[1]
+
+
+def evalpool(*arguments: str, url: str = "http://127.0.0.1:9") -> subprocess.CompletedProcess[str]:
+    """Run the command; narrow enough a terminal must not cut what scripts read."""
+    environ = {**os.environ, "EVALPOOL_URL": url, "COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "server", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
+    )
+
+
+@pytest.fixture
+def run(live: tuple[str, FakePool]) -> Run:
+    return lambda *arguments: evalpool(*arguments, url=live[0])
+
+
+def submit(run: Run, *arguments: str) -> str:
+    ran = run("submit", "--model", "hf", "--model-args", "pretrained=/models/tiny", "--tasks", "arc_easy", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def complete(pool: FakePool, job_id: str) -> None:
+    metrics = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.4321, "acc_stderr,none": 0.0123}}
+    result = JobResult(
+        model_name="tiny", results_path="/out/r.json", samples={"arc_easy": "/out/s.jsonl"}, metrics=metrics
+    )
+    progress = Progress(phase=Phase.SCORING, tasks={"arc_easy": TaskProgress(done=4, total=4)})
+    pool.change(job_id, state=JobState.COMPLETED, result=result, progress=progress)
+
+
+def test_submit_prints_the_job_and_sends_every_option(run: Run, pool: FakePool) -> None:
+    job_id = submit(
+        run,
+        *("--tasks", "piqa,mmlu"),
+        *("--model-args", '{"dtype": "float32"}', "--limit", "8", "--num-fewshot", "2", "--batch-size", "4"),
+        *("--device", "cpu", "--num-gpus", "0", "--gen-kwargs", "temperature=0", "--no-cache", "--predict-only"),
+        *("--no-log-samples", "--apply-chat-template", "--system-instruction", "Be brief."),
+    )
+    evaluation = pool._jobs[job_id].evaluation
+    assert evaluation.tasks == ("arc_easy", "piqa", "mmlu")
+    assert evaluation.model_args == {"pretrained": "/models/tiny", "dtype": "float32"}
+    assert (evaluation.limit, evaluation.num_fewshot, evaluation.batch_size) == (8, 2, 4)
+    assert (evaluation.device, evaluation.num_gpus) == ("cpu", 0)
+    assert evaluation.gen_kwargs == {"temperature": 0}
+    assert (evaluation.use_cache, evaluation.predict_only, evaluation.log_samples) == (False, True, False)
+    assert (evaluation.apply_chat_template, evaluation.system_instruction) == (True, "Be brief.")
+
+
+@pytest.mark.parametrize(("text", "limit"), [("8", 8), ("0.25", 0.25)])
+def test_limits(run: Run, pool: FakePool, text: str, limit: float) -> None:
+    assert pool._jobs[submit(run, "--limit", text)].evaluation.limit == limit
+
+
+def test_jobs_are_listed(run: Run, pool: FakePool) -> None:
+    first, second = submit(run), submit(run)
+    complete(pool, first)
+    shown = run("jobs").stdout
+    assert shown.index(second) < shown.index(first)
+    assert "queued (position 0)" in shown
+    assert "completed" in shown
+    assert second not in run("jobs", "--status", "completed").stdout
+
+
+def test_results_show_scores_with_errors_and_paths(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    complete(pool, job_id)
+    shown = run("results", job_id)
+    assert shown.returncode == 0
+    for text in ("arc_easy", "acc", "0.4321", "0.0123", "/out/r.json", "/out/s.jsonl"):
+        assert text in shown.stdout
+    as_json = run("results", job_id, "--json").stdout
+    assert json.loads(as_json)["arc_easy"]["acc,none"] == 0.4321
+
+
+def test_watch_ends_with_the_job(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    complete(pool, job_id)
+    watched = run("watch", job_id)
+    assert watched.returncode == 0
+    assert "4/4" in watched.stderr
+    assert "0.4321" in watched.stdout
+
+
+def test_a_failed_job_is_a_failed_command(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    pool.change(job_id, state=JobState.FAILED, error="out of\nmemory [really]")
+    for command in ("watch", "results"):
+        ran = run(command, job_id)
+        assert ran.returncode == 1
+        assert ran.stderr.splitlines()[-1] == "error: the job is failed: out of memory [really]"
+
+
+def test_cancel(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    assert "cancelled" in run("cancel", job_id).stdout
+    assert pool._jobs[job_id].state is JobState.CANCELLED
+    again = run("cancel", job_id)
+    assert (again.returncode, again.stderr) == (1, "error: Job already finished or cancelled\n")
+
+
+def test_an_error_is_one_line_with_the_field(run: Run) -> None:
+    ran = run("submit", "--model", "hf", "--tasks", "arc_esy")
+    assert ran.returncode == 1
+    assert ran.stderr == "error: tasks[0]: no such task (choices: arc_easy)\n"
+
+
+def test_no_server() -> None:
+    ran = evalpool("jobs")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: no server answers at http://127.0.0.1:9")
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [("--port", "65536"), ("--config", "/nowhere.toml"), ("--cpu-workers", "-1")])
+def test_serve_refuses_bad_settings(flags: tuple[str, str]) -> None:
+    ran = evalpool("serve", *flags)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_values_of_model_args() -> None:
+    assert cli._pairs(["a=1,b=true", "c=x y,d=null", '{"e": [1, 2]}']) == {
+        "a": 1,
+        "b": True,
+        "c": "x y",
+        "d": None,
+        "e": [1, 2],
+    }
+    assert cli._pairs([]) is None
