@@ -88,8 +88,10 @@ class TaskChecker:
         for member in members if isinstance(members, list) else []:
             item = {"task": member} if isinstance(member, str) else member
             merged = overrides | {key: value for key, value in item.items() if key not in _GROUP_KEYS}
-            name = item.get("group") or item["task"]
-            entry = index.get(name) if isinstance(name, str) else None
+            name = item.get("group") or item.get("task")
+            if name is None:
+                raise ValueError(f"a member of group {group} names neither a `task` nor a `group`")
+            entry = index.get(name)
             if entry is None and "group" in item:
                 yield from self._members(f"{group}::{name}", item, overrides, top, index, path)
             elif entry is None:
@@ -131,6 +133,10 @@ class TaskChecker:
         needs = self._needs_of(leaf)
         if isinstance(needs, str):
             return needs
+        if needs.unknown_keys:
+            return f"lm-eval does not know these keys of its YAML: {', '.join(needs.unknown_keys)}"
+        if needs.eval_split is None and not needs.has_class:
+            return "its YAML names neither a test_split nor a validation_split"
         if needs.multimodal:
             return "multimodal tasks are not served yet"
         if needs.runs_code and not self._allow_code:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
 _TASKS_ROOT = Path(lm_eval.tasks.__file__).parent
+_KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(TaskConfig)) | {"group", "task_list"}
 _CODE_MARKS = ("HF_ALLOW_CODE_EVAL", "code_eval", "UNSAFE_CODE = True")
 
 
@@ -24,6 +27,8 @@ class TaskNeeds:
     """What one leaf task needs."""
 
     name: str
+    unknown_keys: tuple[str, ...]
+    """Keys of the YAML that lm-eval does not know, and refuses."""
     multimodal: bool
     runs_code: bool
     missing_modules: tuple[str, ...]
@@ -32,6 +37,8 @@ class TaskNeeds:
     """Hub id, local folder or file format; None where the task makes its data itself."""
     config: str | None
     data_files: tuple[str, ...]
+    has_class: bool
+    """Whether it is written in Python, which may choose its documents in its own way."""
     eval_split: str | None
     default_fewshot: int | None
     fewshot_split: str | None
@@ -50,12 +57,14 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
     attributes = _class_attributes(config)
     return TaskNeeds(
         name=name,
+        unknown_keys=tuple(sorted(set(config) - _KNOWN_KEYS)) if "class" not in config else (),
         multimodal=bool(config.get("doc_to_image") or config.get("doc_to_audio")),
         runs_code=_runs_code(config, sources),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
         dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),
         config=config.get("dataset_name") or attributes.get("DATASET_NAME"),
         data_files=tuple(_texts((config.get("dataset_kwargs") or {}).get("data_files"))),
+        has_class="class" in config,
         eval_split=config.get("test_split") or config.get("validation_split"),
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=_fewshot_split(config),
@@ -132,14 +141,22 @@ def _class_attributes(config: dict[str, Any]) -> dict[str, Any]:
     path = Path(stem + ".py")
     if not _is_file(path):
         return {}
+    tree = _parsed(path, path.stat().st_mtime_ns)[1]
+    return _constants(name, {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)})
+
+
+def _constants(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
+    """Constants in the body of a class, and of its bases in the same file."""
+    node = classes.get(name)
+    if node is None:
+        return {}
     constants: dict[str, Any] = {}
-    for node in _parsed(path, path.stat().st_mtime_ns)[1].body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for item in node.body:
-                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant):
-                    constants |= {
-                        target.id: item.value.value for target in item.targets if isinstance(target, ast.Name)
-                    }
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name):
+            constants |= _constants(base.id, classes)
+    for item in node.body:
+        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant):
+            constants |= {target.id: item.value.value for target in item.targets if isinstance(target, ast.Name)}
     return constants
 
 

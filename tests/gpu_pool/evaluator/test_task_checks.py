@@ -137,6 +137,17 @@ def test_missing_libraries_are_named(library: TaskLibrary, tasks: Path) -> None:
     assert "unitxt" in reason(library, "ag_news")
 
 
+def test_misspelt_keys_and_missing_splits_are_named(library: TaskLibrary, tasks: Path) -> None:
+    write_local(tasks, "mine", "num_fewshots: 5\n")
+    assert reason(library, "mine").endswith("keys of its YAML: num_fewshots")
+    (tasks / "mine.yaml").write_text("task: mine\ndataset_path: baber/piqa\ndoc_to_text: x\n")
+    assert "neither a test_split nor a validation_split" in reason(library, "mine")
+
+
+def test_python_tasks_name_their_data(library: TaskLibrary) -> None:
+    assert "tau/scrolls" in reason(library, "scrolls_quality")
+
+
 def test_groups_name_the_task_that_fails(library: TaskLibrary) -> None:
     text = reason(library, "mmlu_stem")
     assert text.startswith("mmlu_stem cannot run: its task mmlu_")
