@@ -21,6 +21,11 @@ from server import schemas
 STATIC = Path(__file__).parent / "static"
 API_VERSION = "0.1.0"
 _REF = "#/components/schemas/{name}"
+_JOB_LINKS = {
+    name: {"operationId": name, "parameters": {"job_id": "$response.body#/job_id"}}
+    for name in ("get_job", "get_samples", "get_log", "cancel_job")
+}
+"""What can follow a submission."""
 
 _DESCRIPTION = """Evaluation as a service for language models on a box of GPUs.
 
@@ -41,6 +46,7 @@ def document(app: Litestar) -> dict[str, Any]:
             operation["summary"] = operation.pop("description")
             for parameter in operation.get("parameters", ()):
                 parameter["schema"] = _without_null(parameter["schema"])
+    spec["paths"]["/evaluate"]["post"]["responses"]["200"]["links"] = _JOB_LINKS
     return spec
 
 

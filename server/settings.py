@@ -112,9 +112,12 @@ def _parse(type_: Any, text: str, where: str) -> Any:
 
 def _convert(name: str, value: Any, base: Path, where: str, *, strict: bool = True) -> Any:
     try:
-        return msgspec.convert(value, FIELD_TYPES[name], strict=strict, dec_hook=_path_under(base))
+        converted = msgspec.convert(value, FIELD_TYPES[name], strict=strict, dec_hook=_path_under(base))
     except msgspec.ValidationError as error:
         raise SettingsError(f"{where}: {str(error).replace('`', '')}") from error
+    if name == "dataset_roots":  # its values are paths with placeholders
+        return {dataset: str(base / Path(files).expanduser()) for dataset, files in converted.items()}
+    return converted
 
 
 def _path_under(base: Path) -> Callable[[type, Any], Path]:

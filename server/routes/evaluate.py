@@ -35,7 +35,7 @@ _EXAMPLES = [
             "tasks": ["gsm8k"],
             "num_fewshot": 5,
             "gen_kwargs": "temperature=0,max_gen_toks=64",
-            "num_gpus": 2,
+            "use_cache": False,
         },
     ),
 ]

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, merge_checkpoint
 
+pytestmark = pytest.mark.slow
+
 MAKE_SHARDS = Path(__file__).parents[1] / "make_sharded_checkpoint.py"
 
 

@@ -43,13 +43,17 @@ def test_every_kind_of_value_from_the_file(tmp_path: Path):
         log_level = "debug"
         [dataset_roots]
         "allenai/ai2_arc" = "/data/arc"
+        "baber/piqa" = "piqa/{split}.parquet"
         """,
     )
     pool = load_settings({}, config, {}).pool
     assert pool.data_dir == tmp_path / "data"
     assert pool.include_paths == (tmp_path / "tasks", Path("/more/tasks"))
     assert (pool.allow_remote_code, pool.gpu_free_fraction, pool.worker_load_timeout_s) == (True, 0.5, 10.0)
-    assert pool.dataset_roots == {"allenai/ai2_arc": "/data/arc"}
+    assert pool.dataset_roots == {
+        "allenai/ai2_arc": "/data/arc",
+        "baber/piqa": str(tmp_path / "piqa/{split}.parquet"),
+    }
 
 
 def test_every_kind_of_value_from_the_environment():
