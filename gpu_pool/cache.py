@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class ResponseCache:
             self._connection = None
 
     @contextmanager
-    def _forgiving(self, what: str) -> Iterator[None]:
+    def _forgiving(self, what: str) -> Generator[None]:
         """Turn trouble with the file into a line in the log; a corrupt file is moved aside."""
         try:
             yield

@@ -34,6 +34,8 @@ class EvaluatorStart(Record, frozen=True, kw_only=True):
     """Hub data set -> local files; the syntax is in `gpu_pool.evaluator.dataset_roots`."""
     allow_code_execution: bool = False
     allow_remote_code: bool = False
+    runs_jobs: bool = True
+    """False: it only answers questions about tasks, and is ready sooner and smaller without what jobs need."""
 
 
 class WorkerStart(Record, frozen=True, kw_only=True):

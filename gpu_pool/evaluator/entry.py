@@ -6,10 +6,14 @@ import logging
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_pool.child import enter_child
 from gpu_pool.messages import EvaluatorStart
+
+if TYPE_CHECKING:
+    from gpu_pool.evaluator.catalogue import TaskLibrary
+    from gpu_pool.evaluator.loop import OpenJob
 
 
 def evaluator_main(connection: Connection[Any, Any], start: EvaluatorStart, parent_pid: int) -> None:
@@ -48,17 +52,25 @@ def _log_to_stderr() -> None:
 def _serve(connection: Connection[Any, Any], start: EvaluatorStart) -> None:
     import gc
 
-    from gpu_pool.cache import ResponseCache
     from gpu_pool.evaluator.catalogue import TaskLibrary
-    from gpu_pool.evaluator.harness_lm_eval import memoise_templates
-    from gpu_pool.evaluator.job import Workshop
     from gpu_pool.evaluator.loop import EvaluatorLoop
 
-    memoise_templates()
-    data_dir = Path(start.data_dir)
-    library = TaskLibrary(data_dir, start.include_paths, start.dataset_roots, start.allow_code_execution)
-    cache = ResponseCache(data_dir / "cache" / "responses.sqlite")
-    loop = EvaluatorLoop(connection, start, Workshop(library, cache, allow_code=start.allow_code_execution))
+    library = TaskLibrary(Path(start.data_dir), start.include_paths, start.dataset_roots, start.allow_code_execution)
+    open_job = _prepare_for_jobs(start, library) if start.runs_jobs else None
     gc.collect()
     gc.freeze()  # what was imported stays: collections after each job need not look at it
-    loop.serve()
+    EvaluatorLoop(connection, start, library, open_job).serve()
+
+
+def _prepare_for_jobs(start: EvaluatorStart, library: TaskLibrary) -> OpenJob:
+    """Import all that a job needs, so that no job waits for it."""
+    from functools import partial
+
+    from gpu_pool.evaluator.harness_lm_eval import memoise_templates
+    from gpu_pool.evaluator.job import JobRun, Workshop
+    from gpu_pool.evaluator.prompts import import_model_code
+
+    memoise_templates()
+    import_model_code()
+    workshop = Workshop(library, Path(start.data_dir), allow_code=start.allow_code_execution)
+    return partial(JobRun, workshop=workshop)

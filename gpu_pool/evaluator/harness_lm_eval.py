@@ -37,7 +37,7 @@ class TaskError(PoolError):
 
 def memoise_templates() -> None:
     """Compile each Jinja template once: lm-eval does it for every document and every shot."""
-    environment = lm_eval.utils.env
+    environment: Any = lm_eval.utils.env
     environment.from_string = functools.lru_cache(maxsize=4096)(environment.from_string)
 
 
@@ -101,11 +101,11 @@ class TaskScore:
 
     def __init__(self, name: str, accumulated: EvalAcc, samples: list[dict[str, Any]] | None) -> None:
         self.accumulated = accumulated
-        self.metrics: dict[str, Any] = accumulated.metrics[name]
+        self.metrics = dict(accumulated.metrics[name])
         self.samples = samples
 
 
-def score_task(name: str, task: Task, evaluation: Evaluation) -> TaskScore:
+def score_task(name: str, task: Any, evaluation: Evaluation) -> TaskScore:
     """Filters, metrics and standard errors of a task whose instances have their responses (`evaluate`)."""
     task.apply_filters()
     keep_samples = evaluation.log_samples or evaluation.predict_only
@@ -120,7 +120,7 @@ def score_task(name: str, task: Task, evaluation: Evaluation) -> TaskScore:
                 samples.append(_sample(task, doc_id, doc, requests, filter_name, metrics))
             for metric, value in metrics.items():
                 raw_metrics[metric, filter_name].append(value)
-    accumulator = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
+    accumulator: Any = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
     accumulated = _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
     return TaskScore(name, accumulated, samples if keep_samples else None)
 

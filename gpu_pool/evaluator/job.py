@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,17 @@ class JobError(PoolError):
 class Workshop:
     """What an evaluator keeps warm for all its jobs."""
 
-    def __init__(self, library: TaskLibrary, cache: ResponseCache, *, allow_code: bool) -> None:
+    def __init__(self, library: TaskLibrary, data_dir: Path, *, allow_code: bool) -> None:
         self.library = library
-        self.cache = cache
+        self.cache = ResponseCache(data_dir / "cache" / "responses.sqlite")
+        self.encoders = EncoderPool(data_dir / "fingerprints.json")
         self.allow_code = allow_code
-        self.encoders = EncoderPool()
 
 
 class JobRun:
     """One job. `execute` runs in the main thread; workers come, answer and go in their own."""
 
-    def __init__(self, job: RunJob, workshop: Workshop, send: Callable[[Message], None]) -> None:
+    def __init__(self, job: RunJob, send: Callable[[Message], None], workshop: Workshop) -> None:
         self._job = job
         self._evaluation = job.evaluation
         self._workshop = workshop
@@ -64,6 +64,9 @@ class JobRun:
         self._scores: dict[str, harness.TaskScore] = {}
         self._hashes: dict[str, str] = {}
         self._samples: dict[str, str] = {}
+        self._is_current = True
+        """Whether the files still are the model that the job means. If not, the job ends when a replica that was loaded
+        before answers; where one has to be loaded, that fails first, and the server starts the job anew."""
 
     def execute(self) -> JobDone:
         """Evaluate.
@@ -73,7 +76,7 @@ class JobRun:
         """
         with self._progress, contextlib.closing(self.dispatcher):
             harness.seed_everything(self._evaluation)
-            encoder = self._workshop.encoders.get(self._job.model)
+            encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
             files = ResultFiles(Path(self._job.output_dir), model_name(self._job))
             loaded = self._workshop.library.load(self._evaluation.tasks)
@@ -131,10 +134,9 @@ class JobRun:
         """The units that the cache answers."""
         keys = [unit.key for unit in units if unit.key] if self._evaluation.use_cache else []
         known = self._workshop.cache.lookup(keys)
-        found = [unit for unit in units if unit.key in known]
-        for unit in found:
-            unit.answer = known[unit.key]
-        return found
+        for unit in units:
+            unit.answer = known.get(unit.key) if unit.key else None
+        return [unit for unit in units if unit.answer is not None]
 
     def _on_answers(self, worker_id: str, units: Sequence[Unit]) -> None:
         if self._evaluation.use_cache:
@@ -164,6 +166,10 @@ class JobRun:
         name = self._ready.get()
         if isinstance(name, JobError):
             raise name
+        if not self._is_current:
+            raise JobError(
+                f"{self._job.model.args.pretrained} has changed since the job was submitted: submit it again"
+            )
         task = tasks[name]
         with _blame(name):
             self._requests.pop(name).deliver()
@@ -207,7 +213,7 @@ class JobRun:
 
 
 @contextlib.contextmanager
-def _blame(task: str) -> Iterator[None]:
+def _blame(task: str) -> Generator[None]:
     """Name the task in what goes wrong with it."""
     try:
         yield

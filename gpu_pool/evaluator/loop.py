@@ -8,15 +8,15 @@ import logging
 import os
 import queue
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gpu_pool.child import redirect_output
 from gpu_pool.evaluator.failures import explain
-from gpu_pool.evaluator.job import JobRun, Workshop
 from gpu_pool.messages import (
     MAX_MESSAGE_BYTES,
     AttachWorker,
@@ -35,16 +35,31 @@ from gpu_pool.messages import (
     encode,
 )
 
+if TYPE_CHECKING:
+    from gpu_pool.evaluator.catalogue import TaskLibrary
+    from gpu_pool.evaluator.job import JobRun
+
+OpenJob = Callable[[RunJob, Callable[[Message], None]], "JobRun"]
+"""Makes the run of a job, given where its messages go."""
+
 _log = logging.getLogger(__name__)
 
 
 class EvaluatorLoop:
     """Serves one control pipe until it closes."""
 
-    def __init__(self, connection: Connection[Any, Any], start: EvaluatorStart, workshop: Workshop) -> None:
+    def __init__(
+        self,
+        connection: Connection[Any, Any],
+        start: EvaluatorStart,
+        library: TaskLibrary,
+        open_job: OpenJob | None,
+    ) -> None:
+        """`open_job` is None in an evaluator that only answers questions."""
         self._connection = connection
         self._start = start
-        self._workshop = workshop
+        self._library = library
+        self._open_job = open_job
         self._inbox: queue.SimpleQueue[CheckTasks | BuildCatalogue | tuple[RunJob, JobRun]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._job: JobRun | None = None
@@ -56,10 +71,10 @@ class EvaluatorLoop:
         while True:
             match self._inbox.get():
                 case CheckTasks(check_id=check_id, tasks=tasks):
-                    problems = self._workshop.library.check(tasks)
+                    problems = self._library.check(tasks)
                     self._send(TasksChecked(check_id=check_id, problems=problems))
                 case BuildCatalogue():
-                    self._send(Catalogue(entries=self._workshop.library.entries()))
+                    self._send(Catalogue(entries=self._library.entries()))
                 case (message, job):
                     self._run(message, job)
                     self._say_ready()
@@ -89,7 +104,8 @@ class EvaluatorLoop:
                 if self._job and self._job.dispatcher.job_id == job_id:
                     self._job.dispatcher.detach(worker_id)
             case RunJob():
-                self._job = JobRun(message, self._workshop, self._send)
+                assert self._open_job is not None, "this evaluator was started without what jobs need"
+                self._job = self._open_job(message, self._send)
                 self._inbox.put((message, self._job))
             case _:
                 self._inbox.put(message)

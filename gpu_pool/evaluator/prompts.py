@@ -6,13 +6,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from lm_eval.models.utils import configure_pad_token, has_bos_prefix, resolve_max_length
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from gpu_pool.errors import PoolError
+from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import ModelArgs, ModelSpec
 
 Tokens = tuple[int, ...]
@@ -163,16 +165,34 @@ class PromptEncoder:
 class EncoderPool:
     """Encoders kept warm between jobs, by the model's content and arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint_memo: Path) -> None:
+        self._memo = fingerprint_memo
         self._encoders: dict[str, PromptEncoder] = {}
 
-    def get(self, model: ModelSpec) -> PromptEncoder:
-        """The model's encoder, loaded if need be; the least recently used one makes room."""
-        encoder = self._encoders.pop(model.replica_key, None) or PromptEncoder(model.args)
+    def get(self, model: ModelSpec) -> tuple[PromptEncoder, bool]:
+        """The model's encoder, loaded if need be, and whether it is of the content that `model` means.
+
+        It is not when the files have changed since the job was submitted. The least recently used one makes room.
+        """
+        encoder = self._encoders.pop(model.replica_key, None)
+        if encoder is None:
+            encoder = PromptEncoder(model.args)
+            if not self._is_current(model):
+                return encoder, False
         self._encoders[model.replica_key] = encoder
         if len(self._encoders) > _WARM_TOKENIZERS:
             del self._encoders[next(iter(self._encoders))]
-        return encoder
+        return encoder, True
+
+    def _is_current(self, model: ModelSpec) -> bool:
+        """Asked after loading, so that whatever was written before or meanwhile shows."""
+        of_a_commit = model.fingerprint.startswith("hub:")  # which does not change
+        return of_a_commit or fingerprint_model(model.args, self._memo) == model.fingerprint
+
+
+def import_model_code() -> None:
+    """Import now what transformers imports when it reads the first configuration of any model (seconds)."""
+    LlamaConfig()
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

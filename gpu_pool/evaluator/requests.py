@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import msgspec
 from lm_eval.api.instance import Instance
@@ -101,7 +102,8 @@ class RequestBuilder:
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
             raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
-        pairs = self._encoder.encode_pairs([instance.args for instance in instances])
+        texts: list[Any] = [instance.args for instance in instances]
+        pairs = self._encoder.encode_pairs(texts)
         return [
             [[self._scoring(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
         ]
@@ -121,7 +123,7 @@ class RequestBuilder:
 
     def _generation(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         end = self._encoder.end_of_text
-        options = [generation_options(instance.args[1], end) for instance in instances]
+        options = [generation_options(instance.arguments[1], end) for instance in instances]
         prompts: dict[tuple[str, int], Tokens] = {}
         for room in {option.max_gen_toks for option in options}:
             texts = [i.args[0] for i, option in zip(instances, options, strict=True) if option.max_gen_toks == room]
@@ -161,7 +163,7 @@ def cache_scope(model: ModelSpec) -> bytes:
 
 def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:
     """A task's `generation_kwargs` as HFLM's `generate_until` and `_model_generate` read them."""
-    kwargs = dict(normalize_gen_kwargs(gen_kwargs))
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs))
     until = handle_stop_sequences(kwargs.pop("until", None), eos=end_of_text)
     max_gen_toks = kwargs.pop("max_gen_toks")
     do_sample = bool(kwargs.pop("do_sample"))
@@ -177,7 +179,7 @@ def is_deterministic(options: GenerationOptions) -> bool:
 
 
 def _response(request_type: str, units: Sequence[Unit]) -> object:
-    answers = [unit.answer for unit in units]
+    answers: list[Any] = [unit.answer for unit in units]
     if request_type == "loglikelihood_rolling":
         return sum(answer[0] for answer in answers)
     return answers[0]

@@ -15,6 +15,7 @@ import pytest
 
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
+from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.worker.entry import worker_main
 
@@ -131,15 +132,16 @@ class Evaluator:
             pass
         return message
 
-    def start(self, job_id: str, **evaluation: Any) -> Path:
+    def start(self, job_id: str, model: ModelSpec | None = None, **evaluation: Any) -> Path:
         """Send RunJob; returns the job's folder."""
+        model = model or self.model
         job_dir = self.folder / job_id
         job_dir.mkdir()
         self.send(
             msg.RunJob(
                 job_id=job_id,
-                evaluation=Evaluation(model=self.model.args.pretrained, **evaluation),
-                model=self.model,
+                evaluation=Evaluation(model=model.args.pretrained, **evaluation),
+                model=model,
                 output_dir=str(job_dir),
                 log_path=str(job_dir / "job.log"),
             )
@@ -159,12 +161,24 @@ class Evaluator:
 
 
 StartEvaluator = Callable[..., Evaluator]
+SpecOf = Callable[[Path], ModelSpec]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> ModelSpec:
+def model(tiny_model: Path, spec_of: SpecOf) -> ModelSpec:
     """The tiny model in fp32."""
-    return ModelSpec(kind="hf", args=ModelArgs(pretrained=str(tiny_model), dtype="float32"), fingerprint="tiny")
+    return spec_of(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def spec_of(data_dir: Path) -> SpecOf:
+    """The checkpoint in a folder as it is now, in fp32."""
+
+    def spec(folder: Path) -> ModelSpec:
+        args = ModelArgs(pretrained=str(folder), dtype="float32")
+        return ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, data_dir / "fingerprints.json"))
+
+    return spec
 
 
 @pytest.fixture(scope="session")
@@ -196,15 +210,12 @@ def start_evaluator(
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, model: ModelSpec) -> Iterator[Path]:
+def worker(tmp_path_factory: pytest.TempPathFactory, model: ModelSpec) -> Iterator[Path]:
     """A real worker with the tiny model; the path of its data socket."""
-    from gpu_pool.fingerprint import fingerprint_model
-
     folder = tmp_path_factory.mktemp("worker")
-    fingerprint = fingerprint_model(model.args, folder / "memo")
     start = msg.WorkerStart(
         worker_id="real",
-        spec=ModelSpec(kind="hf", args=model.args, fingerprint=fingerprint),
+        spec=model,
         socket_path=str(folder / "data.sock"),
         log_path=str(folder / "worker.log"),
         data_dir=str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_sampling_is_not_cached_and_has_a_seed_for_each_repeat(evaluator, job_id
         worker.close()
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 2
+
+
+def test_a_checkpoint_that_changed_after_submission(
+    evaluator, job_id, start_worker, tiny_model: Path, spec_of, tmp_path: Path
+) -> None:
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    with (latest / "tokenizer_config.json").open("a") as file:
+        file.write("\n")
+        file.flush()
+        submitted = spec_of(latest)  # content that no other test has made the evaluator warm for
+        file.write("\n")
+    evaluator.start(job_id, submitted, tasks=("local_choice",), use_cache=False)
+    evaluator.attach(job_id, "w", start_worker())  # a warm replica of what was there before
+    assert evaluator.finish() == [
+        msg.JobFailed(job_id=job_id, error=f"{latest} has changed since the job was submitted: submit it again")
+    ]
 
 
 def test_questions_between_jobs(evaluator) -> None:

@@ -1,0 +1,93 @@
+"""Token for token what lm-eval's HF backend makes of the same strings, whether the tokenizer adds a BOS or not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
+from gpu_pool.records import ModelArgs
+
+PAIRS = [
+    ("what is the", " capital"),
+    ("what is the ", "capital"),
+    ("what is the \n\n ", "capital\n"),
+    ("", " of France"),
+    ("", "<|im_start|>system"),
+    ("<|im_start|>user\nhi<|im_end|>\n", "Paris"),
+    ("ünïcode 🙂", " 🙂"),
+    ("the capital of Fr", "ance, of course"),
+]
+HISTORY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
+
+
+@pytest.fixture(scope="module", params=["plain", "adds-bos"])
+def checkpoint(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "plain":
+        return tiny_model
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("bos") / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+    tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[bos])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[None, True, False])
+def both(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[HFLM, PromptEncoder]:
+    options: dict[str, Any] = {"pretrained": str(checkpoint), "add_bos_token": request.param, "dtype": "float32"}
+    return HFLM(device="cpu", **options), PromptEncoder(ModelArgs(**options))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs(both: tuple[HFLM, PromptEncoder], pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = both
+    monkeypatch.setattr(theirs, "_loglikelihood_tokens", lambda requests, **_: requests)
+    ((_, context, continuation),) = theirs.loglikelihood([Instance("loglikelihood", {}, pair, 0)], disable_tqdm=True)
+    assert ours.encode_pairs([("another", " pair"), pair])[1] == (tuple(context), tuple(continuation))
+
+
+def test_prompts(both: tuple[HFLM, PromptEncoder]) -> None:
+    theirs, ours = both
+    prompts = [context for context, _ in PAIRS if context] + ["question " * 3000]
+    tokens = ours.encode_prompts(prompts, room=100)
+    for prompt in prompts:
+        ids, _ = theirs.tok_batch_encode([prompt], left_truncate_len=theirs.max_length - 100)
+        assert tokens[prompt] == tuple(ids[0].tolist())
+
+
+def test_model_limits(both: tuple[HFLM, PromptEncoder]) -> None:
+    theirs, ours = both
+    assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id)
+    assert ours.end_of_text == theirs.tok_decode(theirs.eot_token_id, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_chat_template(both: tuple[HFLM, PromptEncoder], generation_prompt: bool) -> None:
+    theirs, ours = both
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    history = HISTORY if generation_prompt else [*HISTORY, {"role": "assistant", "content": "Answer:"}]
+    expected = theirs.apply_chat_template(history, generation_prompt)
+    assert ours.apply_chat_template(True, history, generation_prompt) == expected
+
+
+def test_named_chat_templates(tiny_model: Path) -> None:
+    encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_model)))
+    encoder.tokenizer.chat_template = {"default": "d {{ messages[0]['content'] }}", "tool": "t"}
+    assert encoder.apply_chat_template(True, HISTORY) == "d Be brief."
+    assert encoder.apply_chat_template("tool", HISTORY) == "t"
+    with pytest.raises(PromptError, match="no chat template 'toll'; it has: default, tool"):
+        encoder.apply_chat_template("toll", HISTORY)
+
+
+def test_nothing_to_score(tiny_model: Path) -> None:
+    encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_model)))
+    with pytest.raises(PromptError, match="nothing to score"):
+        encoder.encode_pairs([("context", "")])
