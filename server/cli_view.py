@@ -98,7 +98,10 @@ def score_table(metrics: dict[str, Json]) -> Table:
 
 def job_table(jobs: list[Json]) -> Table:
     """Jobs, one a row."""
-    table = Table("Job", "Status", "Model", "Tasks", "Created", "Progress")
+    table = Table()
+    table.add_column("Job", no_wrap=True, min_width=36)  # an id that is cut is of no use
+    for name in ("Status", "Model", "Tasks", "Created", "Progress"):
+        table.add_column(name, overflow="fold")
     for job in jobs:
         request, progress = job["request"], job["progress"] or {}
         model = (request.get("model_args") or {}).get("pretrained") or request["model"]
