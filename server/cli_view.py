@@ -16,11 +16,18 @@ POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server
 COLORS = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "queued": "dim"}
 
 
+class _OrderedProgress(Progress):
+    """Draws bars by their place, not in the order in which they were added."""
+
+    def get_renderables(self) -> Iterator[Table]:
+        yield self.make_tasks_table(sorted(self.tasks, key=lambda bar: bar.fields["place"]))
+
+
 class JobBars:
-    """One line a job and one bar a task, redrawn as `show` is told more. A context manager."""
+    """One bar a job and, under it, one a task where there are several. A context manager."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Progress(
+        self._bars = _OrderedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -29,6 +36,7 @@ class JobBars:
             console=console,
         )
         self._ids: dict[tuple[str, str], TaskID] = {}
+        self._places: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -40,19 +48,23 @@ class JobBars:
     def show(self, job: Json) -> None:
         """Draw `job` as GET /jobs/{id} gave it."""
         job_id, progress = job["job_id"], job["progress"] or {}
-        done, total = progress.get("done", 0), progress.get("total", 0)
-        self._draw((job_id, ""), f"[bold]{job_id[:8]}[/] {_state(job)}", done, total, _remaining(progress))
-        for task, count in progress.get("tasks", {}).items():
-            self._draw((job_id, task), f"  {task}", count["done"], count["total"], "")
+        counts = progress.get("tasks", {})
+        self._draw((job_id, ""), f"[bold]{_label(job)}[/] {_state(job)}", progress, _remaining(progress))
+        for task, count in counts.items() if len(counts) > 1 else ():
+            self._draw((job_id, task), f"  {task}", count, "")
         if job["status"] in FINAL:
             for (owner, _), bar in self._ids.items():
                 if owner == job_id:
                     self._bars.stop_task(bar)
 
-    def _draw(self, key: tuple[str, str], description: str, done: int, total: int, note: str) -> None:
+    def _draw(self, key: tuple[str, str], description: str, count: Json, note: str) -> None:
         if key not in self._ids:
-            self._ids[key] = self._bars.add_task(description, total=None, note=note)
-        self._bars.update(self._ids[key], description=description, completed=done, total=total or None, note=note)
+            self._places.setdefault(key[0], len(self._places))
+            self._ids[key] = self._bars.add_task("", place=(self._places[key[0]], len(self._ids)), note="")
+        total = count.get("total") or None  # until it is known the bar only pulses
+        self._bars.update(
+            self._ids[key], description=description, completed=count.get("done", 0), total=total, note=note
+        )
 
 
 def follow(client: EvalClient, job_ids: Iterable[str], console: Console) -> list[Json]:
@@ -114,6 +126,11 @@ def job_table(jobs: list[Json]) -> Table:
 def result_paths(job: Json) -> list[str]:
     """The job's files on the server: results first, then samples."""
     return [path for files in (job["result"] or {}).values() for path in (files["results"], *files["samples"])]
+
+
+def _label(job: Json) -> str:
+    tasks = job["request"]["tasks"]
+    return tasks[0] if len(tasks) == 1 else job["job_id"][:8]
 
 
 def _state(job: Json) -> str:
