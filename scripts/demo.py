@@ -1,6 +1,6 @@
 """A real benchmark scored by a real model through the whole service; `scripts/demo` runs it after doing the set-up.
 
-Without arguments: SmolLM2-135M-Instruct on ARC-Easy and PIQA (200 documents each) and on NQ-open (40 documents, 5
+Without arguments: SmolLM2-135M-Instruct on ARC-Easy and PIQA (200 documents each) and on NQ-open (40 documents, 4
 examples before each). With --model or tasks: those, 200 documents of each task.
 """
 
@@ -62,7 +62,7 @@ def requests(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"tasks": ["arc_easy"], "limit": DOCUMENTS},
         {"tasks": ["piqa"], "limit": DOCUMENTS},
-        {"tasks": ["nq_open"], "limit": 40, "num_fewshot": 5, "gen_kwargs": {"max_gen_toks": 16}},
+        {"tasks": ["nq_open"], "limit": 40, "num_fewshot": 4, "gen_kwargs": {"max_gen_toks": 16}},
     ]
 
 

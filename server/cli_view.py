@@ -112,14 +112,15 @@ def job_table(jobs: list[Json]) -> Table:
     """Jobs, one a row."""
     table = Table()
     table.add_column("Job", no_wrap=True, min_width=36)  # an id that is cut is of no use
-    for name in ("Status", "Model", "Tasks", "Created", "Progress"):
+    for name in ("Status", "Tasks", "Model", "Created", "Progress"):
         table.add_column(name, overflow="fold")
     for job in jobs:
         request, progress = job["request"], job["progress"] or {}
         model = (request.get("model_args") or {}).get("pretrained") or request["model"]
+        name = str(model).rstrip("/").rpartition("/")[2]
         share = f"{progress['done']}/{progress['total']}" if progress else ""
-        created = job["created_at"][:19].replace("T", " ")
-        table.add_row(job["job_id"], _state(job), str(model), ", ".join(request["tasks"]), created, share)
+        created = job["created_at"][5:19].replace("T", " ")
+        table.add_row(job["job_id"], _state(job), ", ".join(request["tasks"]), name, created, share)
     return table
 
 
