@@ -7,27 +7,21 @@ examples before each). With --model or tasks: those, 200 documents of each task.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import fetch_real_data
 import httpx
+from local_server import running_server
 from rich.console import Console
 
 from server.cli_view import follow, result_paths, score_table
 from server.client import EvalClient, EvalError
 
 DOCUMENTS = 200
-START_SECONDS = 60.0
-STOP_SECONDS = 30.0
 console = Console()
 
 
@@ -36,7 +30,8 @@ def main() -> int:
     arguments = parse_arguments()
     model = arguments.model or fetch_real_data.smollm2()
     folder = Path(tempfile.mkdtemp(prefix="evalpool-demo-"))
-    with running_server(folder, keep=arguments.keep) as url, EvalClient(url) as client:
+    config = fetch_real_data.benchmarks() / "dataset_roots.toml"
+    with running_server(folder, "--config", config, keep=arguments.keep) as url, EvalClient(url) as client:
         console.print(f"Server   {url}   (log: {folder / 'server.log'})", highlight=False)
         jobs = [submit(client, str(model), request) for request in requests(arguments)]
         ended = follow(client, jobs, console)
@@ -71,40 +66,6 @@ def submit(client: EvalClient, model: str, request: dict[str, Any]) -> str:
     if Path(model).exists():
         model = os.path.abspath(model)
     return client.evaluate(model, **request)["job_id"]
-
-
-@contextlib.contextmanager
-def running_server(folder: Path, *, keep: bool) -> Generator[str]:
-    """`evalpool serve` on a free loopback port, its URL; ended afterwards unless it is kept or did not come up."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--data-dir", str(folder / "data")]
-    command += ["--config", str(fetch_real_data.benchmarks() / "dataset_roots.toml")]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    kept = False
-    try:
-        await_health(url, process, folder / "server.log")
-        yield url
-        kept = keep
-    finally:
-        if kept:
-            console.print(f"The server goes on as process {process.pid}; end it with: kill {process.pid}")
-        else:
-            process.terminate()
-            process.wait(STOP_SECONDS)
-
-
-def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server answers; raises RuntimeError when it ended or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/health").raise_for_status()
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
 
 
 def show_where(url: str, jobs: list[dict[str, Any]], *, kept: bool) -> None:
