@@ -64,13 +64,19 @@ def test_equals_lm_eval_in_batches(checkpoint, load, reference):
     assert_agree(answers(load(checkpoint("llama")), requests), theirs)
 
 
-def test_greedy_flag(checkpoint, load):
+def test_greedy_flag_needs_every_token_to_be_the_most_likely(checkpoint, load):
     loaded = load(checkpoint("llama"))
+
+    def most_likely_after(context: tuple[int, ...]) -> int:
+        flags = [greedy for _, greedy in answers(loaded, tuple((context, (token,)) for token in range(VOCABULARY)))]
+        assert flags.count(True) == 1
+        return flags.index(True)
+
     context = (5, 6, 7)
-    likely = [token for token in range(VOCABULARY) if answers(loaded, ((context, (token,)),))[0][1]]
-    assert len(likely) == 1
-    assert answers(loaded, ((context, (likely[0], likely[0])),))[0][1] in (True, False)
-    assert not answers(loaded, ((context, ((likely[0] + 1) % VOCABULARY,)),))[0][1]
+    first = most_likely_after(context)
+    second = most_likely_after((*context, first))
+    pairs = ((first, second), (first, second + 1), (first + 1, second))
+    assert [greedy for _, greedy in answers(loaded, tuple((context, pair) for pair in pairs))] == [True, False, False]
 
 
 def test_long_contexts_lose_their_beginning(checkpoint, load, reference):
