@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -38,17 +37,15 @@ class Admission:
         self.place(evaluation)
         self.check_output_dir(evaluation.output_dir)
         args = await self.model_args(evaluation)
-        await self._check_tasks(evaluation.tasks)
+        await self._check_tasks(evaluation)
         return args
 
     async def model_args(self, evaluation: Evaluation) -> ModelArgs:
         """What `model` and `model_args` mean; reads files or asks the hub, in a thread."""
 
         def resolve() -> ModelArgs:
-            args = resolve_model(
-                evaluation.model, evaluation.model_args, allow_remote_code=self._settings.allow_remote_code
-            )
-            return args if os.path.exists(args.pretrained) else resolve_hub_revision(args)
+            allow = self._settings.allow_remote_code
+            return resolve_hub_revision(resolve_model(evaluation.model, evaluation.model_args, allow_remote_code=allow))
 
         return await asyncio.to_thread(resolve)
 
@@ -105,8 +102,9 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, tasks: tuple[str, ...]) -> None:
-        problems = await self._desk.check(tasks)
+    async def _check_tasks(self, evaluation: Evaluation) -> None:
+        tasks = evaluation.tasks
+        problems = await self._desk.check(tasks, evaluation.num_fewshot)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

@@ -51,6 +51,8 @@ class JobEnded(Event, frozen=True, kw_only=True):
     """Its evaluator reported the job as completed or failed."""
 
     job_id: str
+    content_changed: bool = False
+    """It failed because the model's files changed after it was submitted."""
 
 
 class EvaluatorIsReady(Event, frozen=True, kw_only=True):

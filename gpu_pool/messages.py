@@ -172,6 +172,8 @@ class JobFailed(Message, frozen=True, kw_only=True):
 
     job_id: str
     error: str
+    content_changed: bool = False
+    """True when the model's files are no longer those that were submitted: the job deserves another look at them."""
 
 
 FromEvaluator = EvaluatorReady | Catalogue | TasksChecked | JobProgress | TaskDone | JobDone | JobFailed

@@ -51,6 +51,8 @@ class Pool:
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = msgspec.structs.replace(settings, data_dir=settings.data_dir.absolute())
         self._leases = Leases(self.settings, Inventory.open())
+        self.failure: BaseException | None = None
+        """What made the pool ask for the server's end, if it did."""
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -66,7 +68,7 @@ class Pool:
         self._lock = _lock_folder(data_dir)
         self._sockets = _socket_folder(data_dir)
         self._store = await Store.open(data_dir / "jobs.sqlite")
-        self._desk = Desk(self._spawn_evaluator)
+        self._desk = Desk(self._spawn_desk)
         self._admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(evaluator=self._spawn_indexed_evaluator, worker=self._spawn_worker, address=self._address)
         self._runner = Runner(self.settings, self._store, self._leases, processes, self.job_dir, self._take_up)
@@ -98,6 +100,7 @@ class Pool:
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) and not self._stopping:
             logger.critical("%s failed: the server stops", task.get_name(), exc_info=error)
+            self.failure = error
             os.kill(os.getpid(), signal.SIGTERM)
 
     async def _tick(self) -> None:
@@ -242,7 +245,10 @@ class Pool:
 
     # ------------------------------------------------------------------ processes
 
-    async def _spawn_evaluator(self, evaluator_id: str) -> EvaluatorChild:
+    async def _spawn_desk(self, name: str) -> EvaluatorChild:
+        return await self._spawn_evaluator(name, runs_jobs=False)
+
+    async def _spawn_evaluator(self, evaluator_id: str, *, runs_jobs: bool = True) -> EvaluatorChild:
         settings = self.settings
         start = msg.EvaluatorStart(
             evaluator_id=evaluator_id,
@@ -252,6 +258,7 @@ class Pool:
             dataset_roots=settings.dataset_roots,
             allow_code_execution=settings.allow_code_execution,
             allow_remote_code=settings.allow_remote_code,
+            runs_jobs=runs_jobs,
         )
         return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator)
 

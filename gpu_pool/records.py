@@ -168,6 +168,8 @@ class Job(Record, frozen=True, kw_only=True):
     progress: Progress | None = None
     metrics: dict[str, dict[str, Any]] = {}
     """Scores of the tasks that are done so far."""
+    samples: dict[str, str] = {}
+    """Samples files of the tasks that are done so far."""
     result: JobResult | None = None
 
 

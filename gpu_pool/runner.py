@@ -279,12 +279,14 @@ class Runner:
                 if job := self.jobs.get(job_id):
                     self.jobs[job_id] = msgspec.structs.replace(job, progress=progress)
                     self.evaluating_since.setdefault(job_id, (time.monotonic(), progress.done))
-            case msg.TaskDone(job_id=job_id, task=task, metrics=metrics):
+            case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
-                    await self._note(job, metrics=job.metrics | {task: metrics})
+                    samples = job.samples | ({task: path} if path else {})
+                    await self._note(job, metrics=job.metrics | {task: metrics}, samples=samples)
             case msg.JobDone(job_id=job_id) | msg.JobFailed(job_id=job_id):
                 self._outcomes[job_id] = message
-                self.put(ev.JobEnded, job_id=job_id)
+                changed = isinstance(message, msg.JobFailed) and message.content_changed
+                self.put(ev.JobEnded, job_id=job_id, content_changed=changed)
             case msg.Catalogue() | msg.TasksChecked():
                 logger.error("%s answered a question that only the desk is asked", evaluator_id)
             case _:
@@ -312,13 +314,19 @@ class Runner:
         now = datetime.now(UTC)
         attempt = job.attempt + 1
         job = await self._change(
-            job, JobEvent.START, started_at=now, attempt=attempt, progress=None, metrics={}, error=None
+            job, JobEvent.START, started_at=now, attempt=attempt, progress=None, metrics={}, samples={}, error=None
         )
         await self._store.start_attempt(job.id, attempt, now)
         assert job.model is not None
         folder = self._job_dir(job.id)
         output = Path(job.evaluation.output_dir) if job.evaluation.output_dir else folder / "results"
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._outcomes[job.id] = msg.JobFailed(job_id=job.id, error=f"output_dir cannot be created: {error}")
+            self.put(ev.JobEnded, job_id=job.id)
+            self.put(ev.EvaluatorIsReady, evaluator_id=action.evaluator_id)
+            return
         run = msg.RunJob(
             job_id=job.id,
             evaluation=job.evaluation,
@@ -336,8 +344,8 @@ class Runner:
         match self._outcomes.pop(job.id):
             case msg.JobDone(result=result, progress=progress):
                 await self._store.add_scores(job.id, result.metrics)
-                fields = {"result": result, "progress": progress, "metrics": result.metrics}
-                await self._settle(job, JobEvent.COMPLETE, None, **fields)
+                fields = {"result": result, "metrics": result.metrics, "samples": result.samples}
+                await self._settle(job, JobEvent.COMPLETE, None, progress=progress, **fields)
             case msg.JobFailed(error=error):
                 await self._settle(job, JobEvent.FAIL, error)
 

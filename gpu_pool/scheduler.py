@@ -56,7 +56,8 @@ class Scheduler(Ledger):
 
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.running.pop(event.job_id, None):
-            self._do(ev.ConcludeJob(job_id=event.job_id))
+            kind = ev.RefreshModel if event.content_changed else ev.ConcludeJob
+            self._do(kind(job_id=event.job_id))
             for worker_id in list(run.workers):
                 self.release(worker_id, event.job_id)
 

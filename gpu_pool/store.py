@@ -65,6 +65,7 @@ _jobs = sa.Table(
     sa.Column("model", _JSON),
     sa.Column("progress", _JSON),
     sa.Column("metrics", _JSON),
+    sa.Column("samples", _JSON),
     sa.Column("result", _JSON),
 )
 _attempts = sa.Table(
@@ -98,6 +99,7 @@ class JobFields(TypedDict, total=False):
     model: ModelSpec | None
     progress: Progress | None
     metrics: dict[str, dict[str, Any]]
+    samples: dict[str, str]
     result: JobResult | None
 
 

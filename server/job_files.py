@@ -42,9 +42,9 @@ def log_tail(path: Path, lines: int) -> str:
 
 
 def _samples_file(job: Job, task: str | None) -> tuple[str, Path]:
-    samples = job.result.samples if job.result else {}
+    samples = job.samples
     if not samples:
-        raise NoSuchSamples(f"Job {job.id} has no samples: it is not completed, or log_samples was false")
+        raise NoSuchSamples(f"Job {job.id} has no samples: no task is done yet, or log_samples was false")
     if task is None and len(samples) == 1:
         return next((name, Path(path)) for name, path in samples.items())
     if task not in samples:

@@ -11,6 +11,8 @@ from collections.abc import Generator
 
 import uvicorn
 
+from gpu_pool.errors import PoolError
+from gpu_pool.pool import Pool
 from server.app import create_app
 from server.settings import Settings
 
@@ -47,7 +49,8 @@ def serve(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     listener = _listen(settings.host, settings.port)
-    app = create_app(settings)
+    pool = Pool(settings.pool)
+    app = create_app(settings, pool)
     config = uvicorn.Config(
         app,
         lifespan="off",  # run here, so that its errors and its end are ours
@@ -61,6 +64,8 @@ async def _serve(settings: Settings) -> None:
             await _Server(config).serve(sockets=[listener])
     except ExceptionGroup as group:  # Litestar's task group puts one around whatever its lifespan raises
         raise group.exceptions[0] from None
+    if pool.failure is not None:
+        raise PoolError(f"The pool failed and the server stopped: {pool.failure}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

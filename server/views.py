@@ -47,7 +47,7 @@ def job_info(job: Job, pool: Pool) -> schemas.JobInfo:
         position_in_queue=pool.queue_position(job.id),
         phase=job.progress.phase.value if job.progress and job.state is JobState.RUNNING else None,
         progress=_progress(job.progress, pool.eta_seconds(job.id)) if job.progress else None,
-        metrics=job.result.metrics if job.result else job.metrics,
+        metrics=job.metrics,
         attempt=job.attempt,
         model=model_info(job.model) if job.model else None,
     )

@@ -11,6 +11,14 @@ _SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "
 _SHORTEST_SECRET = 6  # shorter values would blank out ordinary words
 
 
+class JobError(PoolError):
+    """The job cannot be completed."""
+
+
+class ContentChanged(JobError):
+    """The model's files are no longer those that were submitted."""
+
+
 def explain(error: BaseException) -> str:
     """What went wrong, in one line of at most MAX_CHARACTERS."""
     text = " ".join(str(error).split())

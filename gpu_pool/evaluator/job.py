@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_pool.cache import ResponseCache
-from gpu_pool.errors import PoolError
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.dispatch import Dispatcher
-from gpu_pool.evaluator.failures import explain
+from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
@@ -28,10 +27,6 @@ from gpu_pool.records import JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
 
 _log = logging.getLogger(__name__)
-
-
-class JobError(PoolError):
-    """The job cannot be completed."""
 
 
 class Workshop:
@@ -167,9 +162,7 @@ class JobRun:
         if isinstance(name, JobError):
             raise name
         if not self._is_current:
-            raise JobError(
-                f"{self._job.model.args.pretrained} has changed since the job was submitted: submit it again"
-            )
+            raise ContentChanged(f"{self._job.model.args.pretrained} has changed since the job was submitted")
         task = tasks[name]
         with _blame(name):
             self._requests.pop(name).deliver()

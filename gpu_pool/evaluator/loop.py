@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gpu_pool.child import redirect_output
-from gpu_pool.evaluator.failures import explain
+from gpu_pool.evaluator.failures import ContentChanged, explain
 from gpu_pool.messages import (
     MAX_MESSAGE_BYTES,
     AttachWorker,
@@ -70,8 +70,8 @@ class EvaluatorLoop:
         self._say_ready()
         while True:
             match self._inbox.get():
-                case CheckTasks(check_id=check_id, tasks=tasks):
-                    problems = self._library.check(tasks)
+                case CheckTasks(check_id=check_id, tasks=tasks, num_fewshot=num_fewshot):
+                    problems = self._library.check(tasks, num_fewshot)
                     self._send(TasksChecked(check_id=check_id, problems=problems))
                 case BuildCatalogue():
                     self._send(Catalogue(entries=self._library.entries()))
@@ -117,7 +117,8 @@ class EvaluatorLoop:
             self._send(job.execute())
         except Exception as error:
             _log.exception("The job failed")
-            self._send(JobFailed(job_id=message.job_id, error=explain(error)))
+            changed = isinstance(error, ContentChanged)
+            self._send(JobFailed(job_id=message.job_id, error=explain(error), content_changed=changed))
         finally:
             self._job = None
             redirect_output(self._start.log_path)

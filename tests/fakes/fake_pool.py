@@ -109,7 +109,9 @@ class FakePool(Pool):
         return self.folder / job_id
 
     def change(self, job_id: str, **changes: Any) -> Job:
-        """What happens to a job elsewhere."""
+        """What happens to a job elsewhere; a result brings its scores and samples."""
+        if result := changes.get("result"):
+            changes = {"metrics": result.metrics, "samples": result.samples} | changes
         self._jobs[job_id] = msgspec.structs.replace(self._jobs[job_id], **changes)
         return self._jobs[job_id]
 

@@ -231,6 +231,14 @@ def test_a_model_that_changed_before_it_was_loaded_is_looked_at_again() -> None:
     assert "j" not in box.scheduler.running
 
 
+def test_a_job_that_ends_because_its_model_changed_is_looked_at_again() -> None:
+    box = Box()
+    box.submit("j")
+    box.load("worker-4")
+    (refresh,) = box.do(ev.JobEnded, job_id="j", content_changed=True)
+    assert isinstance(refresh, ev.RefreshModel)
+
+
 def test_a_job_that_has_a_worker_survives_a_further_one_that_cannot_load() -> None:
     box = Box()
     box.submit("j", max_replicas=2)

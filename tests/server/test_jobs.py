@@ -156,7 +156,7 @@ async def with_samples(api: Any, pool: FakePool, tasks: list[str], count: int) -
         path.write_text("".join(json.dumps({"doc_id": i, "acc": float("nan")}) + "\n" for i in range(count)))
         paths[task] = str(path)
     result = JobResult(model_name="tiny", results_path="/r.json", samples=paths)
-    pool.change(job_id, state=JobState.COMPLETED, result=result)
+    pool.change(job_id, state=JobState.COMPLETED, result=result, samples=paths)
     return job_id
 
 

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("model", sa.JSON),
         sa.Column("progress", sa.JSON),
         sa.Column("metrics", sa.JSON, nullable=False),
+        sa.Column("samples", sa.JSON, nullable=False),
         sa.Column("result", sa.JSON),
     )
     # Raw text: Alembic leaves out a descending index on SQLite without a word.

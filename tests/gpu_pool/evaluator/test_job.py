@@ -131,7 +131,7 @@ def test_a_checkpoint_that_changed_after_submission(
     evaluator.start(job_id, submitted, tasks=("local_choice",), use_cache=False)
     evaluator.attach(job_id, "w", start_worker())  # a warm replica of what was there before
     assert evaluator.finish() == [
-        msg.JobFailed(job_id=job_id, error=f"{latest} has changed since the job was submitted: submit it again")
+        msg.JobFailed(job_id=job_id, error=f"{latest} has changed since the job was submitted", content_changed=True)
     ]
 
 
