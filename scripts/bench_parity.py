@@ -3,7 +3,7 @@
     python scripts/bench_parity.py [--model FOLDER] [--limit 100] [--batch-sizes 1 7 auto] [--workers 1 2]
 
 Prints one row a case, batch size and number of workers: the largest difference of a log-probability and of a score,
-relative to max(1, |value|), and how many texts or greedy flags differ. Exit code 1 when any is above the design's limits.
+relative to max(1, |value|), and how many texts or greedy flags differ. Exit code 1 when any is above its limit.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def reference_answers(model: Path, config: Path, cases: dict[str, Json], batch_s
         request = {"model": str(model), "config": str(config), "cases": cases, "batch_size": batch_size}
         request_file.write_text(json.dumps(request))
         script = Path(__file__).with_name("hf_reference.py")
-        subprocess.run([sys.executable, script, request_file, result_file], check=True, stdout=sys.stderr)
+        command = [sys.executable, script, request_file, result_file]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)  # its bars are of no interest
+        if run.returncode:
+            raise RuntimeError(f"lm-eval's own run failed:\n{run.stderr}")
         return json.loads(result_file.read_text())
 
 

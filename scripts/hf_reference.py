@@ -8,14 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    DISABLE_MULTIPROC="1",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1",
-    HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELISM="false",
-    TQDM_DISABLE="1",
-)
+os.environ.update(DISABLE_MULTIPROC="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
