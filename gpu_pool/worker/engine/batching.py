@@ -23,6 +23,8 @@ class Limits:
 
     scored_tokens: int
     """Padded tokens of a forward pass whose logits are scored, where the request leaves the batch size to us."""
+    worthwhile_tokens: int
+    """Padded tokens from which on a forward pass uses the device well: a larger one should not grow by padding."""
     generated_tokens: int
     """Padded tokens, prompt and continuation, that are held while generating; likewise."""
     generated_rows: int
@@ -31,8 +33,14 @@ class Limits:
     """Memory of the logits of one forward pass, in fp32; always."""
 
 
-CPU_LIMITS = Limits(scored_tokens=2048, generated_tokens=8192, generated_rows=32, logits_bytes=1 << 30)
-CUDA_LIMITS = Limits(scored_tokens=16384, generated_tokens=65536, generated_rows=128, logits_bytes=4 << 30)
+CPU_LIMITS = Limits(
+    scored_tokens=2048, worthwhile_tokens=128, generated_tokens=8192, generated_rows=32, logits_bytes=1 << 30
+)
+CUDA_LIMITS = Limits(
+    scored_tokens=16384, worthwhile_tokens=4096, generated_tokens=65536, generated_rows=128, logits_bytes=4 << 30
+)
+PADDING_SHARE = 0.2
+"""Most of a row that may be padding where another batch would be worth its while."""
 
 
 def greedy_batches(items: Sequence[T], fits: Callable[[list[T], T], bool]) -> Iterator[list[T]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu_pool.messages import LoglikelihoodChunk
-from gpu_pool.worker.engine.batching import Cancelled, greedy_batches, run_halving
+from gpu_pool.worker.engine.batching import PADDING_SHARE, Cancelled, greedy_batches, run_halving
 from gpu_pool.worker.engine.loading import LoadedModel
 from gpu_pool.worker.engine.padding import pad_right
 
@@ -77,7 +77,10 @@ def _fits(loaded: LoadedModel, batch_size: int | None) -> Callable[[list[Row], R
         start = min(member.first_scored for member in (*batch, row)) if loaded.narrows_logits else 0
         if count * (width - start) * position_bytes > limits.logits_bytes:
             return False
-        return count <= batch_size if batch_size else count * width <= limits.scored_tokens
+        if batch_size:
+            return count <= batch_size
+        padded = len(row.tokens) < (1 - PADDING_SHARE) * width and len(batch) * width >= limits.worthwhile_tokens
+        return not padded and count * width <= limits.scored_tokens
 
     return fits
 
