@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -110,17 +111,19 @@ def score_table(metrics: dict[str, Json]) -> Table:
 
 def job_table(jobs: list[Json]) -> Table:
     """Jobs, one a row."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Job", no_wrap=True, min_width=36)  # an id that is cut is of no use
-    for name in ("Status", "Tasks", "Model", "Created", "Progress"):
+    for name in ("Status", "Progress", "Created"):
+        table.add_column(name, no_wrap=True)
+    for name in ("Tasks", "Model"):
         table.add_column(name, overflow="fold")
     for job in jobs:
         request, progress = job["request"], job["progress"] or {}
         model = (request.get("model_args") or {}).get("pretrained") or request["model"]
         name = str(model).rstrip("/").rpartition("/")[2]
         share = f"{progress['done']}/{progress['total']}" if progress else ""
-        created = job["created_at"][5:19].replace("T", " ")
-        table.add_row(job["job_id"], _state(job), ", ".join(request["tasks"]), name, created, share)
+        created = job["created_at"][5:16].replace("T", " ")
+        table.add_row(job["job_id"], _state(job), share, created, ", ".join(request["tasks"]), name)
     return table
 
 
@@ -136,7 +139,7 @@ def _label(job: Json) -> str:
 
 def _state(job: Json) -> str:
     status = job["status"]
-    text = {"queued": f"queued (position {job['position_in_queue']})", "running": job["phase"] or status}
+    text = {"queued": f"queued ({job['position_in_queue']} ahead)", "running": job["phase"] or status}
     return f"[{COLORS[status]}]{text.get(status, status)}[/]"
 
 

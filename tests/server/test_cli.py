@@ -89,7 +89,7 @@ def test_jobs_are_listed(run: Run, pool: FakePool) -> None:
     complete(pool, first)
     shown = run("jobs").stdout
     assert shown.index(second) < shown.index(first)
-    assert "queued (position 0)" in shown
+    assert "queued (0 ahead)" in shown
     assert "completed" in shown
     assert second not in run("jobs", "--status", "completed").stdout
 
