@@ -113,17 +113,16 @@ def job_table(jobs: list[Json]) -> Table:
     """Jobs, one a row."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Job", no_wrap=True, min_width=36)  # an id that is cut is of no use
-    for name in ("Status", "Progress", "Created"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("Status")
+    table.add_column("Done", no_wrap=True)
     for name in ("Tasks", "Model"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=8)
     for job in jobs:
         request, progress = job["request"], job["progress"] or {}
         model = (request.get("model_args") or {}).get("pretrained") or request["model"]
         name = str(model).rstrip("/").rpartition("/")[2]
         share = f"{progress['done']}/{progress['total']}" if progress else ""
-        created = job["created_at"][5:16].replace("T", " ")
-        table.add_row(job["job_id"], _state(job), share, created, ", ".join(request["tasks"]), name)
+        table.add_row(job["job_id"], _state(job), share, ", ".join(request["tasks"]), name)
     return table
 
 
