@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+MOST_DOCUMENTS = 2**53
+"""The highest `limit`: beyond it floats are no exact numbers, and messages cannot hold them all."""
+
 _SEED_MAX = 2**32 - 1
 _BATCH_SIZE = r"^(auto|[1-9][0-9]{0,5})(?!\n)$"  # `$` alone lets a final newline through
 _DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?)(?!\n)$"
@@ -51,7 +54,7 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         Meta(description='"cpu", "cuda" (any GPU) or "cuda:N" (GPU N in PCI order); null: GPUs where there are any'),
     ] = None
     limit: Annotated[
-        Annotated[int, Meta(ge=1, le=2**53)]
+        Annotated[int, Meta(ge=1, le=MOST_DOCUMENTS)]
         | Annotated[float, Meta(gt=0, extra_json_schema={"exclusiveMaximum": 1})]
         | None,
         Meta(description="A number of documents of each task (1 or more) or a fraction of them (between 0 and 1)"),

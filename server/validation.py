@@ -7,7 +7,7 @@ from typing import Any, Literal
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.records import Evaluation
-from server.schemas import EvaluateRequest
+from server.schemas import MOST_DOCUMENTS, EvaluateRequest
 from server.strict_json import check_storable
 
 
@@ -63,4 +63,6 @@ def _limit(value: int | float | None) -> int | float | None:
         raise InvalidRequest("limit", "1.0 is ambiguous: 1 is one document, leaving it out is all of them")
     if not value.is_integer():
         raise InvalidRequest("limit", f"{value} is no number of documents (1, 2, …) and no fraction between 0 and 1")
+    if value > MOST_DOCUMENTS:
+        raise InvalidRequest("limit", f"{value} is more than {MOST_DOCUMENTS}; leave it out for all documents")
     return int(value)

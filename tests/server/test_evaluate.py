@@ -50,6 +50,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"limit": True}, "limit"),
     ({"limit": "10"}, "limit"),
     ({"limit": 10**30}, "limit"),
+    ({"limit": 1e30}, "limit"),
     ({"gen_kwargs": 1}, "gen_kwargs"),
     ({"gen_kwargs": "temperature"}, "gen_kwargs"),
     ({"gen_kwargs": "temprature=1"}, "gen_kwargs.temprature"),
