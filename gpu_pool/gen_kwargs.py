@@ -78,7 +78,8 @@ def _parse_literal(literal: str) -> Any:
 
 def _check_option(key: str, option: Any) -> None:
     if key not in KNOWN_KEYS:
-        problem = "unknown; how long to generate is `max_gen_toks`" if key == "max_length" else "unknown option"
+        hint = "how long to generate is `max_gen_toks`; " if key == "max_length" else ""
+        problem = f"unknown; {hint}known are {', '.join(KNOWN_KEYS)}"
         raise InvalidRequest(f"gen_kwargs.{key}", problem, choices=close_names(key, KNOWN_KEYS))
     if key in _RULES:
         expected, holds = _RULES[key]

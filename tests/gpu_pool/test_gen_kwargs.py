@@ -63,6 +63,12 @@ def test_unknown_keys_come_with_the_closest(key: str, meant: str) -> None:
     assert caught.value.choices[0] == meant
 
 
+def test_unknown_keys_come_with_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_gen_kwargs({"zzz": 1})
+    assert all(key in caught.value.problem for key in KNOWN_KEYS)
+
+
 def test_a_list_in_the_string_syntax_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="JSON object"):
         parse_gen_kwargs('until=["x"]')
