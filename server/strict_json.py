@@ -37,12 +37,15 @@ class StrictRequest(Request[Any, Any, Any]):
     """A request whose JSON body is decoded without conversions ("2" is no number) and without unknown fields."""
 
     async def body(self) -> bytes:
-        """The body's bytes. Raises RequestEntityTooLarge, saying what the limit is."""
+        """The body's bytes, of handlers that want one. Raises RequestEntityTooLarge, saying what the limit is, and
+        MalformedJson for an empty body, which Litestar would call a missing parameter."""
         try:
-            return await super().body()
+            if body := await super().body():
+                return body
         except RequestEntityTooLarge as error:
             most = self.route_handler.resolve_request_max_body_size()
             raise RequestEntityTooLarge(detail=f"The body must not be larger than {most} bytes") from error
+        raise MalformedJson(detail="The body is empty; send a JSON object")
 
     async def json(self) -> Any:
         """The body as the type of the handler's `data` parameter.

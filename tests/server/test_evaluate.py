@@ -128,6 +128,11 @@ async def test_bodies_that_are_no_json(api: Any, body: bytes):
     assert response.json()["detail"]
 
 
+async def test_an_empty_body_is_told_what_to_send(api: Any):
+    response = await api.post("/evaluate", content=b"", headers={"content-type": "application/json"})
+    assert response.json()["detail"] == "The body is empty; send a JSON object"
+
+
 @pytest.mark.parametrize("body", ["[]", "null", '"x"', "1"])
 async def test_bodies_that_are_no_object(api: Any, body: str):
     response = await api.post("/evaluate", content=body, headers={"content-type": "application/json"})
