@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 from evalpool_server import Serve, Server, run_server
+from fake_nvml import fake_nvml, fake_nvml_library
+
+__all__ = ["fake_nvml", "fake_nvml_library"]
 
 ROOT = Path(__file__).parents[1]
 

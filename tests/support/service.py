@@ -1,0 +1,148 @@
+"""What tests of the whole service share: two local tasks, and looks at a server until it shows what is awaited."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from evalpool_server import Server
+
+from server.client import EvalClient
+
+PATIENCE_SECONDS = 60.0  # a bound for a loaded machine, not an expectation
+DOCUMENTS = 3000
+Json = dict[str, Any]
+T = TypeVar("T")
+
+COMMON = """
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+"""
+CHOICE = """
+task: quick_choice
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: ["yes", "no"]
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+STORY = """
+task: long_story
+output_type: generate_until
+doc_to_text: "Tell me: {{question}}"
+doc_to_target: "x"
+generation_kwargs:
+  until: ["never to be said"]
+  max_gen_toks: 160
+  do_sample: false
+metric_list:
+  - metric: bypass
+"""
+
+
+def write_tasks(folder: Path) -> Path:
+    """`quick_choice`: as many requests as twice the limit, each a moment. `long_story`: its limit sets the seconds."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "questions.jsonl"
+    rows = ({"question": f"is {number} a lucky number?", "gold": number % 2} for number in range(DOCUMENTS))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("quick_choice", CHOICE), ("long_story", STORY)):
+        (folder / f"{name}.yaml").write_text(text + COMMON.format(data=data))
+    return folder
+
+
+def until(look: Callable[[], T], what: str) -> T:
+    """The first true thing that `look` returns."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.02)
+    return seen
+
+
+class Service:
+    """A server, its client, and short words for what tests do with them; a context manager."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.client = EvalClient(server.url, timeout=PATIENCE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
+
+    def submit(self, model: Path, *tasks: str, **options: Any) -> str:
+        """The new job's id; the response cache is off unless `use_cache` says otherwise."""
+        options = {"use_cache": False, "device": "cpu"} | options
+        return self.client.evaluate("hf", list(tasks), {"pretrained": str(model)}, **options)["job_id"]
+
+    def job(self, job_id: str) -> Json:
+        return self.client.get_job(job_id)
+
+    def job_once(self, job_id: str, ready: Callable[[Json], Any], what: str) -> Json:
+        """The job as it is when `ready`; fails at once when it has ended without."""
+
+        def look() -> Json | None:
+            job = self.job(job_id)
+            if ready(job):
+                return job
+            assert job["completed_at"] is None, f"ended before {what}: {job['status']} {job['error']}\n{self.log()}"
+            return None
+
+        return until(look, what)
+
+    def answering(self, job_id: str) -> Json:
+        """The job as soon as workers have answered some of its requests, with most still to do."""
+        return self.job_once(job_id, lambda job: job["progress"] and job["progress"]["workers"], "it has answers")
+
+    def finished(self, job_id: str) -> Json:
+        """The job once it is completed."""
+        return self.job_once(job_id, lambda job: job["status"] == "completed", "it is completed")
+
+    def ended(self, job_id: str) -> Json:
+        """The job once it has ended, however."""
+        return self.job_once(job_id, lambda job: job["completed_at"], "it has ended")
+
+    def workers_of(self, job_id: str) -> list[Json]:
+        return [worker for worker in self.client.workers()["workers"] if job_id in worker["jobs"]]
+
+    def worker_pids(self) -> dict[str, int]:
+        return {worker["worker_id"]: worker["pid"] for worker in self.client.workers()["workers"]}
+
+    def evaluator_pid(self, job_id: str) -> int:
+        """The process that writes the job's log."""
+        log = self.server.data_dir.resolve() / "jobs" / job_id / "job.log"
+        [pid] = [pid for pid in self.server.processes() if _stderr_of(pid) == log]
+        return pid
+
+    def log(self) -> str:
+        return self.server.log.read_text()
+
+
+def _stderr_of(pid: int) -> Path | None:
+    try:
+        return Path(f"/proc/{pid}/fd/2").readlink()
+    except OSError:
+        return None
+
+
+def await_end(pid: int) -> None:
+    """Return when the process is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ready, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
+    os.close(descriptor)
+    assert ready, f"process {pid} still lives"

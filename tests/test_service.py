@@ -1,0 +1,207 @@
+"""The running service: cancellation, lost processes, shared workers, changed models. Real processes, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from evalpool_server import ROOT, run_server
+from service import Service, await_end, write_tasks
+
+from server.client import EvalError, JobFailed
+
+ENDLESS = 3000
+"""Documents of a `long_story` that outlasts every test."""
+DROP_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
+    """Two CPU workers; a worker that hangs is killed soon."""
+    folder = tmp_path_factory.mktemp("box")
+    config = folder / "evalpool.toml"
+    config.write_text(f"drop_timeout_s = {DROP_SECONDS}\n")
+    tasks = write_tasks(folder / "tasks")
+    arguments = ("--config", config, "--include-path", tasks, "--cpu-workers", 2)
+    with run_server(folder / "data", *arguments) as server, Service(server) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(request: pytest.FixtureRequest) -> Generator[None]:
+    """A test that failed leaves no job to the next one."""
+    yield
+    if "box" in request.fixturenames:
+        box: Service = request.getfixturevalue("box")
+        for job_id in (queue := box.client.get_queue_status())["running_jobs"] + queue["queued_jobs"]:
+            box.client.cancel_job(job_id)
+            box.ended(job_id)
+
+
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the model that the test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "own-model"))
+
+
+# ---------------------------------------------------------------- cancellation
+
+
+def test_cancelling_a_running_job_keeps_its_worker_warm(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=ENDLESS)
+    box.answering(job_id)
+    evaluator = box.evaluator_pid(job_id)
+    before = box.worker_pids()
+    box.client.cancel_job(job_id)
+    job = box.client.wait_for_job(job_id, timeout=60, verbose=False)
+    assert (job["status"], job["result"]) == ("cancelled", None)
+    await_end(evaluator)
+    following = box.finished(box.submit(tiny_model, "quick_choice", limit=4))
+    assert set(following["progress"]["workers"]) <= set(before)
+    assert box.worker_pids() == before
+
+
+def test_cancelling_queued_jobs(box: Service, tiny_model: Path):
+    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]  # all evaluators
+    for job_id in running:
+        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    queued = box.submit(tiny_model, "quick_choice", limit=4)
+    assert box.job(queued)["position_in_queue"] == 0
+    box.client.cancel_job(queued)
+    job = box.job(queued)
+    assert (job["status"], job["started_at"], job["position_in_queue"]) == ("cancelled", None, None)
+    with pytest.raises(EvalError) as refused:
+        box.client.cancel_job(queued)
+    assert refused.value.response.status_code == 400
+    for job_id in running:
+        box.client.cancel_job(job_id)
+    assert [box.ended(job_id)["status"] for job_id in running] == ["cancelled"] * 3
+
+
+def test_cancelling_at_once(box: Service, tiny_model: Path):
+    """Wherever the job is on its way from submission to its worker."""
+    jobs = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(6)]
+    for job_id in reversed(jobs):
+        box.client.cancel_job(job_id)
+    assert [box.ended(job_id)["status"] for job_id in jobs] == ["cancelled"] * 6
+    box.finished(box.submit(tiny_model, "quick_choice", limit=4))
+
+
+def test_a_worker_that_hangs_is_killed_when_its_job_is_cancelled(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=ENDLESS)
+    box.answering(job_id)
+    [worker] = box.workers_of(job_id)
+    os.kill(worker["pid"], signal.SIGSTOP)
+    box.client.cancel_job(job_id)
+    assert box.ended(job_id)["status"] == "cancelled"
+    await_end(worker["pid"])
+    following = box.finished(box.submit(tiny_model, "quick_choice", limit=4))
+    assert worker["worker_id"] not in following["progress"]["workers"]
+
+
+# ---------------------------------------------------------------- lost processes
+
+
+def test_a_job_survives_its_worker(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=200)
+    box.answering(job_id)
+    [worker] = box.workers_of(job_id)
+    os.kill(worker["pid"], signal.SIGKILL)
+    job = box.finished(job_id)
+    assert job["attempt"] == 1
+    assert len(job["progress"]["workers"]) == 2
+    assert sum(job["progress"]["workers"].values()) == job["progress"]["total"] == 200
+    assert box.client.samples_page(job_id)["total"] == 200
+
+
+def test_a_job_survives_its_evaluator(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=100)
+    box.answering(job_id)
+    workers = box.worker_pids()
+    os.kill(box.evaluator_pid(job_id), signal.SIGKILL)
+    job = box.finished(job_id)
+    assert job["attempt"] == 2
+    assert box.client.samples_page(job_id)["total"] == 100
+    assert box.worker_pids() == workers
+
+
+# ---------------------------------------------------------------- several workers, several jobs
+
+
+def test_a_job_on_two_workers(box: Service, tiny_model: Path):
+    endless = box.submit(tiny_model, "long_story", limit=ENDLESS, num_gpus=2)
+    box.job_once(endless, lambda job: job["progress"] and len(job["progress"]["workers"]) == 2, "two workers answer")
+    box.client.cancel_job(endless)
+    box.ended(endless)
+    job = box.finished(box.submit(tiny_model, "long_story", limit=200, num_gpus=2))
+    served = job["progress"]["workers"]
+    assert len(served) == 2
+    assert min(served.values()) > 0
+    assert sum(served.values()) == 200
+
+
+def test_three_jobs_overlap(box: Service, tiny_model: Path):
+    jobs = [box.submit(tiny_model, "long_story", limit=64) for _ in range(3)]
+    ended = [box.finished(job_id) for job_id in jobs]
+    assert max(job["started_at"] for job in ended) < min(job["completed_at"] for job in ended)
+
+
+def test_each_task_is_published_as_it_completes(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "quick_choice", "long_story", limit=ENDLESS)
+    job = box.job_once(job_id, lambda job: job["metrics"], "it has its first scores")
+    assert (job["status"], job["result"], list(job["metrics"])) == ("running", None, ["quick_choice"])
+    assert 0 <= job["metrics"]["quick_choice"]["acc,none"] <= 1
+    assert box.client.samples_page(job_id, "quick_choice")["total"] == ENDLESS
+    with pytest.raises(EvalError):
+        box.client.samples_page(job_id, "long_story")
+
+
+# ---------------------------------------------------------------- models that change
+
+
+def log_probabilities(box: Service, job_id: str) -> list[float]:
+    return [float(response[0]) for sample in box.client.samples(job_id) for response in sample["filtered_resps"]]
+
+
+def test_overwritten_weights_are_another_model(box: Service, own_model: Path):
+    first, again = (box.submit(own_model, "quick_choice", limit=4) for _ in range(2))
+    first_job, again_job = box.finished(first), box.finished(again)
+    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "1"], check=True)
+    second = box.submit(own_model, "quick_choice", limit=4)
+    second_job = box.finished(second)
+    assert first_job["model"]["fingerprint"] == again_job["model"]["fingerprint"]
+    assert first_job["model"]["fingerprint"] != second_job["model"]["fingerprint"]
+    assert not set(first_job["progress"]["workers"]) & set(second_job["progress"]["workers"])
+    assert log_probabilities(box, first) == log_probabilities(box, again)
+    assert log_probabilities(box, first) != log_probabilities(box, second)
+
+
+def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Path, own_model: Path):
+    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]
+    for job_id in running:
+        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "2"], check=True)
+    queued = box.submit(own_model, "quick_choice", limit=4)
+    box.job_once(queued, lambda job: job["model"], "its model is known")
+    shutil.rmtree(own_model)
+    for job_id in running:
+        box.client.cancel_job(job_id)
+    with pytest.raises(JobFailed) as failed:
+        box.client.wait_for_job(queued, timeout=60, verbose=False)
+    assert str(own_model) in failed.value.job["error"]
+    assert box.client.is_healthy()
+
+
+def test_a_corrupt_model(box: Service, own_model: Path):
+    weights = own_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    job = box.ended(box.submit(own_model, "quick_choice", limit=4))
+    assert job["status"] == "failed"
+    assert str(own_model) in job["error"]
+    assert box.client.is_healthy()
