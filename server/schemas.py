@@ -76,7 +76,7 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         bool, Meta(description="true or false: answer requests that this model has answered before from the cache")
     ] = True
     apply_chat_template: Annotated[
-        bool | str, Meta(description="true, false, or the name of one of the tokenizer's chat templates")
+        bool | Name, Meta(description="true, false, or the name of one of the tokenizer's chat templates")
     ] = False
     system_instruction: Annotated[str | None, Meta(description="A text put before every prompt")] = None
     fewshot_as_multiturn: Annotated[

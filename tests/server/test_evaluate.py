@@ -59,6 +59,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"log_samples": None}, "log_samples"),
     ({"predict_only": "false"}, "predict_only"),
     ({"num_gpus": -1}, "num_gpus"),
+    ({"apply_chat_template": ""}, "apply_chat_template"),
     ({"num_gpus": 1.5}, "num_gpus"),
     ({"num_gpus": None}, "num_gpus"),
     ({"output_dir": ""}, "output_dir"),
