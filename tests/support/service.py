@@ -14,7 +14,7 @@ from evalpool_server import Server
 
 from server.client import EvalClient
 
-PATIENCE_SECONDS = 60.0  # a bound for a loaded machine, not an expectation
+PATIENCE_SECONDS = 120.0  # a bound for a loaded machine, not an expectation
 DOCUMENTS = 3000
 Json = dict[str, Any]
 T = TypeVar("T")
