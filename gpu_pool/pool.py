@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -22,11 +21,12 @@ from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.admission import Admission
 from gpu_pool.desk import Desk
-from gpu_pool.errors import DataDirInUse, InvalidRequest, JobAlreadyFinished, ShuttingDown
+from gpu_pool.errors import DataDirInUse, InvalidRequest, JobAlreadyFinished, PoolError, ShuttingDown
 from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
+from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.records import Evaluation, GpuView, Job, JobState, ModelSpec, QueueView, Slot, WorkerView
 from gpu_pool.runner import EvaluatorChild, Processes, Runner, WorkerChild
 from gpu_pool.settings import PoolSettings
@@ -61,8 +61,10 @@ class Pool:
     async def start(self) -> None:
         """Open the data folder and take up unfinished jobs; processes start in the background.
 
-        Raises DataDirInUse.
+        Raises DataDirInUse, and PoolError for a setting that cannot be honoured.
         """
+        if missing := [str(path) for path in self.settings.include_paths if not path.is_dir()]:
+            raise PoolError(f"include_paths: there is no such folder: {', '.join(missing)}")
         data_dir = self.settings.data_dir
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(data_dir)
@@ -71,8 +73,8 @@ class Pool:
         self._desk = Desk(self._spawn_desk)
         self._admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(evaluator=self._spawn_indexed_evaluator, worker=self._spawn_worker, address=self._address)
-        self._runner = Runner(self.settings, self._store, self._leases, processes, self.job_dir, self._take_up)
-        self._runner.ended = await self._store.counts()
+        self._jobs = LiveJobs(self._store, await self._store.counts())
+        self._runner = Runner(self.settings, self._jobs, self._leases, processes, self.job_dir, self._take_up)
         await self._recover()
         seen = await self._leases.look(())
         self._runner.put(ev.SlotsSeen, slots=seen)
@@ -106,7 +108,7 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if self._runner.jobs:
+            if self._jobs:
                 self._runner.put(ev.Tick)
 
     async def _look(self) -> None:
@@ -126,7 +128,7 @@ class Pool:
                 state = advance_job(job.state, JobEvent.REQUEUE)
                 await self._store.change_state(job.id, job.state, state)
                 job = msgspec.structs.replace(job, state=state, progress=None)
-            self._runner.jobs[job.id] = job
+            self._jobs[job.id] = job
             self._take_up(job)
 
     # ------------------------------------------------------------------ jobs
@@ -138,7 +140,7 @@ class Pool:
         args = await self._admission.admit(evaluation)
         job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
         await self._store.add(job)
-        self._runner.jobs[job.id] = job
+        self._jobs[job.id] = job
         logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), args.pretrained)
         self._take_up(job)
         return job
@@ -169,7 +171,7 @@ class Pool:
         """Cancel a job, queued or running; it is durable on return. Raises JobNotFound, JobAlreadyFinished."""
         if self._stopping:
             raise ShuttingDown
-        if job_id not in self._runner.jobs:
+        if job_id not in self._jobs:
             await self._store.get(job_id)
             raise JobAlreadyFinished
         await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
@@ -181,12 +183,12 @@ class Pool:
 
     async def job(self, job_id: str) -> Job:
         """The job, with live progress. Raises JobNotFound."""
-        return self._runner.jobs.get(job_id) or await self._store.get(job_id)
+        return self._jobs.get(job_id) or await self._store.get(job_id)
 
     async def jobs(self, state: Collection[JobState] | None, limit: int, before: str | None) -> list[Job]:
         """At most `limit` jobs, newest first, older than the job `before`. Raises InvalidRequest on `cursor`."""
         found = await self._store.list(state, limit, before)
-        return [self._runner.jobs.get(job.id, job) for job in found]
+        return [self._jobs.get(job.id, job) for job in found]
 
     def queue_position(self, job_id: str) -> int | None:
         """How many queued jobs are ahead; None when the job is not queued."""
@@ -195,8 +197,8 @@ class Pool:
 
     def queue(self) -> QueueView:
         """Who waits, who runs, and how many have ended."""
-        jobs = sorted(self._runner.jobs.values(), key=lambda job: job.created_at)
-        ended = self._runner.ended
+        jobs = sorted(self._jobs.values(), key=lambda job: job.created_at)
+        ended = self._jobs.ended
         return QueueView(
             queued=tuple(job.id for job in jobs if job.state is JobState.QUEUED),
             running=tuple(job.id for job in jobs if job.state in (JobState.RUNNING, JobState.CANCELLING)),
@@ -207,12 +209,7 @@ class Pool:
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is no rate."""
-        job, since = self._runner.jobs.get(job_id), self._runner.evaluating_since.get(job_id)
-        if job is None or job.progress is None or since is None:
-            return None
-        started, done_then = since
-        answered, seconds = job.progress.done - done_then, time.monotonic() - started
-        return (job.progress.total - job.progress.done) * seconds / answered if answered > 0 else None
+        return self._jobs.eta_seconds(job_id)
 
     def job_dir(self, job_id: str) -> Path:
         """Folder of the job's log and, unless it names another, its results."""

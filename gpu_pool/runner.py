@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -15,12 +14,12 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.leases import Leases
+from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.records import Job, JobState, ModelSpec, Slot
 from gpu_pool.scheduler import Scheduler
 from gpu_pool.settings import PoolSettings
-from gpu_pool.store import Store
 from gpu_pool.supervisor import Child
-from gpu_pool.transitions import JobEvent, advance_job
+from gpu_pool.transitions import JobEvent
 
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""
@@ -46,25 +45,20 @@ class Runner:
     def __init__(
         self,
         settings: PoolSettings,
-        store: Store,
+        jobs: LiveJobs,
         leases: Leases,
         processes: Processes,
         job_dir: Callable[[str], Path],
         refresh: Callable[[Job], None],
     ) -> None:
-        self.jobs: dict[str, Job] = {}
-        """Jobs that have not ended, oldest first, with live progress."""
-        self.evaluating_since: dict[str, tuple[float, int]] = {}
-        """Job -> (monotonic seconds, requests done) at its first progress: what estimates are made from."""
+        self.jobs = jobs
         self.evaluators: dict[str, EvaluatorChild] = {}
         self.workers: dict[str, WorkerChild] = {}
         self.loaded: dict[str, msg.WorkerReady] = {}
-        self.ended: dict[JobState, int] = {}
         self.scheduler = Scheduler(
             evaluators=settings.evaluators or min(8, settings.cpu_workers + 1), max_attempts=settings.max_attempts
         )
         self._settings = settings
-        self._store = store
         self._leases = leases
         self._processes = processes
         self._job_dir = job_dir
@@ -111,7 +105,7 @@ class Runner:
         """Let the scheduler have a queued job whose model is known now, unless the job has ended meanwhile."""
         job_id = demand.job_id
         if job_id in self.jobs:
-            await self._note(self.jobs[job_id], model=demand.spec)
+            await self.jobs.note(self.jobs[job_id], model=demand.spec)
         if job_id in self.jobs and job_id not in self._ending:
             self._given.add(job_id)
             self.put(ev.JobSubmitted, demand=demand)
@@ -121,7 +115,7 @@ class Runner:
         job = self.jobs.get(job_id)
         if job and job_id not in self._given | self._ending:
             self._ending.add(job_id)
-            await self._settle(job, event, error)
+            await self.jobs.settle(job, event, error)
             self._ending.discard(job_id)
 
     def own_pids(self) -> set[int]:
@@ -156,9 +150,9 @@ class Runner:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for job in list(self.jobs.values()):
             if job.state is JobState.RUNNING:
-                await self._requeue(job, "the server was stopped")
+                await self.jobs.requeue(job, "the server was stopped")
             elif job.state is JobState.CANCELLING:
-                await self._settle(job, JobEvent.RELEASED, None)
+                await self.jobs.settle(job, JobEvent.RELEASED)
 
     # ------------------------------------------------------------------ actions
 
@@ -187,7 +181,8 @@ class Runner:
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self._drop(worker_id, job_id)
             case ev.BeginCancel(job_id=job_id):
-                await self._begin_cancel(job_id)
+                if job := self.jobs.get(job_id):
+                    await self.jobs.change(job, JobEvent.CANCEL)
             case ev.ConcludeJob(job_id=job_id):
                 await self._conclude(self.jobs[job_id])
             case ev.SettleJob(job_id=job_id, outcome=outcome, error=error):
@@ -195,11 +190,11 @@ class Runner:
                     await self._settle(job, _settling(job.state, outcome), error)
             case ev.RequeueJob(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
-                    await self._requeue(job, cause)
+                    await self.jobs.requeue(job, cause)
             case ev.RefreshModel(job_id=job_id):
                 if job := self.jobs.get(job_id):
                     self._given.discard(job_id)
-                    self._refresh(await self._requeue(job, "the model's files changed before they were loaded"))
+                    self._refresh(await self.jobs.requeue(job, "the model's files changed before they were loaded"))
             case _:
                 assert_never(action)
 
@@ -210,7 +205,12 @@ class Runner:
     async def _start_evaluator(self, evaluator_id: str) -> None:
         if self._failed_starts:
             await asyncio.sleep(min(MAX_RESTART_PAUSE_SECONDS, 2.0**self._failed_starts))
-        child = await self._processes.evaluator(evaluator_id)
+        try:
+            child = await self._processes.evaluator(evaluator_id)
+        except OSError as error:  # no memory, no descriptors: later there may be
+            self._failed_starts += 1
+            self.put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=str(error))
+            return
         self.evaluators[evaluator_id] = child
 
         async def on_message(message: msg.FromEvaluator) -> None:
@@ -276,13 +276,11 @@ class Runner:
                 else:
                     self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.JobProgress(job_id=job_id, progress=progress):
-                if job := self.jobs.get(job_id):
-                    self.jobs[job_id] = msgspec.structs.replace(job, progress=progress)
-                    self.evaluating_since.setdefault(job_id, (time.monotonic(), progress.done))
+                self.jobs.progressed(job_id, progress)
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})
-                    await self._note(job, metrics=job.metrics | {task: metrics}, samples=samples)
+                    await self.jobs.note(job, metrics=job.metrics | {task: metrics}, samples=samples)
             case msg.JobDone(job_id=job_id) | msg.JobFailed(job_id=job_id):
                 self._outcomes[job_id] = message
                 changed = isinstance(message, msg.JobFailed) and message.content_changed
@@ -310,78 +308,41 @@ class Runner:
     # ------------------------------------------------------------------ durable states
 
     async def _start_job(self, action: ev.StartJob) -> None:
-        job = self.jobs[action.job_id]
-        now = datetime.now(UTC)
-        attempt = job.attempt + 1
-        job = await self._change(
-            job, JobEvent.START, started_at=now, attempt=attempt, progress=None, metrics={}, samples={}, error=None
-        )
-        await self._store.start_attempt(job.id, attempt, now)
+        job = await self.jobs.start(self.jobs[action.job_id])
+        try:
+            self._tell(action.evaluator_id, self._run_job(job))
+        except Exception as error:  # what is wrong with one job must not end the others
+            logger.exception("job %s cannot be started", job.id)
+            self._outcomes[job.id] = msg.JobFailed(job_id=job.id, error=f"it cannot be started: {error}")
+            self.put(ev.JobEnded, job_id=job.id)
+            self.put(ev.EvaluatorIsReady, evaluator_id=action.evaluator_id)
+
+    def _run_job(self, job: Job) -> msg.RunJob:
+        """What its evaluator is told; makes the folder for its results."""
         assert job.model is not None
         folder = self._job_dir(job.id)
         output = Path(job.evaluation.output_dir) if job.evaluation.output_dir else folder / "results"
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._outcomes[job.id] = msg.JobFailed(job_id=job.id, error=f"output_dir cannot be created: {error}")
-            self.put(ev.JobEnded, job_id=job.id)
-            self.put(ev.EvaluatorIsReady, evaluator_id=action.evaluator_id)
-            return
-        run = msg.RunJob(
+        output.mkdir(parents=True, exist_ok=True)
+        return msg.RunJob(
             job_id=job.id,
             evaluation=job.evaluation,
             model=job.model,
             output_dir=str(output.resolve()),
             log_path=str(folder / "job.log"),
         )
-        self._tell(action.evaluator_id, run)
-
-    async def _begin_cancel(self, job_id: str) -> None:
-        if job := self.jobs.get(job_id):
-            await self._change(job, JobEvent.CANCEL)
 
     async def _conclude(self, job: Job) -> None:
         match self._outcomes.pop(job.id):
             case msg.JobDone(result=result, progress=progress):
-                await self._store.add_scores(job.id, result.metrics)
-                fields = {"result": result, "metrics": result.metrics, "samples": result.samples}
-                await self._settle(job, JobEvent.COMPLETE, None, progress=progress, **fields)
+                fields: dict[str, Any] = {"result": result, "metrics": result.metrics, "samples": result.samples}
+                await self._settle(job, JobEvent.COMPLETE, progress=progress, **fields)
             case msg.JobFailed(error=error):
                 await self._settle(job, JobEvent.FAIL, error)
 
-    async def _requeue(self, job: Job, cause: str) -> Job:
-        await self._store.end_attempt(job.id, job.attempt, datetime.now(UTC), "requeued", cause)
-        self.evaluating_since.pop(job.id, None)
-        logger.warning("job %s goes back to the queue: %s", job.id, cause)
-        return await self._change(job, JobEvent.REQUEUE, progress=None)
-
-    async def _settle(self, job: Job, event: JobEvent, error: str | None, **fields: Any) -> None:
-        """Bring a job to its end, durably, and forget it here."""
-        now = datetime.now(UTC)
-        if "progress" not in fields:
-            fields["progress"] = job.progress
-        ended = await self._change(job, event, completed_at=now, error=error, **fields)
-        if job.attempt:
-            await self._store.end_attempt(job.id, job.attempt, now, ended.state.value, error)
-        del self.jobs[job.id]
+    async def _settle(self, job: Job, event: JobEvent, error: str | None = None, **fields: Any) -> None:
+        await self.jobs.settle(job, event, error, **fields)
         self._given.discard(job.id)
-        self.evaluating_since.pop(job.id, None)
         self._outcomes.pop(job.id, None)
-        self.ended[ended.state] = self.ended.get(ended.state, 0) + 1
-        logger.info("job %s is %s%s", job.id, ended.state.value, f": {error}" if error else "")
-
-    async def _change(self, job: Job, event: JobEvent, **fields: Any) -> Job:
-        """Make a change of state durable, then show it."""
-        state = advance_job(job.state, event)
-        if not await self._store.change_state(job.id, job.state, state, **fields):
-            raise RuntimeError(f"job {job.id} is not {job.state} in the database: is another server using it?")
-        live = self.jobs[job.id]  # progress may have arrived meanwhile
-        self.jobs[job.id] = msgspec.structs.replace(live, state=state, **fields)
-        return self.jobs[job.id]
-
-    async def _note(self, job: Job, **fields: Any) -> None:
-        self.jobs[job.id] = msgspec.structs.replace(job, **fields)
-        await self._store.update(job.id, **fields)
 
 
 def _settling(state: JobState, outcome: str) -> JobEvent:

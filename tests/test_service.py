@@ -199,9 +199,10 @@ def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Pat
     assert box.client.is_healthy()
 
 
-def test_a_corrupt_model(box: Service, own_model: Path):
-    weights = own_model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_corrupt_model(box: Service, own_model: Path, name: str):
+    file = own_model / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     job = box.ended(box.submit(own_model, "quick_choice", limit=4))
     assert job["status"] == "failed"
     assert str(own_model) in job["error"]

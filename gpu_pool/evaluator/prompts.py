@@ -14,6 +14,7 @@ from lm_eval.models.utils import configure_pad_token, has_bos_prefix, resolve_ma
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.failures import explain
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import ModelArgs, ModelSpec
 
@@ -34,8 +35,12 @@ class PromptEncoder:
 
     def __init__(self, args: ModelArgs) -> None:
         self._args = args
-        config = _load_config(args)
-        self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
+        source = args.tokenizer or args.pretrained
+        try:
+            config = _load_config(args)
+            self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
+        except Exception as error:  # transformers raises whatever its parsers do
+            raise PromptError(f"the tokenizer of {source} cannot be loaded: {explain(error)}") from error
         self.max_length: int = args.max_length or resolve_max_length(config, self.tokenizer)
         self.prefix_token_id = _prefix_token_id(args, self.tokenizer)
         self._prefix: str = self.tokenizer.decode(self.prefix_token_id)

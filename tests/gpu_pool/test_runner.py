@@ -1,0 +1,59 @@
+"""What is wrong with one job must not end the others: the runner against a scheduler's decisions and a real store."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from gpu_pool import events as ev
+from gpu_pool.gpus import Inventory
+from gpu_pool.leases import Leases
+from gpu_pool.ledger import Running
+from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
+from gpu_pool.runner import Processes, Runner
+from gpu_pool.settings import PoolSettings
+from gpu_pool.store import Store
+
+
+async def no_process(*_: object) -> None:
+    """What a box says that has no memory left for processes."""
+    raise OSError("cannot allocate memory")
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> object:
+    store = await Store.open(tmp_path / "jobs.sqlite")
+    yield store
+    await store.close()
+
+
+async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    jobs = LiveJobs(store, {})
+    processes = Processes(evaluator=no_process, worker=no_process, address=str)
+    leases = Leases(settings, Inventory(visible_devices=""))
+    runner = Runner(settings, jobs, leases, processes, lambda job_id: tmp_path / job_id, lambda job: None)
+    (tmp_path / "file").touch()
+    spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
+    job = Job(
+        id="j",
+        evaluation=Evaluation(model="hf", tasks=("t",), output_dir=str(tmp_path / "file" / "below")),
+        request={},
+        created_at=datetime.now(UTC),
+        model=spec,
+    )
+    await store.add(job)
+    jobs["j"] = job
+    loop = runner.start()
+    demand = ev.Demand(job_id="j", spec=spec, max_replicas=1, order=0.0)
+    runner.scheduler.running["j"] = Running(demand=demand, evaluator_id="e")
+    await runner._start_job(ev.StartJob(job_id="j", evaluator_id="e"))
+    await runner.handle(ev.Tick)
+    assert (await store.get("j")).state is JobState.FAILED
+    assert "cannot be started" in ((await store.get("j")).error or "")
+    assert not loop.done()
+    await asyncio.wait_for(runner.stop(), 30)
