@@ -16,7 +16,7 @@ from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.dataset_roots import DatasetRoots
 from gpu_pool.evaluator.lazy_task import LazyTaskFactory
 from gpu_pool.evaluator.task_checks import TaskChecker
-from gpu_pool.evaluator.task_index import LIBRARY_ROOT, RootIndex, load_index, root_state, to_entries
+from gpu_pool.evaluator.task_index import LIBRARY_ROOT, RootIndex, library_cache, load_index, root_state, to_entries
 from gpu_pool.messages import TaskEntry, TaskProblem
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ class TaskLibrary:
         if not stale:
             return
         for root in stale:
-            self._indexes[root] = load_index(root, self._cache_dir)
+            self._indexes[root] = load_index(
+                root, library_cache(self._cache_dir) if root == LIBRARY_ROOT else self._cache_dir
+            )
             if root != LIBRARY_ROOT:
                 for path, reason in self._indexes[root].broken.items():
                     _log.warning("%s is no task and is left out: %s", path, reason)

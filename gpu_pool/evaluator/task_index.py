@@ -62,6 +62,19 @@ def load_index(root: Path, cache_dir: Path) -> RootIndex:
     return index
 
 
+def library_cache(data_cache: Path) -> Path:
+    """Where the library's own index is kept: with the user, so that a new data folder need not wait for it again.
+
+    That is `$XDG_CACHE_HOME/evalpool` or `~/.cache/evalpool`; `data_cache` where that cannot be written.
+    """
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evalpool"
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return data_cache
+    return shared if os.access(shared, os.W_OK) else data_cache
+
+
 def root_state(root: Path) -> str:
     """A digest of lm-eval's version and, outside its own folder, of the names and times of all files."""
     digest = hashlib.sha256(f"{version('lm_eval')}\0{root.absolute()}\0".encode())

@@ -177,3 +177,11 @@ def test_a_path_is_no_task(library: TaskLibrary, tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(MINE)
     with pytest.raises(UnknownTask):
         library.load([str(tmp_path / "evil.yaml")])
+
+
+def test_the_library_s_index_is_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert task_index.library_cache(tmp_path / "data") == tmp_path / "home" / "evalpool"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert task_index.library_cache(tmp_path / "data") == tmp_path / "data"
