@@ -33,6 +33,7 @@ class Desk:
         self._questions: dict[int, asyncio.Future[tuple[msg.TaskProblem, ...]]] = {}
         self._numbers = itertools.count()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def pid(self) -> int | None:
@@ -46,6 +47,7 @@ class Desk:
 
     async def stop(self) -> None:
         """End it."""
+        self._stopping = True
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -98,7 +100,8 @@ class Desk:
     async def _on_death(self, cause: str) -> None:
         self._ready.clear()
         self._child = None
-        logger.warning("the desk process ended: %s", cause)
+        if not self._stopping:
+            logger.warning("the desk process ended: %s", cause)
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(DeskUnavailable())

@@ -51,7 +51,7 @@ async def get_samples(
     offset: Annotated[int, QueryParameter(ge=0, le=_MAX_OFFSET, description="Records to skip")] = 0,
     limit: Annotated[int, QueryParameter(ge=1, le=1000, description="Most records in the answer")] = 100,
 ) -> SamplePage:
-    """Per-sample records of a completed job, in lm-eval's format."""
+    """Per-sample records of a scored task, in lm-eval's format."""
     job = await pool.job(job_id)
     return await asyncio.to_thread(sample_page, job, task, offset, limit)
 
