@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ DTYPES = {
 }
 """Accepted dtypes, and torch's own name of each."""
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""What some need beside torch; transformers also takes them from the hub, with `kernels`."""
 HUB_TIMEOUT_S = 15.0
 """A hub that has not answered by then counts as unreachable; a person waits for the submission."""
 
@@ -153,10 +156,8 @@ def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
     _check_dtype("dtype", args.dtype)
     if args.softmax_dtype is not None:
         _check_dtype("softmax_dtype", args.softmax_dtype)
-    attention = args.attn_implementation
-    if attention is not None and attention not in ATTENTION and not _HUB_KERNEL.fullmatch(attention):
-        known = f"must be one of {', '.join(ATTENTION)}, or a kernel kernels-community/<name>"
-        raise InvalidRequest("model_args.attn_implementation", known, choices=close_names(attention, ATTENTION))
+    if args.attn_implementation is not None:
+        _check_attention(args.attn_implementation)
     if args.max_length is not None and args.max_length < 2:
         raise InvalidRequest("model_args.max_length", "must be an integer of at least 2 tokens")
     if args.prefix_token_id is not None and args.prefix_token_id < 0:
@@ -164,6 +165,18 @@ def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
     if args.trust_remote_code and not allow_remote_code:
         problem = "refused: the operator has not allowed code that comes with a checkpoint (allow_remote_code)"
         raise InvalidRequest("model_args.trust_remote_code", problem)
+
+
+def _check_attention(attention: str) -> None:
+    field = "model_args.attn_implementation"
+    from_hub = _HUB_KERNEL.fullmatch(attention)
+    if attention not in ATTENTION and not from_hub:
+        known = f"must be one of {', '.join(ATTENTION)}, or a kernel kernels-community/<name>"
+        raise InvalidRequest(field, known, choices=close_names(attention, ATTENTION))
+    packages = ["kernels"] if from_hub else ["kernels", ATTENTION_PACKAGES.get(attention, "torch")]
+    if not any(find_spec(package) for package in packages):
+        problem = f"{attention} needs a package that is not installed ({' or '.join(packages)}); sdpa needs none"
+        raise InvalidRequest(field, problem, choices=("sdpa", "eager"))
 
 
 def _check_dtype(key: str, dtype: str) -> None:

@@ -122,9 +122,17 @@ def test_arguments_with_a_field_of_their_own_point_there(checkpoint: Path) -> No
 
 
 def test_known_values_are_accepted(checkpoint: Path) -> None:
-    for attention in ("eager", "sdpa", "flash_attention_2", "kernels-community/flash-attn"):
+    for attention in ("eager", "sdpa", "flex_attention"):
         assert resolve(str(checkpoint), {"attn_implementation": attention}).attn_implementation == attention
     assert resolve(str(checkpoint), {"trust_remote_code": True}, allow_remote_code=True).trust_remote_code
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
+def test_attention_that_needs_a_package(checkpoint: Path, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_pool.models.find_spec", lambda name: None)
+    assert "not installed" in refused(str(checkpoint), {"attn_implementation": attention}).problem
+    monkeypatch.setattr("gpu_pool.models.find_spec", lambda name: object())
+    assert resolve(str(checkpoint), {"attn_implementation": attention}).attn_implementation == attention
 
 
 def test_an_adapter_is_no_model_and_a_model_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
