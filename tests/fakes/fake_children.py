@@ -1,4 +1,4 @@
-"""Spawn targets for supervisor tests: small real processes that misbehave on purpose."""
+"""Spawn targets for tests: small real processes, most of which misbehave on purpose."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import signal
 import struct
 import time
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from gpu_pool.cache import ResponseCache
 from gpu_pool.child import enter_child
 from gpu_pool.messages import DropJob, Dropped, decode_to_worker, encode
 
@@ -75,3 +77,10 @@ def busy(connection: Connection, folder: str, parent_pid: int) -> None:
     connection.send_bytes(encode(Dropped(job_id="ready")))
     while True:
         sum(range(1000))
+
+
+def write_answers(path: Path, name: str, count: int) -> None:
+    """Write answers of its own and answers that others write too."""
+    with closing(ResponseCache(path)) as cache:
+        for i in range(count):
+            cache.store({f"{name}{i}".encode(): (float(i), True), b"shared%d" % i: (float(i), False)})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import fake_children
 import pytest
 
 from gpu_pool.cache import ResponseCache, answer_key
@@ -40,15 +41,9 @@ def test_keys_tell_parts_apart() -> None:
     assert answer_key(b"s", b"a") != answer_key(b"t", b"a")
 
 
-def _write(path: Path, name: str, count: int) -> None:
-    with closing(ResponseCache(path)) as cache:
-        for i in range(count):
-            cache.store({f"{name}{i}".encode(): (float(i), True), b"shared%d" % i: (float(i), False)})
-
-
 def test_two_processes_write_at_once(cache: ResponseCache, path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(path, name, 200)) for name in ("a", "b")]
+    writers = [context.Process(target=fake_children.write_answers, args=(path, name, 200)) for name in ("a", "b")]
     for writer in writers:
         writer.start()
     for writer in writers:
