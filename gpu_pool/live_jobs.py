@@ -37,7 +37,7 @@ class LiveJobs(dict[str, Job]):
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is no rate."""
         job, since = self.get(job_id), self._rates.get(job_id)
-        if job is None or job.progress is None or since is None:
+        if job is None or job.state is not JobState.RUNNING or job.progress is None or since is None:
             return None
         started, done_then = since
         answered, seconds = job.progress.done - done_then, time.monotonic() - started
