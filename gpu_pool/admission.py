@@ -10,8 +10,11 @@ from gpu_pool.desk import Desk
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.leases import Leases
-from gpu_pool.models import resolve_hub_revision, resolve_model
+from gpu_pool.machine_memory import machine_bytes
+from gpu_pool.model_size import ReplicaSize, replica_size
+from gpu_pool.models import is_kind, resolve_hub_revision, resolve_model
 from gpu_pool.records import Evaluation, ModelArgs, Record
+from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus
 from gpu_pool.settings import PoolSettings
 
 
@@ -20,7 +23,9 @@ class Placement(Record, frozen=True, kw_only=True):
 
     device: Literal["cpu", "cuda"]
     max_replicas: int
+    """Most slots that it may hold at once."""
     slot_index: str | None = None
+    slot_id: str | None = None
 
 
 class Admission:
@@ -34,9 +39,10 @@ class Admission:
     async def admit(self, evaluation: Evaluation) -> ModelArgs:
         """Check everything, cheapest first; returns the model's arguments, a hub id resolved to a commit."""
         parse_gen_kwargs(evaluation.gen_kwargs)
-        self.place(evaluation)
+        place = self.place(evaluation)
         self.check_output_dir(evaluation.output_dir)
         args = await self.model_args(evaluation)
+        self.plan(evaluation, await self.size(evaluation, args, place), place)
         await self._check_tasks(evaluation)
         return args
 
@@ -49,42 +55,75 @@ class Admission:
 
         return await asyncio.to_thread(resolve)
 
-    def place(self, evaluation: Evaluation) -> Placement:
-        """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`."""
-        device, index = self._device(evaluation)
-        slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index)]
+    async def size(self, evaluation: Evaluation, args: ModelArgs, place: Placement) -> ReplicaSize | None:
+        """The memory that a replica needs; None where no file tells. Reads headers, in a thread.
+
+        Raises InvalidRequest on the model's field where they cannot be read.
+        """
+        try:
+            return await asyncio.to_thread(replica_size, args, place.device)
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(_model_field(evaluation), f"its size cannot be told: {error}") from error
+
+    def plan(self, evaluation: Evaluation, size: ReplicaSize | None, place: Placement) -> ReplicaPlan:
+        """How many GPUs a replica of that size needs; raises InvalidRequest where it can never fit."""
+        field = _model_field(evaluation)
+        if place.device == "cpu":
+            return plan_on_cpu(size, machine_bytes(), field=field)
+        if place.slot_index is not None or place.slot_id is not None:
+            field = "device"
+        gpus = [
+            gpu
+            for gpu in self._leases.gpus()
+            if place.slot_index in (None, gpu.index) and place.slot_id in (None, gpu.uuid)
+        ]
+        fraction = self._settings.gpu_free_fraction
+        return plan_on_gpus(size, gpus, cap=max(1, evaluation.num_gpus), free_fraction=fraction, field=field)
+
+    def place(self, evaluation: Evaluation, *, is_admitted: bool = False) -> Placement:
+        """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`.
+
+        A job that was admitted earlier makes do with what the box has now.
+        """
+        device, index, uuid = self._device(evaluation)
+        slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index) and uuid in (None, slot.id)]
         if not slots:
-            raise InvalidRequest("device", self._no_such_device(device, index))
-        if index is not None and evaluation.num_gpus > 1:
+            raise InvalidRequest("device", self._no_such_device(device, index, uuid))
+        if (index or uuid) is not None and evaluation.num_gpus > 1:
             raise InvalidRequest(
                 "num_gpus", f"must be 1 with device {evaluation.device!r}, which is one GPU; or use 'cuda'"
             )
         wanted = max(1, evaluation.num_gpus)
-        if wanted > len(slots):
+        if wanted > len(slots) and not is_admitted:
             noun = "GPUs" if device == "cuda" else "CPU workers"
             raise InvalidRequest("num_gpus", f"must be at most {len(slots)}: this box has {len(slots)} {noun}")
-        return Placement(device=device, max_replicas=wanted, slot_index=index)
+        cap = self._settings.max_gpus
+        if device == "cuda" and cap is not None and wanted > cap and not is_admitted:
+            raise InvalidRequest("num_gpus", f"must be at most {cap}: no more GPUs are held (setting max_gpus)")
+        return Placement(device=device, max_replicas=min(wanted, len(slots)), slot_index=index, slot_id=uuid)
 
-    def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None]:
+    def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None, str | None]:
+        """Kind of device, and the one GPU that is asked for: by its position, or by its UUID."""
         match evaluation.device:
             case None:
                 use_gpu = self._leases.has_gpus and evaluation.num_gpus > 0
-                return ("cuda" if use_gpu else "cpu"), None
+                return ("cuda" if use_gpu else "cpu"), None, None
             case "cpu":
-                return "cpu", None
+                return "cpu", None, None
             case name:
                 if evaluation.num_gpus == 0:
                     raise InvalidRequest("num_gpus", f"must be at least 1 with device {name!r}; 0 means the CPU")
-                _, _, index = name.partition(":")
-                return "cuda", index or None
+                kind, _, index = name.partition(":")
+                return ("cuda", index or None, None) if kind == "cuda" else ("cuda", None, name)
 
-    def _no_such_device(self, device: str, index: str | None) -> str:
-        indices = [slot.index for slot in self._leases.slots(device)]
+    def _no_such_device(self, device: str, index: str | None, uuid: str | None) -> str:
+        slots = self._leases.slots(device)
         if device == "cpu":
             return "this server was started without CPU workers; use 'cuda' or leave it out"
-        if not indices:
+        if not slots:
             return "this box has no GPU; use 'cpu' or leave it out"
-        return f"there is no GPU {index}; this box has {', '.join(f'cuda:{i}' for i in indices)}"
+        there = [f"cuda:{slot.index}" if uuid is None else f"{slot.id} (cuda:{slot.index})" for slot in slots]
+        return f"there is no GPU {uuid or index}; this box has {', '.join(there)}"
 
     def check_output_dir(self, output_dir: str | None) -> Path | None:
         """The folder, resolved; raises InvalidRequest when it lies outside the allowed roots."""
@@ -110,3 +149,8 @@ class Admission:
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
             reasons = "; ".join(problem.reason for problem in problems)
             raise InvalidRequest(field, reasons, choices=first.suggestions)
+
+
+def _model_field(evaluation: Evaluation) -> str:
+    """The field of a request that names the model's files."""
+    return "model_args.pretrained" if is_kind(evaluation.model) else "model"

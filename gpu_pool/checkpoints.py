@@ -1,4 +1,4 @@
-"""Does a local folder hold a causal language model? Decided from file names and config.json, without torch."""
+"""Does a local folder hold a language model? Decided from file names and config.json, without torch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ CAUSAL_MULTIMODAL_TYPES = frozenset(
 )
 """Model types whose text part transformers' AutoModelForCausalLM loads from a multimodal checkpoint."""
 
+ENCODER_DECODER_TYPES = frozenset(
+    {
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5"),
+        *("m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
+        *("seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
+    }
+)
+"""Model types that transformers' AutoModelForSeq2SeqLM loads and that read text."""
+
 _HEADLESS_SUFFIXES = (
     "Model",
     "Encoder",
@@ -41,11 +50,13 @@ _HEADLESS_SUFFIXES = (
     "ForTokenClassification",
 )
 """Ends of architecture names that have no causal language-model head."""
+_BARE_SUFFIX, _ENCODER_SUFFIXES = "Model", ("EncoderModel", "Encoder")
+"""A bare encoder-decoder's head is its embedding (BART's base checkpoints are saved so); an encoder has none."""
 _HEAD_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
 
 def check_checkpoint(folder: Path, field: str) -> None:
-    """Raise InvalidRequest for `field` unless transformers can load a causal LM from `folder`."""
+    """Raise InvalidRequest for `field` unless transformers can load a language model from `folder`."""
     if (folder / "adapter_config.json").is_file():
         raise InvalidRequest(
             field, f"{folder} is a PEFT adapter: give its base model as `pretrained` and this folder as `peft`"
@@ -66,9 +77,13 @@ def read_config(path: Path, field: str) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], field: str) -> None:
-    """Raise InvalidRequest unless this config.json is a causal LM's; what cannot be told is left to the worker."""
+    """Raise InvalidRequest unless this config.json is a language model's; what cannot be told is left to the worker."""
     architectures = _architectures(config)
     name = ", ".join(architectures) or str(config.get("model_type") or "this model")
+    if config.get("model_type") in ENCODER_DECODER_TYPES:
+        if architectures and all(_lacks_decoder(architecture) for architecture in architectures):
+            raise InvalidRequest(field, f"{name} is no language model (such as T5ForConditionalGeneration)")
+        return
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         return
     if config.get("model_type") in CAUSAL_MULTIMODAL_TYPES or any(a.endswith(_HEAD_SUFFIXES) for a in architectures):
@@ -76,9 +91,20 @@ def check_config(config: dict[str, Any], field: str) -> None:
     if any(mark in config for mark in _MULTIMODAL_MARKS):
         raise InvalidRequest(field, f"multimodal models are not served yet ({name})")
     if config.get("is_encoder_decoder"):
-        raise InvalidRequest(field, f"{name} is an encoder-decoder; only causal language models are served")
+        kinds = ", ".join(sorted(ENCODER_DECODER_TYPES))
+        raise InvalidRequest(
+            field, f"{name} is an encoder-decoder of a type that is not served; those that are: {kinds}"
+        )
     if architectures and all(a.endswith(_HEADLESS_SUFFIXES) for a in architectures):
         raise InvalidRequest(field, f"{name} is no causal language model (an architecture such as LlamaForCausalLM)")
+
+
+def _lacks_decoder(architecture: str) -> bool:
+    if architecture.endswith(_HEAD_SUFFIXES):
+        return False
+    if architecture.endswith(_BARE_SUFFIX):
+        return architecture.endswith(_ENCODER_SUFFIXES)
+    return architecture.endswith(_HEADLESS_SUFFIXES)
 
 
 def check_gguf(path: Path, field: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -32,6 +33,12 @@ def redirect_output(path: str | os.PathLike[str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def say(what: str) -> None:
+    """A line of this process's log, with the time as `logging` writes it."""
+    now = datetime.now()
+    print(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} {what}", file=sys.stderr, flush=True)
 
 
 def enter_child(parent_pid: int, log_path: str | os.PathLike[str]) -> None:

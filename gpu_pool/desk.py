@@ -92,7 +92,14 @@ class Desk:
             case msg.TasksChecked(check_id=number, problems=problems):
                 if (answer := self._questions.get(number)) and not answer.done():
                     answer.set_result(problems)
-            case msg.JobProgress() | msg.TaskDone() | msg.JobDone() | msg.JobFailed():
+            case (
+                msg.JobProgress()
+                | msg.WorkerDetached()
+                | msg.AwaitingWorker()
+                | msg.TaskDone()
+                | msg.JobDone()
+                | msg.JobFailed()
+            ):
                 logger.error("the desk runs no jobs, but said %r", message)
             case _:
                 assert_never(message)

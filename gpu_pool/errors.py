@@ -23,6 +23,16 @@ class InvalidRequest(PoolError):
         super().__init__(f"{field}: {problem}")
 
 
+class KeyReused(InvalidRequest):
+    """An idempotency key is used again with another request."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(
+            "idempotency_key",
+            f"was used before with another request, of job {job_id}; choose another key, or send the same request",
+        )
+
+
 class JobNotFound(PoolError):
     """There is no such job."""
 
@@ -45,3 +55,36 @@ class ShuttingDown(PoolError):
 
 class DataDirInUse(PoolError):
     """Another server uses this data folder."""
+
+
+class DatabaseInUse(PoolError):
+    """Another server uses this database."""
+
+
+class DatabaseTooNew(PoolError):
+    """The database's tables were changed by a newer evalpool."""
+
+    def __init__(self, current: str | None, newest: str) -> None:
+        super().__init__(
+            f"the database was changed by a newer evalpool: its tables are at revision {current}, and this version "
+            f"knows them up to {newest}. Run the newer version, or restore a copy of the database from before"
+        )
+
+
+class DatabaseUnavailable(PoolError):
+    """The database cannot be used now."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"The job database cannot be used now: {reason}. Nothing was changed; try again later")
+
+
+class GpuNotFound(PoolError):
+    """There is no such GPU."""
+
+    def __init__(self, uuid: str, known: Sequence[str]) -> None:
+        super().__init__(f"There is no GPU {uuid}; there are {', '.join(known) or 'none'}")
+
+
+class GpuNotQuarantined(PoolError):
+    """The GPU is not quarantined: there is nothing to release."""

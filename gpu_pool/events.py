@@ -13,17 +13,34 @@ class Demand(Record, frozen=True, kw_only=True):
     job_id: str
     spec: ModelSpec
     max_replicas: int
-    """Most workers it may hold at once (`num_gpus`); it starts with one and grows."""
+    """Most workers it may hold at once (`num_gpus` // `gpus`); it starts with one and grows."""
     order: float
-    """Submission time in seconds; smaller goes first."""
+    """Submission time in seconds since the epoch; of equal priority the smaller goes first."""
+    priority: int = 0
+    """Larger goes first; `gpu_pool.order` says how it is weighed against waiting time."""
+    gpus: int = 1
+    """Slots that one replica takes, all or none."""
+    memory_bytes: int = 0
+    """What a replica needs of each of its slots; 0: the whole slot."""
     slot_index: str | None = None
     """Only the GPU at this position in PCI order ("cuda:N"), or None for any."""
+    slot_id: str | None = None
+    """Only this slot (a GPU or MIG instance by its UUID), or None for any."""
+    timeout_s: float | None = None
+    """Seconds that an attempt may run, not counting those without a worker; None: no limit."""
     attempts: int = 0
-    """Times it was started before."""
+    """Attempts that ended because its processes were lost (restarts of the server not counted)."""
+    max_retries: int | None = None
+    """Further attempts after the first one; None: the operator's limit."""
 
     def accepts(self, slot: Slot) -> bool:
-        """Whether a worker for this job may live in `slot`."""
-        return slot.device == self.spec.device and self.slot_index in (None, slot.index)
+        """Whether a worker for this job may live in `slot`, once there is room."""
+        return (
+            slot.device == self.spec.device
+            and self.slot_index in (None, slot.index)
+            and self.slot_id in (None, slot.id)
+            and (not slot.memory_bytes or self.memory_bytes <= slot.memory_bytes)
+        )
 
 
 # ---------------------------------------------------------------- events
@@ -53,6 +70,12 @@ class JobEnded(Event, frozen=True, kw_only=True):
     job_id: str
     content_changed: bool = False
     """It failed because the model's files changed after it was submitted."""
+
+
+class JobProgressed(Event, frozen=True, kw_only=True):
+    """Further requests of the job are answered: what it lost so far did not stop it."""
+
+    job_id: str
 
 
 class EvaluatorIsReady(Event, frozen=True, kw_only=True):
@@ -96,6 +119,13 @@ class WorkerDroppedJob(Event, frozen=True, kw_only=True):
     job_id: str
 
 
+class WorkerGivenBack(Event, frozen=True, kw_only=True):
+    """The job's evaluator has stopped using a worker, as a Detach asked that was not `at_once`."""
+
+    worker_id: str
+    job_id: str
+
+
 class LeaseRefused(Event, frozen=True, kw_only=True):
     """A worker could not be started: its GPU was taken by someone else at the last moment."""
 
@@ -107,16 +137,20 @@ class SlotsSeen(Event, frozen=True, kw_only=True):
     """An inventory look: every slot that exists, and why it cannot be used now (None: it can)."""
 
     slots: tuple[tuple[Slot, str | None], ...]
+    lost: frozenset[str] = frozenset()
+    """Slots that cannot compute any more: workers there are killed, and their jobs go elsewhere."""
+    contested: frozenset[str] = frozenset()
+    """Slots whose memory someone else wants: workers without jobs there are stopped."""
 
 
 class SlotsReturned(Event, frozen=True, kw_only=True):
-    """The memory of a dead worker is back: its slots may be leased again."""
+    """What a dead worker held of its slots may be leased again (or SlotsSeen says why a slot may not)."""
 
-    slot_ids: tuple[str, ...]
+    worker_id: str
 
 
 class Tick(Event, frozen=True, kw_only=True):
-    """Time passed: look again whether a job should grow."""
+    """Time passed: look again at timeouts, idle workers, patience and growth."""
 
 
 # ---------------------------------------------------------------- actions
@@ -140,6 +174,8 @@ class StartWorker(Record, frozen=True, kw_only=True):
     worker_id: str
     spec: ModelSpec
     slot_ids: tuple[str, ...]
+    memory_bytes: int = 0
+    """What it may use of each slot, beside other workers of ours; 0: the whole slot is its own."""
 
 
 class StopWorker(Record, frozen=True, kw_only=True):
@@ -148,10 +184,19 @@ class StopWorker(Record, frozen=True, kw_only=True):
     worker_id: str
 
 
-class ReclaimSlots(Record, frozen=True, kw_only=True):
-    """A worker is gone: watch its slots until their memory is back, then say SlotsReturned."""
+class KillWorker(Record, frozen=True, kw_only=True):
+    """End a worker with all its ranks, at once: it is on a GPU that is lost."""
 
+    worker_id: str
+
+
+class ReclaimSlots(Record, frozen=True, kw_only=True):
+    """A worker is gone: watch its slots until the memory that it held is back, then say SlotsReturned."""
+
+    worker_id: str
     slot_ids: tuple[str, ...]
+    memory_bytes: int = 0
+    """As in its StartWorker."""
 
 
 class StartJob(Record, frozen=True, kw_only=True):
@@ -170,11 +215,15 @@ class Attach(Record, frozen=True, kw_only=True):
 
 
 class Detach(Record, frozen=True, kw_only=True):
-    """Tell the job's evaluator that this worker is gone."""
+    """Tell the job's evaluator to use this worker no more."""
 
     job_id: str
     evaluator_id: str
     worker_id: str
+    at_once: bool = True
+    """True: it is gone. False: take its answers to what it was asked, then say WorkerGivenBack."""
+    cause: str | None = None
+    """How its process ended; None when it lives and is wanted elsewhere."""
 
 
 class DropJob(Record, frozen=True, kw_only=True):
@@ -222,6 +271,7 @@ Action = (
     | KillEvaluator
     | StartWorker
     | StopWorker
+    | KillWorker
     | ReclaimSlots
     | StartJob
     | Attach

@@ -7,20 +7,18 @@ a digest is therefore kept only when the file was already `SETTLED_NS` old befor
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.file_lock import alone
 from gpu_pool.records import ModelArgs
 
 SETTLED_NS = 2_000_000_000
@@ -193,20 +191,14 @@ class _Memo:
             return {}
 
     def _remember(self, entries: dict[str, _Known]) -> None:
-        with self._locked():
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(self._path):
             merged = self._load() | entries
             newest = sorted(merged.items(), key=lambda item: item[1].used, reverse=True)[:MAX_MEMO_FILES]
             descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
             with os.fdopen(descriptor, "wb") as file:
                 file.write(msgspec.json.encode(dict(newest)))
             os.replace(temporary, self._path)
-
-    @contextmanager
-    def _locked(self) -> Generator[None]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def _key(state: FileState) -> str:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 import pynvml as untyped_pynvml
 
-from gpu_pool.records import Gpu, Record
+from gpu_pool.gpu_choice import FoundGpu, GpuChoice
+from gpu_pool.records import Gpu
 
 _T = TypeVar("_T")
 pynvml: Any = untyped_pynvml  # it makes its error classes as it is imported, where no type checker sees them
-_GIB = 1024**3
 _DRIVER_GONE = (
     pynvml.NVML_ERROR_UNINITIALIZED,
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
 )
+_LOST = (
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_RESET_REQUIRED,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_INVALID_ARGUMENT,  # a position that NVML has just counted
+    pynvml.NVML_ERROR_UNKNOWN,
+)
+"""Answers for a GPU that has fallen off the bus, or cannot compute until it is reset."""
 _NOT_TOLD = (
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_NO_PERMISSION,
@@ -27,28 +37,31 @@ _NOT_TOLD = (
 _PROCESS_LIST_TRIES = 5  # the list may grow between asking for its length and reading it
 
 
-class _Found(Record, frozen=True, kw_only=True):
-    """A GPU, and the physical GPU that it is or is a part of."""
-
-    gpu: Gpu
-    parent_uuid: str
-
-
 class Inventory:
     """The GPUs that we may use. Calls may take seconds and must not overlap: make them in one thread off the loop."""
 
-    def __init__(self, visible_devices: str | None) -> None:
-        """`visible_devices` is an inherited CUDA_VISIBLE_DEVICES: the set we may use; None: every GPU."""
-        self._visible_devices = visible_devices
+    def __init__(self, visible_devices: str | None, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
+        """`visible_devices` is an inherited CUDA_VISIBLE_DEVICES: the set we may use; None: every GPU.
+
+        `allow` and `deny` are the operator's lists; raises PoolError for an entry that cannot name a GPU.
+        """
+        self._choice = GpuChoice.of(visible_devices, allow, deny)
         self._initialised = False
-        self._uuids: dict[int, str] = {}
+        self._last: dict[int, list[FoundGpu]] = {}
+        """What could last be read at each position."""
+        self.answers = False
+        """Whether NVML answered at the last look, though it may have shown no GPU."""
         self.reason: str | None = None
         """Why the last look found no GPU, for people; None when it found one."""
+        self.unknown: list[str] = []
+        """What is wrong with the lists, by the GPUs of the last look: a sentence an entry that names none of them."""
 
     @classmethod
-    def open(cls, environment: Mapping[str, str] = os.environ) -> Inventory:
-        """An inventory that has looked once. Never raises: without library, driver or permission it has no GPUs."""
-        inventory = cls(environment.get("CUDA_VISIBLE_DEVICES"))
+    def open(
+        cls, environment: Mapping[str, str] = os.environ, allow: Iterable[str] = (), deny: Iterable[str] = ()
+    ) -> Inventory:
+        """An inventory that has looked once. Without library, driver or permission it has no GPUs, and says why."""
+        inventory = cls(environment.get("CUDA_VISIBLE_DEVICES"), allow, deny)
         inventory.gpus()
         return inventory
 
@@ -62,10 +75,13 @@ class Inventory:
             found = [each for index in range(pynvml.nvmlDeviceGetCount()) for each in self._read(index)]
         except pynvml.NVMLError as error:
             self.close()
+            self.answers = False
             self.reason = f"No GPU can be used: {_explain(error)}."
             return ()
-        usable = _visible(found, self._visible_devices)
-        self.reason = None if usable else _why_none(len(found), self._visible_devices)
+        self.answers = True
+        usable = self._choice.among(_by_uuid(found) if any(each.gpu.lost for each in found) else found)
+        self.reason = None if usable else self._choice.why_none(found)
+        self.unknown = self._choice.unknown(found)
         return usable
 
     def close(self) -> None:
@@ -74,45 +90,36 @@ class Inventory:
             self._initialised = False
             with contextlib.suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
-        self._uuids.clear()
+        self._last.clear()
 
     def _initialise(self) -> None:
         if not self._initialised:
             pynvml.nvmlInit()
             self._initialised = True
 
-    def _read(self, index: int) -> Iterator[_Found]:
+    def _read(self, index: int) -> list[FoundGpu]:
         """What is at this position, in NVML's order: that of PCI, which CUDA_DEVICE_ORDER=PCI_BUS_ID means too."""
+        uuid: str | None = None
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            self._uuids[index] = pynvml.nvmlDeviceGetUUID(handle)
-            found = list(_read_mig(handle, index) if _mig_enabled(handle) else _read_whole(handle, index))
+            uuid = str(pynvml.nvmlDeviceGetUUID(handle))
+            parts = list(_read_mig(handle, index) if _mig_enabled(handle) else _read_whole(handle, index))
         except pynvml.NVMLError as error:
             if error.value in _DRIVER_GONE:
                 raise
-            # A lost GPU may not even tell its name: it keeps the identity it was known by.
-            uuid = self._uuids.get(index, f"GPU-unknown-{index}")
-            found = [_unreadable(index, uuid, _explain(error))]
-        for gpu in found:
-            yield _Found(gpu=gpu, parent_uuid=self._uuids.get(index, gpu.uuid))
+            return [_unreadable(each, error) for each in self._known_at(index, uuid)]
+        self._last[index] = [FoundGpu(gpu=gpu, parent_uuid=uuid) for gpu in parts]
+        return self._last[index]
 
-
-def why_busy(gpu: Gpu, own_pids: frozenset[int], free_fraction: float) -> str | None:
-    """Why a new worker may not have this GPU, as a sentence with numbers; None when it is free.
-
-    `own_pids` are our processes; `free_fraction` is the share of its memory that must be free.
-    """
-    if gpu.problem:
-        return gpu.problem
-    foreign = [f"{pid} ({size / _GIB:.1f} GiB)" for pid, size in gpu.processes if pid not in own_pids]
-    if foreign:
-        return f"Other processes use it: {', '.join(foreign)}."
-    if gpu.free_bytes < free_fraction * gpu.total_bytes:
-        return (
-            f"Only {gpu.free_bytes / _GIB:.1f} of {gpu.total_bytes / _GIB:.1f} GiB are free; "
-            f"{free_fraction:.0%} must be."
-        )
-    return None
+    def _known_at(self, index: int, uuid: str | None) -> list[FoundGpu]:
+        """What was there before: a lost GPU may not even tell its name, and keeps the identity it was known by."""
+        last = self._last.get(index)
+        if last and uuid in (None, last[0].parent_uuid):
+            return last
+        uuid = uuid or f"GPU-unknown-{index}"
+        number = str(index)
+        gpu = Gpu(uuid=uuid, index=number, name="unknown", total_bytes=0, free_bytes=0, visible_device=number)
+        return [FoundGpu(gpu=gpu, parent_uuid=uuid)]
 
 
 def _mig_enabled(handle: Any) -> bool:
@@ -121,7 +128,7 @@ def _mig_enabled(handle: Any) -> bool:
 
 
 def _read_whole(handle: Any, index: int) -> Iterator[Gpu]:
-    yield _read_device(handle, str(index), str(index), _temperature(handle))
+    yield _read_device(handle, str(index), str(index), handle)
 
 
 def _read_mig(parent: Any, index: int) -> Iterator[Gpu]:
@@ -131,10 +138,11 @@ def _read_mig(parent: Any, index: int) -> Iterator[Gpu]:
         except pynvml.NVMLError_NotFound:
             continue
         uuid = pynvml.nvmlDeviceGetUUID(handle)
-        yield _read_device(handle, f"{index}:{position}", uuid, _temperature(parent))
+        yield _read_device(handle, f"{index}:{position}", uuid, parent)
 
 
-def _read_device(handle: Any, index: str, visible_device: str, temperature: int | None) -> Gpu:
+def _read_device(handle: Any, index: str, visible_device: str, whole: Any) -> Gpu:
+    """A GPU or a part of it; what only the `whole` GPU is asked is asked there."""
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     return Gpu(
         uuid=pynvml.nvmlDeviceGetUUID(handle),
@@ -145,12 +153,15 @@ def _read_device(handle: Any, index: str, visible_device: str, temperature: int 
         visible_device=visible_device,
         processes=_processes(handle),
         utilization_percent=_if_told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-        temperature_celsius=temperature,
+        temperature_celsius=_if_told(lambda: pynvml.nvmlDeviceGetTemperature(whole, pynvml.NVML_TEMPERATURE_GPU)),
+        uncorrectable_errors=_uncorrectable_errors(whole),
     )
 
 
-def _temperature(handle: Any) -> int | None:
-    return _if_told(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+def _uncorrectable_errors(handle: Any) -> int:
+    """Memory errors that ECC could not correct, since the driver was loaded; 0 where there is no ECC."""
+    kind, since = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+    return _if_told(lambda: pynvml.nvmlDeviceGetTotalEccErrors(handle, kind, since)) or 0
 
 
 def _processes(handle: Any) -> tuple[tuple[int, int], ...]:
@@ -176,43 +187,21 @@ def _if_told(read: Callable[[], _T]) -> _T | None:
         raise
 
 
-def _unreadable(index: int, uuid: str, problem: str) -> Gpu:
-    return Gpu(
-        uuid=uuid,
-        index=str(index),
-        name="unknown",
-        total_bytes=0,
-        free_bytes=0,
-        visible_device=str(index),
-        problem=f"NVML cannot read it: {problem}.",
+def _by_uuid(found: list[FoundGpu]) -> list[FoundGpu]:
+    """The same, to be named to CUDA by UUID: it may not count a lost GPU, and its numbers are not NVML's then."""
+    return [
+        msgspec.structs.replace(each, gpu=msgspec.structs.replace(each.gpu, visible_device=each.gpu.uuid))
+        for each in found
+    ]
+
+
+def _unreadable(found: FoundGpu, error: Any) -> FoundGpu:
+    problem = f"NVML cannot read it: {_explain(error)}."
+    gpu = msgspec.structs.replace(
+        found.gpu, free_bytes=0, processes=(), problem=problem, lost=error.value in _LOST, utilization_percent=None
     )
+    return msgspec.structs.replace(found, gpu=gpu)
 
 
 def _explain(error: Any) -> str:
     return f"{error} (NVML error {error.value})"
-
-
-def _visible(found: list[_Found], visible_devices: str | None) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES names, in PCI order; as in CUDA, up to the first name of none or of several."""
-    if visible_devices is None:
-        return tuple(each.gpu for each in found)
-    named: set[str] = set()
-    for name in visible_devices.split(","):
-        matches = [each for each in found if _names(name.strip(), each)]
-        if len({each.parent_uuid for each in matches}) != 1:
-            break
-        named.update(each.gpu.uuid for each in matches)
-    return tuple(each.gpu for each in found if each.gpu.uuid in named)
-
-
-def _names(name: str, found: _Found) -> bool:
-    """Whether an entry of CUDA_VISIBLE_DEVICES (index, or start of a uuid) means this GPU or the one it is part of."""
-    if name.startswith(("GPU-", "MIG-")):
-        return found.gpu.uuid.startswith(name) or found.parent_uuid.startswith(name)
-    return name == found.gpu.index.partition(":")[0]
-
-
-def _why_none(present: int, visible_devices: str | None) -> str:
-    if not present:
-        return "No GPU can be used: the driver shows none."
-    return f"No GPU can be used: CUDA_VISIBLE_DEVICES={visible_devices!r} names none of the {present} that exist."

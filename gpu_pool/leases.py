@@ -1,36 +1,57 @@
-"""Slots: what the box offers workers now, taking a slot for one, and giving it back once its memory is free again."""
+"""Slots: what the box offers workers now, taking them, and giving them back once their memory is free again."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from gpu_pool.errors import GpuNotFound, GpuNotQuarantined
 from gpu_pool.gpu_locks import GpuLock
-from gpu_pool.gpus import Inventory, why_busy
+from gpu_pool.gpu_usage import (
+    Lease,
+    Processes,
+    could_be,
+    describe,
+    room_bytes,
+    unexplained_bytes,
+    why_busy,
+    why_no_room,
+    why_not_back,
+)
+from gpu_pool.gpu_watch import GpuWatch
+from gpu_pool.gpus import Inventory
+from gpu_pool.process_table import ProcessTable
 from gpu_pool.records import Gpu, GpuView, Slot
 from gpu_pool.settings import PoolSettings
 
-RECLAIM_SECONDS = 30.0
-"""How long the memory of a dead worker may take to come back before its GPU is quarantined."""
-RECLAIM_POLL_SECONDS = 0.25
+RETURN_POLL_SECONDS = 0.25
 
 logger = logging.getLogger(__name__)
 
 
 class Leases:
-    """CPU slots by count, GPU slots by NVML. NVML is asked in a thread: a sick driver may take its time."""
+    """CPU slots by count, GPU slots by NVML. A GPU is held by one worker, or by several with memory budgets.
 
-    def __init__(self, settings: PoolSettings, inventory: Inventory) -> None:
+    The file lock of a GPU is held for as long as any worker of ours is on it.
+    """
+
+    def __init__(self, settings: PoolSettings, inventory: Inventory, processes: ProcessTable | None = None) -> None:
         self._settings = settings
-        self._inventory = inventory
+        self._watch = GpuWatch(inventory)
+        self._processes = processes or ProcessTable()
         self._gpus: dict[str, Gpu] = {}
         self._seen_gpus = False
+        self._leases: dict[str, list[Lease]] = {}
         self._locks: dict[str, GpuLock] = {}
-        self._free_before: dict[str, int] = {}
+        self._strangers: dict[str, Processes] = {}
+        self._reported: set[tuple[str, int]] = set()
         self._quarantined: dict[str, str] = {}
-        self._looking = asyncio.Lock()
+        self._accepted_errors: dict[str, int] = {}
+        """GPU -> uncorrectable memory errors that an operator has seen and released it with."""
         self._cpu_slots = [Slot(id=f"cpu:{n}", device="cpu", index=str(n)) for n in range(settings.cpu_workers)]
+
+    # ------------------------------------------------------------------ what there is
 
     @property
     def has_gpus(self) -> bool:
@@ -39,88 +60,232 @@ class Leases:
 
     def slots(self, device: str) -> list[Slot]:
         """All slots of a kind of device, usable or not."""
-        return self._cpu_slots if device == "cpu" else [_slot(gpu) for gpu in self._gpus.values()]
+        return self._cpu_slots if device == "cpu" else [self._slot(gpu) for gpu in self._gpus.values()]
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All GPUs, usable or not, as the last look showed them."""
+        return tuple(self._gpus.values())
 
     def visible_device(self, slot_id: str) -> str:
         """What CUDA_VISIBLE_DEVICES must say for a GPU."""
         return self._gpus[slot_id].visible_device
 
-    async def look(self, own_pids: Collection[int]) -> tuple[tuple[Slot, str | None], ...]:
-        """Every slot that exists now, and why it cannot be used (None: it can)."""
-        async with self._looking:
-            gpus = await asyncio.to_thread(self._inventory.gpus)
+    def problem(self) -> str | None:
+        """Why no GPU can be used, or which entries of the allow- and deny-lists name none; None: nothing is wrong."""
+        return self._watch.reason or "; ".join(self._watch.unknown) or None
+
+    async def look(self) -> tuple[tuple[Slot, str | None], ...]:
+        """Every slot that exists now, and why it cannot be used (None: it can, as far as others are concerned)."""
+        gpus = await self._watch.look()
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
         self._seen_gpus |= bool(gpus)
-        seen = [(_slot(gpu), self._why_not(gpu, own_pids)) for gpu in gpus]
+        for gpu in gpus:
+            self._tell_apart(gpu)
+        seen = [(self._slot(gpu), self._why_not(gpu)) for gpu in gpus]
         return (*((slot, None) for slot in self._cpu_slots), *seen)
 
-    async def take(self, slot_ids: Collection[str], own_pids: Collection[int]) -> str | None:
-        """Lease these slots, all or nothing, checking once more; returns why not, or None."""
+    def lost(self) -> frozenset[str]:
+        """By the last look, the slots that cannot compute any more: what runs there is lost."""
+        lost = {gpu.uuid for gpu in self._gpus.values() if gpu.lost or self._new_errors(gpu)}
+        if self._watch.answers:
+            lost.update(self._leases.keys() - self._gpus.keys())
+        return frozenset(lost)
+
+    def contested(self) -> frozenset[str]:
+        """By the last look, the slots of our workers on which there are processes that are not ours."""
+        return frozenset(uuid for uuid, strangers in self._strangers.items() if strangers and uuid in self._leases)
+
+    def news(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Strangers who have appeared beside our workers, each told of once: a sentence, and the workers."""
+        news: list[tuple[str, tuple[str, ...]]] = []
+        for uuid in self.contested():
+            fresh = tuple(stranger for stranger in self._strangers[uuid] if (uuid, stranger[0]) not in self._reported)
+            self._reported.update((uuid, pid) for pid, _ in fresh)
+            if fresh:
+                where = f"GPU {self._gpus[uuid].index} ({uuid})"
+                news.append((f"{where} is also used by other processes: {describe(fresh)}", self._workers(uuid)))
+        return news
+
+    async def views(self) -> list[GpuView]:
+        """Every GPU, who of us holds it, what strangers do there, and why it is not free."""
+        await self.look()
+        return [self._view(gpu) for gpu in self._gpus.values()]
+
+    def _view(self, gpu: Gpu) -> GpuView:
+        leases = self._leases.get(gpu.uuid, [])
+        reason = self._why_not(gpu) or next((_waiting(lease) for lease in leases if lease.ended), None)
+        return GpuView(
+            gpu=gpu,
+            worker_id=leases[0].worker_id if leases else None,
+            worker_ids=self._workers(gpu.uuid),
+            free=not leases and reason is None,
+            reason=reason,
+            strangers=self._strangers.get(gpu.uuid, ()),
+            quarantined=gpu.uuid in self._quarantined,
+        )
+
+    # ------------------------------------------------------------------ take, reclaim, release
+
+    async def take(self, worker_id: str, slot_ids: Collection[str], memory_bytes: int = 0) -> str | None:
+        """Lease these slots to a worker, all or nothing, looking once more; returns why not, or None.
+
+        `memory_bytes`: most memory that it may use on each GPU; 0: all, and no other worker may come.
+        """
         wanted = [slot_id for slot_id in slot_ids if not slot_id.startswith("cpu:")]
         if not wanted:
             return None
-        await self.look(own_pids)
+        await self.look()
         for slot_id in wanted:
             gpu = self._gpus.get(slot_id)
-            reason = self._why_not(gpu, own_pids) if gpu else "the GPU is not there any more"
-            if reason is None:
-                lock = GpuLock(slot_id)
-                if lock.acquire():
-                    self._locks[slot_id] = lock
-                else:
-                    reason = lock.problem
-            if reason is not None:
-                self.release(wanted)
+            if reason := self._take(gpu, worker_id, memory_bytes) if gpu else "It is not there any more.":
+                self.release(worker_id)
                 return f"GPU {gpu.index if gpu else slot_id}: {reason}"
-        for slot_id in wanted:
-            self._free_before[slot_id] = self._gpus[slot_id].free_bytes
         return None
 
-    def release(self, slot_ids: Collection[str]) -> None:
-        """Let others have these slots."""
-        for slot_id in slot_ids:
-            self._free_before.pop(slot_id, None)
-            if lock := self._locks.pop(slot_id, None):
-                lock.release()
+    def _take(self, gpu: Gpu, worker_id: str, memory_bytes: int) -> str | None:
+        leases = self._leases.get(gpu.uuid, [])
+        if reason := self._why_not(gpu) or why_no_room(gpu, leases, memory_bytes):
+            return reason
+        if len(leases) >= self._settings.max_workers_per_gpu:
+            return f"It is held by {', '.join(self._workers(gpu.uuid))}."
+        lock = self._locks.get(gpu.uuid) or GpuLock(gpu.uuid)
+        if not lock.acquire():
+            return lock.problem
+        self._locks[gpu.uuid] = lock
+        lease = Lease(worker_id=worker_id, memory_bytes=memory_bytes, unexplained_before=unexplained_bytes(gpu))
+        self._leases.setdefault(gpu.uuid, []).append(lease)
+        return None
 
-    async def reclaim(self, slot_ids: Collection[str], own_pids: Collection[int]) -> None:
-        """Wait until the memory that a dead worker held is free again; then release, or else quarantine."""
-        held = [slot_id for slot_id in slot_ids if slot_id in self._free_before]
-        try:
-            async with asyncio.timeout(RECLAIM_SECONDS):
-                while not await self._memory_is_back(held, own_pids):
-                    await asyncio.sleep(RECLAIM_POLL_SECONDS)
-        except TimeoutError:
-            for slot_id in held:
-                self._quarantined[slot_id] = f"its memory was not free {RECLAIM_SECONDS:g} s after a worker ended"
-                logger.error("GPU %s is quarantined: %s", slot_id, self._quarantined[slot_id])
-        self.release(held)
+    def started(self, worker_id: str, leader: int) -> None:
+        """The worker has this process now: whatever is in its session is ours."""
+        for _, lease in self._of(worker_id):
+            lease.leader = leader
 
-    async def _memory_is_back(self, slot_ids: Collection[str], own_pids: Collection[int]) -> bool:
-        if not slot_ids:
-            return True
-        await self.look(own_pids)
-        gpus = [self._gpus[slot_id] for slot_id in slot_ids if slot_id in self._gpus]
-        return all(
-            gpu.free_bytes >= self._settings.gpu_free_fraction * self._free_before[gpu.uuid]
-            or self._why_not(gpu, own_pids) is None
-            for gpu in gpus
-        )
+    def loaded(self, worker_id: str, memory_bytes: int) -> None:
+        """The worker has loaded its model, which takes that much memory, on all its GPUs together."""
+        held = self._of(worker_id)
+        for _, lease in held:
+            lease.loaded_bytes = memory_bytes // len(held)
 
-    async def views(self, holders: dict[str, str], own_pids: Collection[int]) -> list[GpuView]:
-        """Every GPU, who of us holds it, and why it is not free; `holders` is slot -> worker."""
-        await self.look(own_pids)
-        views: list[GpuView] = []
-        for gpu in self._gpus.values():
-            worker_id = holders.get(gpu.uuid)
-            reason = None if worker_id else self._why_not(gpu, own_pids)
-            views.append(GpuView(gpu=gpu, worker_id=worker_id, free=not worker_id and reason is None, reason=reason))
-        return views
+    async def reclaim(self, worker_id: str) -> None:
+        """Wait until NVML shows a dead worker's memory as free again; then release its GPUs, or else quarantine them.
 
-    def _why_not(self, gpu: Gpu, own_pids: Collection[int]) -> str | None:
-        quarantined = self._quarantined.get(gpu.uuid)
-        return quarantined or why_busy(gpu, frozenset(own_pids), self._settings.gpu_free_fraction)
+        While NVML does not answer it confirms nothing, and this waits on. A GPU that is lost or gone has nothing to
+        confirm: when it comes back it is as good as any that is found.
+        """
+        held = self._of(worker_id)
+        for _, lease in held:
+            lease.ended = True
+        missing: dict[str, str] = {}
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.gpu_return_timeout_s
+        while held and (missing := await self._not_back(held)) and loop.time() < deadline:
+            await asyncio.sleep(RETURN_POLL_SECONDS)
+            if not self._watch.answers:
+                deadline = loop.time() + self._settings.gpu_return_timeout_s
+        for uuid, reason in missing.items():
+            seconds = self._settings.gpu_return_timeout_s
+            self._quarantined[uuid] = f"It is quarantined: {seconds:g} s after a worker ended, {reason}."
+            logger.error("GPU %s: %s", uuid, self._quarantined[uuid])
+        self.release(worker_id)
+
+    async def _not_back(self, held: Iterable[tuple[str, Lease]]) -> dict[str, str]:
+        """GPUs whose memory is not back, and why."""
+        await self.look()
+        missing: dict[str, str] = {}
+        for uuid, lease in held:
+            gpu = self._gpus.get(uuid)
+            if not self._watch.answers:
+                missing[uuid] = "NVML does not answer"
+            elif gpu and not gpu.problem:
+                neighbours = [each for each in self._leases[uuid] if each is not lease]
+                if reason := why_not_back(gpu, lease, neighbours, self._strangers[uuid]):
+                    missing[uuid] = reason
+        return missing
+
+    def release(self, worker_id: str) -> None:
+        """Let others have what the worker held."""
+        for uuid, lease in self._of(worker_id):
+            self._leases[uuid].remove(lease)
+            if not self._leases[uuid]:
+                del self._leases[uuid]
+                self._locks.pop(uuid).release()
+                self._reported = {key for key in self._reported if key[0] != uuid}
+
+    async def release_gpu(self, uuid: str) -> GpuView:
+        """End a quarantine: the GPU counts as free when NVML shows it free. Raises GpuNotFound, GpuNotQuarantined."""
+        await self.look()
+        gpu = self._gpus.get(uuid)
+        errors = self._new_errors(gpu) if gpu else 0
+        if gpu is None:
+            raise GpuNotFound(uuid, list(self._gpus))
+        if not errors and uuid not in self._quarantined:
+            raise GpuNotQuarantined(f"GPU {gpu.index} ({uuid}) is not quarantined: there is nothing to release")
+        self._quarantined.pop(uuid, None)
+        self._accepted_errors[uuid] = gpu.uncorrectable_errors
+        logger.warning("GPU %s is released from quarantine by request", uuid)
+        return self._view(gpu)
+
+    # ------------------------------------------------------------------ judging
+
+    def _why_not(self, gpu: Gpu) -> str | None:
+        """Why no worker may come, as far as it is not our own workers' doing."""
+        strangers = self._strangers.get(gpu.uuid, ())
+        if quarantined := self._quarantined.get(gpu.uuid):
+            return quarantined
+        if errors := self._new_errors(gpu):
+            return f"ECC could not correct {errors} memory errors: reset it, or release it to use it nevertheless."
+        if gpu.uuid in self._leases:
+            return why_busy(gpu, strangers, 0.0)
+        return why_busy(gpu, strangers, self._settings.gpu_free_fraction) or _why_locked(gpu)
+
+    def _new_errors(self, gpu: Gpu) -> int:
+        return max(0, gpu.uncorrectable_errors - self._accepted_errors.get(gpu.uuid, 0))
+
+    def _tell_apart(self, gpu: Gpu) -> None:
+        """Note which processes on it are our workers', and which are strangers'."""
+        leases = self._leases.get(gpu.uuid, [])
+        strangers: list[tuple[int, int]] = []
+        for pid, size in gpu.processes:
+            if lease := self._owner(gpu, leases, pid, size):
+                lease.pids.add(pid)
+            elif not self._is_ours(pid):
+                strangers.append((pid, size))
+        self._strangers[gpu.uuid] = tuple(strangers)
+
+    def _owner(self, gpu: Gpu, leases: list[Lease], pid: int, size: int) -> Lease | None:
+        leaders = {lease.leader: lease for lease in leases if lease.leader is not None}
+        if known := next((lease for lease in leases if pid in lease.pids), None):
+            return known
+        if (leader := self._processes.leader_of(pid, leaders.keys())) is not None:
+            return leaders[leader]
+        if self._processes.in_container and not self._processes.exists(pid):
+            return next((lease for lease in leases if could_be(lease, size, gpu)), None)
+        return None
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether it belongs to a worker of ours on another GPU: it has strayed, but is no stranger."""
+        leaders = {lease.leader for leases in self._leases.values() for lease in leases if lease.leader is not None}
+        return self._processes.leader_of(pid, leaders) is not None
+
+    def _slot(self, gpu: Gpu) -> Slot:
+        memory_bytes = room_bytes(gpu, self._leases.get(gpu.uuid, []))
+        return Slot(id=gpu.uuid, device="cuda", index=gpu.index, memory_bytes=memory_bytes)
+
+    def _of(self, worker_id: str) -> list[tuple[str, Lease]]:
+        return [(uuid, each) for uuid, leases in self._leases.items() for each in leases if each.worker_id == worker_id]
+
+    def _workers(self, uuid: str) -> tuple[str, ...]:
+        return tuple(lease.worker_id for lease in self._leases.get(uuid, ()))
 
 
-def _slot(gpu: Gpu) -> Slot:
-    return Slot(id=gpu.uuid, device="cuda", index=gpu.index)
+def _why_locked(gpu: Gpu) -> str | None:
+    """Why another server's lock keeps us off, by trying it; between the two lines that server may be refused once."""
+    lock = GpuLock(gpu.uuid)
+    lock.acquire()
+    lock.release()
+    return lock.problem
+
+
+def _waiting(lease: Lease) -> str:
+    return f"{lease.worker_id} has ended; its memory is not back yet."

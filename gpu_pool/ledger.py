@@ -1,17 +1,18 @@
 """Who holds what: jobs, evaluators, workers and slots. Pure bookkeeping; decisions are the scheduler's.
 
-Every job is in exactly one of three places: `waiting`, `running` or `cancelling`. Every slot is free, leased to one
-worker, being reclaimed, or unusable. `check` states these invariants; the tests call it after every step.
+Every job is in exactly one of three places: `waiting`, `running` or `ending`. Every worker is live (`workers`) or gone
+while its memory is not back yet (`reclaiming`); both hold their slots. `check` states these invariants; the tests call
+it after every step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from gpu_pool.events import Demand
-from gpu_pool.policy import View
+from gpu_pool.order import WaitingJobs, rank
 from gpu_pool.records import Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
@@ -22,69 +23,103 @@ class Running(msgspec.Struct, kw_only=True):
     demand: Demand
     evaluator_id: str
     workers: list[str] = []
-    """Workers it holds, loading ones too."""
+    """Workers it holds, loading ones and those it is giving back too."""
+    returning: set[str] = set()
+    """Of these, the ones that its evaluator was asked to give back."""
+    failed_starts: int = 0
+    """Workers in a row that died before they were ready."""
     losses: int = 0
-    """Workers that died under it."""
+    """Workers that died under it since it last made progress."""
     may_grow: bool = True
     """False once a further replica failed to load: the next one would fail too."""
+    seconds: float = 0.0
+    """How long it had a worker, until `working_since`."""
+    working_since: float | None = None
+    """Since when it has had one; None while it has none."""
+
+    @property
+    def rank(self) -> float:
+        return rank(self.demand.order, self.demand.priority)
+
+    def ran(self, now: float) -> float:
+        """Seconds for which it has had a worker."""
+        return self.seconds + (0.0 if self.working_since is None else now - self.working_since)
+
+
+class Ending(msgspec.Struct, kw_only=True):
+    """A job that ends otherwise than by its evaluator's report, as soon as nothing works for it any more."""
+
+    holders: set[str]
+    """Processes that still have to let go of it."""
+    outcome: Literal["cancelled", "failed"]
+    error: str | None = None
 
 
 class Ledger:
     """The pool's books at time `now` (monotonic seconds)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_workers_per_gpu: int = 1, max_gpus: int | None = None) -> None:
         self.now = 0.0
-        self.waiting: dict[str, Demand] = {}
+        self.max_workers_per_gpu = max_workers_per_gpu
+        self.max_gpus = max_gpus
+        self.waiting = WaitingJobs()
         self.running: dict[str, Running] = {}
-        self.cancelling: dict[str, set[str]] = {}
-        """Job -> the processes that still have to let go of it."""
+        self.ending: dict[str, Ending] = {}
         self.evaluators: dict[str, str | None] = {}
-        """Evaluator -> its job; "" while it starts; None while it is ready."""
+        """Evaluator -> its job; "" while it starts or is being killed; None while it is ready."""
         self.workers: dict[str, Worker] = {}
+        self.reclaiming: dict[str, Worker] = {}
+        self.killed: set[str] = set()
+        """Live workers that are being killed: there is no asking them twice."""
         self.slots: dict[str, Slot] = {}
+        self.holders: dict[str, list[str]] = {}
+        """Slot -> the workers that hold it, live ones and reclaimed ones."""
+        self.replicas: dict[str, list[str]] = {}
+        """Replica key -> live workers that have or load that model."""
         self.unusable: dict[str, str] = {}
         """Slot -> why the last look at the hardware ruled it out."""
-        self.reclaiming: set[str] = set()
+        self.closed: frozenset[str] = frozenset()
+        """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
         self.load_seconds: dict[str, float] = {}
+        """Replica key -> how long the model last took to load."""
+        self.run_seconds: float | None = None
+        """How long a job runs, a running average."""
         self.loading_since: dict[str, float] = {}
         self.shared_since: dict[str, float] = {}
         """Worker -> since when more than one job uses it."""
 
-    def leased(self) -> dict[str, str]:
-        """Slot -> the worker that holds it."""
-        return {slot: worker.id for worker in self.workers.values() for slot in worker.slots}
+    # ------------------------------------------------------------------ looking things up
 
-    def check(self) -> None:
-        """Raise AssertionError when an invariant is broken."""
-        places = [*self.waiting, *self.running, *self.cancelling]
-        assert len(places) == len(set(places)), "a job is in two places"
-        leases = [slot for worker in self.workers.values() for slot in worker.slots]
-        assert len(leases) == len(set(leases)), "a slot is leased twice"
-        assert not self.reclaiming & set(leases), "a slot is leased while it is being reclaimed"
-        for job_id, run in self.running.items():
-            assert self.evaluators.get(run.evaluator_id) == job_id, "a running job has lost its evaluator"
-            for worker_id in run.workers:
-                assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
-        for worker in self.workers.values():
-            for job_id in worker.jobs:
-                assert worker.id in self.running[job_id].workers, "a worker and its job disagree"
-            if worker.state is WorkerState.IDLE:
-                assert not worker.jobs, "an idle worker has a job"
+    def holder(self, worker_id: str) -> Worker:
+        """A worker, live or reclaimed."""
+        return self.workers.get(worker_id) or self.reclaiming[worker_id]
 
-    def coming(self) -> list[str]:
-        """Slots on their way back: of workers that were asked to end, or whose memory is not free yet."""
-        stopping = [worker for worker in self.workers.values() if worker.state is WorkerState.STOPPING]
-        return [*(slot for worker in stopping for slot in worker.slots), *sorted(self.reclaiming)]
+    def usable(self, slot_id: str) -> bool:
+        """Whether a worker may be started there, now or once those of ours that hold it are gone.
+
+        What the last look found wrong with a slot that we hold may be our own doing (memory in use): it does not count.
+        """
+        if slot_id in self.closed or slot_id not in self.slots:
+            return False
+        return slot_id not in self.unusable or bool(self.holders.get(slot_id))
+
+    def gpus_held(self) -> int:
+        """GPUs on which workers of ours are, or whose memory is not back yet."""
+        return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")
 
     def sharing_for(self, run: Running) -> float:
         """Seconds for which others have used every worker of the job; 0 when one is its own."""
         return min((self.now - self.shared_since.get(worker_id, self.now) for worker_id in run.workers), default=0.0)
 
-    def view(self) -> View:
-        """What the policy chooses from."""
-        taken = self.leased().keys() | self.reclaiming | self.unusable.keys()
-        free = frozenset(self.slots.keys() - taken)
-        return View(workers=self.workers, slots=self.slots, free=free, load_seconds=self.load_seconds)
+    # ------------------------------------------------------------------ writing things down
+
+    def add_worker(self, worker: Worker) -> None:
+        """A worker that starts to load."""
+        self.workers[worker.id] = worker
+        self.loading_since[worker.id] = self.now
+        self.replicas.setdefault(worker.spec.replica_key, []).append(worker.id)
+        for slot_id in worker.slots:
+            self.holders.setdefault(slot_id, []).append(worker.id)
 
     def update_worker(self, worker_id: str, **changes: Any) -> None:
         """Change fields of a worker."""
@@ -94,19 +129,90 @@ class Ledger:
         else:
             self.shared_since.pop(worker_id, None)
 
-    def forget_worker(self, worker_id: str) -> Worker | None:
-        """Strike out a worker that is gone; returns what was known of it."""
+    def forget_worker(self, worker_id: str, *, reclaim: bool) -> Worker | None:
+        """Strike out a worker that is gone; it holds its slots on when they are to be reclaimed.
+
+        Returns what was known of it.
+        """
+        worker = self.workers.pop(worker_id, None)
+        if worker is None:
+            return None
         self.loading_since.pop(worker_id, None)
         self.shared_since.pop(worker_id, None)
-        return self.workers.pop(worker_id, None)
+        self.killed.discard(worker_id)
+        alike = self.replicas[worker.spec.replica_key]
+        alike.remove(worker_id)
+        if not alike:
+            del self.replicas[worker.spec.replica_key]
+        self.reclaiming[worker_id] = worker
+        if not reclaim:
+            self.return_slots(worker_id)
+        return worker
 
-    def release(self, worker_id: str, job_id: str) -> None:
-        """The job does not use the worker any more."""
+    def return_slots(self, worker_id: str) -> None:
+        """What a worker that is gone held is free."""
+        if worker := self.reclaiming.pop(worker_id, None):
+            for slot_id in worker.slots:
+                self.holders[slot_id].remove(worker_id)
+
+    def attach(self, run: Running, worker_id: str) -> None:
+        """The job uses the worker from now on."""
         worker = self.workers[worker_id]
-        jobs = worker.jobs - {job_id}
-        state = worker.state
-        if not jobs and state is WorkerState.BUSY:
-            state = advance_worker(state, WorkerEvent.RELEASE)
-        self.update_worker(worker_id, jobs=jobs, state=state, idle_since=self.now)
-        if (run := self.running.get(job_id)) and worker_id in run.workers:
-            run.workers.remove(worker_id)
+        self.update_worker(worker_id, jobs=worker.jobs | {run.demand.job_id})
+        if worker.state is WorkerState.IDLE:
+            self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.ATTACH))
+        run.workers.append(worker_id)
+        if run.working_since is None:
+            run.working_since = self.now
+
+    def release(self, run: Running, worker_id: str) -> None:
+        """The job does not use the worker any more, if the worker is still there."""
+        run.workers.remove(worker_id)
+        run.returning.discard(worker_id)
+        if not run.workers and run.working_since is not None:
+            run.seconds, run.working_since = run.ran(self.now), None
+        if worker := self.workers.get(worker_id):
+            jobs, state = worker.jobs - {run.demand.job_id}, worker.state
+            if not jobs and state is WorkerState.BUSY:
+                state = advance_worker(state, WorkerEvent.RELEASE)
+            self.update_worker(worker_id, jobs=jobs, state=state, idle_since=self.now)
+
+    def see(self, slots: tuple[tuple[Slot, str | None], ...], closed: frozenset[str]) -> None:
+        """Take in a look at the hardware. Slots that are not there any more are kept while workers hold them."""
+        there = {slot.id: slot for slot, _ in slots}
+        held = {slot_id for slot_id, workers in self.holders.items() if workers}
+        self.closed = closed | (held - there.keys())
+        self.slots = there | {slot_id: self.slots[slot_id] for slot_id in sorted(held - there.keys())}
+        self.unusable = {slot.id: reason for slot, reason in slots if reason is not None}
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant is broken."""
+        places = [*self.waiting, *self.running, *self.ending]
+        assert len(places) == len(set(places)), "a job is in two places"
+        for job_id, run in self.running.items():
+            assert self.evaluators.get(run.evaluator_id) == job_id, "a running job has lost its evaluator"
+            assert len(run.workers) == len(set(run.workers)), "a job holds a worker twice"
+            assert run.returning <= set(run.workers), "a job gives back what it does not hold"
+            assert (run.working_since is None) == (not run.workers), "the clock of a job does not go with its work"
+            for worker_id in run.workers:
+                assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
+        for worker in self.workers.values():
+            for job_id in worker.jobs:
+                assert worker.id in self.running[job_id].workers, "a worker and its job disagree"
+            assert (worker.state is WorkerState.BUSY) <= bool(worker.jobs), "a busy worker has no job"
+            assert worker.state not in (WorkerState.IDLE, WorkerState.STOPPING) or not worker.jobs, "jobs at rest"
+        self._check_slots()
+
+    def _check_slots(self) -> None:
+        assert not self.workers.keys() & self.reclaiming.keys(), "a worker is both live and gone"
+        leases = sorted((s, w.id) for w in (*self.workers.values(), *self.reclaiming.values()) for s in w.slots)
+        assert leases == sorted((s, w) for s, held in self.holders.items() for w in held), "workers and slots disagree"
+        for slot_id, held in self.holders.items():
+            if len(held) > 1:
+                needs = [self.holder(worker_id).memory_bytes for worker_id in held]
+                assert all(needs), "a worker that needs a whole slot shares it"
+                assert len(held) <= self.max_workers_per_gpu, "more workers on a slot than are allowed"
+                assert sum(needs) <= self.slots[slot_id].memory_bytes, "a slot's memory is promised twice"
+        assert self.max_gpus is None or self.gpus_held() <= self.max_gpus, "more GPUs are held than are allowed"

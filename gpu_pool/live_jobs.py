@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from gpu_pool.records import Job, JobState, Progress
+from gpu_pool.order import Line, rank
+from gpu_pool.records import Attempt, Job, JobState, ModelSpec, Progress
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent, advance_job
 
@@ -24,9 +25,28 @@ class LiveJobs(dict[str, Job]):
         """`ended` counts the jobs that have ended before."""
         super().__init__()
         self.ended = dict(ended)
+        self.queued = Line()
+        """Those that wait, the next one first."""
+        self.active: dict[str, None] = {}
+        """Those that run or are being cancelled, in the order in which they started."""
         self._store = store
         self._rates: dict[str, tuple[float, int]] = {}
         """Job -> (monotonic seconds, requests done) at its first progress: what estimates are made from."""
+
+    def __setitem__(self, job_id: str, job: Job) -> None:
+        """Note what is known of a job, and its place in the queue."""
+        super().__setitem__(job_id, job)
+        if job.state is JobState.QUEUED and job_id not in self.queued:
+            self.active.pop(job_id, None)
+            self.queued.add(job_id, rank(job.created_at.timestamp(), job.evaluation.priority))
+        elif job.state is not JobState.QUEUED:
+            self.queued.discard(job_id)
+            self.active[job_id] = None
+
+    def __delitem__(self, job_id: str) -> None:
+        super().__delitem__(job_id)
+        self.queued.discard(job_id)
+        self.active.pop(job_id, None)
 
     def progressed(self, job_id: str, progress: Progress) -> None:
         """Show progress; it becomes durable when the job ends."""
@@ -43,6 +63,11 @@ class LiveJobs(dict[str, Job]):
         answered, seconds = job.progress.done - done_then, time.monotonic() - started
         return (job.progress.total - job.progress.done) * seconds / answered if answered > 0 else None
 
+    def identified(self, job_id: str, model: ModelSpec) -> None:
+        """A waiting job's model is known; it becomes durable when the job starts, and is found anew after a restart."""
+        if job := self.get(job_id):
+            self[job_id] = msgspec.structs.replace(job, model=model)
+
     async def note(self, job: Job, **fields: Any) -> None:
         """Change fields without a change of state."""
         self[job.id] = msgspec.structs.replace(job, **fields)
@@ -50,38 +75,53 @@ class LiveJobs(dict[str, Job]):
 
     async def start(self, job: Job) -> Job:
         """The job's next attempt begins: what the last one left is gone."""
-        now, attempt = datetime.now(UTC), job.attempt + 1
+        attempt = Attempt(number=job.attempt + 1, started_at=datetime.now(UTC))
+        fields: dict[str, Any] = {"started_at": attempt.started_at, "attempt": attempt.number, "model": job.model}
         blank: dict[str, Any] = {"progress": None, "metrics": {}, "samples": {}, "error": None}
-        job = await self.change(job, JobEvent.START, started_at=now, attempt=attempt, **blank)
-        await self._store.start_attempt(job.id, attempt, now)
-        return job
+        return await self.change(job, JobEvent.START, attempt, **fields, **blank)
 
-    async def requeue(self, job: Job, cause: str) -> Job:
-        """The attempt is over and the job waits again."""
-        await self._store.end_attempt(job.id, job.attempt, datetime.now(UTC), "requeued", cause)
+    async def requeue(self, job: Job, cause: str, *, uses_retry: bool = False) -> Job:
+        """The attempt is over and the job waits again; losing its processes uses up a retry, a stop does not."""
         self._rates.pop(job.id, None)
         logger.warning("job %s goes back to the queue: %s", job.id, cause)
-        return await self.change(job, JobEvent.REQUEUE, progress=None)
+        fields: dict[str, Any] = {"progress": None, "retries": job.retries + uses_retry}
+        return await self.change(job, JobEvent.REQUEUE, _ended(job, "requeued", cause), cause=cause, **fields)
 
     async def settle(self, job: Job, event: JobEvent, error: str | None = None, **fields: Any) -> None:
         """Bring a job to its end and let it go."""
-        now = datetime.now(UTC)
-        fields.setdefault("progress", job.progress)
-        ended = await self.change(job, event, completed_at=now, error=error, **fields)
-        if job.attempt:
-            await self._store.end_attempt(job.id, job.attempt, now, ended.state.value, error)
-        if ended.result:
-            await self._store.add_scores(job.id, ended.metrics)
+        state = advance_job(job.state, event)
+        attempt = None if job.state is JobState.QUEUED else _ended(job, state.value, error)
+        known: dict[str, Any] = {"model": job.model, "progress": job.progress}
+        ending: dict[str, Any] = {"completed_at": datetime.now(UTC), "error": error}
+        await self.change(job, event, attempt, cause=error, **ending | known | fields)
+        self.ended[state] = self.ended.get(state, 0) + 1
         del self[job.id]
         self._rates.pop(job.id, None)
-        self.ended[ended.state] = self.ended.get(ended.state, 0) + 1
-        logger.info("job %s is %s%s", job.id, ended.state.value, f": {error}" if error else "")
+        logger.info("job %s is %s%s", job.id, state.value, f": {error}" if error else "")
 
-    async def change(self, job: Job, event: JobEvent, **fields: Any) -> Job:
-        """Change the state as the table says. Raises InvalidTransition, and RuntimeError when the store disagrees."""
+    def forget(self, deleted: Mapping[JobState, int]) -> None:
+        """Jobs that have ended are deleted: so many in each state."""
+        for state, count in deleted.items():
+            self.ended[state] = self.ended.get(state, 0) - count
+
+    async def change(
+        self, job: Job, event: JobEvent, record: Attempt | None = None, *, cause: str | None = None, **fields: Any
+    ) -> Job:
+        """Change the state as the table says, and write with it the `record` of an attempt that begins or ends.
+
+        Returns when it is durable, however long the database is locked or full. Raises InvalidTransition, RuntimeError
+        when the store disagrees, and DatabaseUnavailable when the server ends meanwhile.
+        """
         state = advance_job(job.state, event)
-        if not await self._store.change_state(job.id, job.state, state, **fields):
+        if not await self._store.change_state(job.id, job.state, state, record, cause=cause, **fields):
             raise RuntimeError(f"job {job.id} is not {job.state} in the database: is another server using it?")
         live = self[job.id]  # progress may have arrived meanwhile
         self[job.id] = msgspec.structs.replace(live, state=state, **fields)
         return self[job.id]
+
+
+def _ended(job: Job, outcome: str, cause: str | None) -> Attempt:
+    """The end of the attempt that the job is in."""
+    return Attempt(
+        number=job.attempt, started_at=job.started_at, ended_at=datetime.now(UTC), outcome=outcome, cause=cause
+    )

@@ -6,11 +6,13 @@ the same framing: a 4-byte big-endian signed length, then one msgpack message (`
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
 
-from gpu_pool.records import Evaluation, JobResult, ModelSpec, Progress, Record
+from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Evaluation, JobResult, ModelSpec, Progress, Record
+from gpu_pool.token_sequences import TokenSequences
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
@@ -34,6 +36,8 @@ class EvaluatorStart(Record, frozen=True, kw_only=True):
     """Hub data set -> local files; the syntax is in `gpu_pool.evaluator.dataset_roots`."""
     allow_code_execution: bool = False
     allow_remote_code: bool = False
+    cache_max_bytes: int = DEFAULT_CACHE_MAX_BYTES
+    """Of the response cache's file."""
     runs_jobs: bool = True
     """False: it only answers questions about tasks, and is ready sooner and smaller without what jobs need."""
 
@@ -49,9 +53,18 @@ class WorkerStart(Record, frozen=True, kw_only=True):
     data_dir: str
     visible_devices: str = ""
     """CUDA_VISIBLE_DEVICES, set before torch is imported; empty for a CPU worker."""
+    tensor_parallel: int = 1
+    """Processes (ranks) that the model is to be sharded over: on GPUs one for each visible device. Where the model
+    cannot be sharded, one process spreads its layers over the devices."""
+    memory_bytes: int = 0
+    """Most memory that it may take of each of its GPUs, beside other workers of ours; 0: all that is free."""
     threads: int = 1
-    """Intra-op threads of a CPU worker."""
+    """Intra-op threads of a CPU worker, all its ranks together."""
     allow_remote_code: bool = False
+
+    @property
+    def threads_of_a_rank(self) -> int:
+        return max(1, self.threads // self.tensor_parallel)
 
 
 # ---------------------------------------------------------------- server -> evaluator
@@ -66,6 +79,8 @@ class RunJob(Message, frozen=True, kw_only=True):
     output_dir: str
     """Folder of this job's result files; exists, absolute."""
     log_path: str
+    submitted_at: datetime | None = None
+    """The date in the names of its result files, of every attempt; None: now."""
 
 
 class AttachWorker(Message, frozen=True, kw_only=True):
@@ -77,10 +92,14 @@ class AttachWorker(Message, frozen=True, kw_only=True):
 
 
 class DetachWorker(Message, frozen=True, kw_only=True):
-    """Stop using this worker for the job (it died, or is wanted elsewhere); re-send what it had elsewhere."""
+    """Stop using this worker for the job; re-send what it had elsewhere."""
 
     job_id: str
     worker_id: str
+    at_once: bool = True
+    """False: wait for what is in flight there, ask nothing more, then say WorkerDetached."""
+    cause: str | None = None
+    """How its process ended; None when it lives and is wanted elsewhere."""
 
 
 class CheckTasks(Message, frozen=True, kw_only=True):
@@ -150,6 +169,13 @@ class JobProgress(Message, frozen=True, kw_only=True):
     progress: Progress
 
 
+class WorkerDetached(Message, frozen=True, kw_only=True):
+    """This worker has nothing of the job any more, as a DetachWorker asked that was not `at_once`."""
+
+    job_id: str
+    worker_id: str
+
+
 class TaskDone(Message, frozen=True, kw_only=True):
     """One task (or group) is scored and its files are written, while others may still run."""
 
@@ -176,7 +202,24 @@ class JobFailed(Message, frozen=True, kw_only=True):
     """True when the model's files are no longer those that were submitted: the job deserves another look at them."""
 
 
-FromEvaluator = EvaluatorReady | Catalogue | TasksChecked | JobProgress | TaskDone | JobDone | JobFailed
+class AwaitingWorker(Message, frozen=True, kw_only=True):
+    """This worker owes the job answers, and nothing has come from it for a while. Repeated until something comes."""
+
+    job_id: str
+    worker_id: str
+
+
+FromEvaluator = (
+    EvaluatorReady
+    | Catalogue
+    | TasksChecked
+    | JobProgress
+    | WorkerDetached
+    | AwaitingWorker
+    | TaskDone
+    | JobDone
+    | JobFailed
+)
 
 
 # ---------------------------------------------------------------- server -> worker
@@ -199,7 +242,7 @@ class WorkerReady(Message, frozen=True, kw_only=True):
 
     memory_bytes: int
     description: str
-    """One line for people: class, parameters, dtype, attention implementation."""
+    """One line for people: class, parameters, dtype, attention implementation; how it is computed, and why so."""
 
 
 class LoadFailed(Message, frozen=True, kw_only=True):
@@ -216,7 +259,17 @@ class Dropped(Message, frozen=True, kw_only=True):
     job_id: str
 
 
-FromWorker = WorkerReady | LoadFailed | Dropped
+class BatchProgress(Message, frozen=True, kw_only=True):
+    """The computing thread has begun another batch or step. At most one a second, and none while there is no work."""
+
+
+class WorkerFailed(Message, frozen=True, kw_only=True):
+    """The worker cannot go on, and why; it exits after this."""
+
+    error: str
+
+
+FromWorker = WorkerReady | LoadFailed | Dropped | BatchProgress | WorkerFailed
 
 
 # ---------------------------------------------------------------- evaluator -> worker (data channel)
@@ -239,22 +292,26 @@ class GenerationOptions(Record, frozen=True, kw_only=True):
 
 
 class LoglikelihoodChunk(Message, frozen=True, kw_only=True):
-    """Score each continuation after its context: (context tokens, continuation tokens), neither empty."""
+    """Score the last `scored[i]` tokens of sequence i after those before them; neither part is empty."""
 
     chunk_id: int
-    requests: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    sequences: TokenSequences
+    scored: tuple[int, ...]
     batch_size: int | None = None
     """Most sequences in one forward pass; None: the worker decides ("auto")."""
+    deterministic: bool = False
+    """Whether the bits of an answer may depend on nothing but its request."""
 
 
 class GenerationChunk(Message, frozen=True, kw_only=True):
     """Continue each prompt. `seeds[i]` seeds the sampling of prompt i, whatever it is batched with."""
 
     chunk_id: int
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: TokenSequences
     options: GenerationOptions
     seeds: tuple[int, ...] = ()
     batch_size: int | None = None
+    deterministic: bool = False
 
 
 ToWorkerData = Hello | LoglikelihoodChunk | GenerationChunk
@@ -271,6 +328,18 @@ class Welcome(Message, frozen=True, kw_only=True):
     prefix_token_id: int
     dtype: str
     attn_implementation: str
+    route: str
+    """How the engine computes it: "tree", or "plain" where the token tree is not for this model."""
+    route_reason: str
+
+
+class ChunkBegun(Message, frozen=True, kw_only=True):
+    """The chunk is computed from now on, alone or together with others: if the worker dies, it may be the cause.
+
+    It has left the worker before the computation begins.
+    """
+
+    chunk_id: int
 
 
 class LoglikelihoodDone(Message, frozen=True, kw_only=True):
@@ -287,6 +356,7 @@ class GenerationDone(Message, frozen=True, kw_only=True):
     chunk_id: int
     texts: tuple[str, ...]
     seconds: float
+    """Of the worker's time; for chunks that were computed together the mean of those that have ended."""
 
 
 class ChunkFailed(Message, frozen=True, kw_only=True):
@@ -296,7 +366,43 @@ class ChunkFailed(Message, frozen=True, kw_only=True):
     error: str
 
 
-FromWorkerData = Welcome | LoglikelihoodDone | GenerationDone | ChunkFailed
+FromWorkerData = Welcome | ChunkBegun | LoglikelihoodDone | GenerationDone | ChunkFailed
+
+# ---------------------------------------------------------------- worker <-> its other ranks (a pipe each)
+
+
+class RankStep(Message, frozen=True, kw_only=True):
+    """Rank 0, the worker itself, goes on to its next step in the chunk, or stops there: all ranks do."""
+
+    number: int
+    """From 1 in each chunk."""
+    stop: bool
+
+
+class RankJoin(Message, frozen=True, kw_only=True):
+    """Rank 0 was asked for a chunk that joins the one being computed: this one does, on all ranks."""
+
+    chunk: GenerationChunk | None
+
+
+ToRank = LoglikelihoodChunk | GenerationChunk | RankStep | RankJoin
+"""A chunk is to be computed by every rank, with its shard of the model; steps and joins follow."""
+
+
+class RankReady(Message, frozen=True, kw_only=True):
+    """This rank's shard is loaded."""
+
+    memory_bytes: int
+
+
+class RankDone(Message, frozen=True, kw_only=True):
+    """This rank has an answer or is through, after so many steps: "answered", "done", or the type of what it raised."""
+
+    outcome: str
+    steps: int
+
+
+FromRank = RankReady | LoadFailed | RankDone
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -312,3 +418,5 @@ decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 decode_to_worker_data = msgspec.msgpack.Decoder(ToWorkerData).decode
 decode_from_worker_data = msgspec.msgpack.Decoder(FromWorkerData).decode
+decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode

@@ -12,6 +12,7 @@ import msgspec
 
 from gpu_pool.checkpoints import check_checkpoint, check_config, check_gguf, check_tokenizer, read_config
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.quantization import check_bitsandbytes, check_quantization
 from gpu_pool.records import ModelArgs
 from gpu_pool.suggestions import close_names
 
@@ -50,7 +51,7 @@ _OWN_FIELDS = {
     "device_map": "the pool places models; give `num_gpus` beside `model_args`",
     "parallelize": "the pool places models; give `num_gpus` beside `model_args`",
     "gen_kwargs": "give `gen_kwargs` beside `model_args`",
-    "backend": "only causal language models are served; leave it out",
+    "backend": "the checkpoint says whether it is an encoder-decoder; leave it out",
 }
 """Keys that other harnesses take here, and where they belong."""
 
@@ -77,6 +78,7 @@ def resolve_model(model: str, model_args: dict[str, Any], *, allow_remote_code: 
     args = _normalised(_decode(values))
     _check_values(args, allow_remote_code)
     args = _split_gguf_path(args, field)
+    check_bitsandbytes(args)
     try:
         _check_files(args, field)
     except OSError as error:
@@ -102,7 +104,9 @@ def resolve_hub_revision(args: ModelArgs) -> ModelArgs:
         return msgspec.structs.replace(args, revision=None)  # transformers ignores it for a folder
     commit, config = _hub_commit(args)
     if config is not None:
-        check_config(read_config(config, "model"), "model")
+        values = read_config(config, "model")
+        check_config(values, "model")
+        check_quantization(values, args, "model")
     return msgspec.structs.replace(args, revision=commit)
 
 
@@ -148,8 +152,9 @@ def _decode(values: dict[str, Any]) -> ModelArgs:
 
 def _normalised(args: ModelArgs) -> ModelArgs:
     """One spelling for each dtype, so that equal models share a replica."""
-    softmax_dtype = None if args.softmax_dtype is None else DTYPES.get(args.softmax_dtype, args.softmax_dtype)
-    return msgspec.structs.replace(args, dtype=DTYPES.get(args.dtype, args.dtype), softmax_dtype=softmax_dtype)
+    keys = ("dtype", "softmax_dtype", "bnb_4bit_compute_dtype")
+    given = {key: name for key in keys if (name := getattr(args, key)) is not None}
+    return msgspec.structs.replace(args, **{key: DTYPES.get(name, name) for key, name in given.items()})
 
 
 def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
@@ -226,6 +231,7 @@ def _check_model_folder(args: ModelArgs, folder: Path, field: str) -> None:
         raise InvalidRequest("model_args.subfolder", f"{folder} has no folder {args.subfolder}")
     inner = folder / (args.subfolder or "")
     check_checkpoint(inner, field)
+    check_quantization(read_config(inner / "config.json", field), args, field)
     if args.tokenizer is None:
         check_tokenizer(inner, field)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,48 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.admission import Admission
+from gpu_pool.cache import cache_path
+from gpu_pool.cache_upkeep import CacheUse, Pruned, cache_use, prune
+from gpu_pool.database_admin import database_of
 from gpu_pool.desk import Desk
-from gpu_pool.errors import DataDirInUse, InvalidRequest, JobAlreadyFinished, PoolError, ShuttingDown
-from gpu_pool.evaluator.entry import evaluator_main
+from gpu_pool.errors import (
+    DatabaseUnavailable,
+    DataDirInUse,
+    InvalidRequest,
+    JobAlreadyFinished,
+    KeyReused,
+    PoolError,
+    ShuttingDown,
+)
+from gpu_pool.explain import explain
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
-from gpu_pool.records import Evaluation, GpuView, Job, JobState, ModelSpec, QueueView, Slot, WorkerView
-from gpu_pool.runner import EvaluatorChild, Processes, Runner, WorkerChild
+from gpu_pool.local_processes import LocalProcesses
+from gpu_pool.model_size import ReplicaSize
+from gpu_pool.records import (
+    Evaluation,
+    GpuView,
+    HistoryEntry,
+    Job,
+    JobState,
+    ModelArgs,
+    ModelSpec,
+    QueueView,
+    WaitingView,
+    WorkerView,
+)
+from gpu_pool.retention import Retention
+from gpu_pool.runner import EvaluatorChild, Processes, Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
-from gpu_pool.supervisor import spawn
-from gpu_pool.transitions import JobEvent, advance_job
-from gpu_pool.worker.entry import worker_main
+from gpu_pool.transitions import JobEvent
 
 LOOK_SECONDS = 5.0
 """How often the hardware is looked at while nothing else asks."""
 TICK_SECONDS = 1.0
-"""How often jobs are looked at for growth."""
-MAX_SOCKET_PATH = 100
-"""Longest path of a unix socket that every system accepts, a little rounded."""
+"""How often time is looked at: timeouts, idle workers, growth."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +70,10 @@ class Pool:
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = msgspec.structs.replace(settings, data_dir=settings.data_dir.absolute())
-        self._leases = Leases(self.settings, Inventory.open())
+        inventory = Inventory.open(allow=self.settings.allow_gpus, deny=self.settings.deny_gpus)
+        for problem in inventory.unknown if inventory.answers else ():
+            logger.warning("%s", problem)
+        self._leases = Leases(self.settings, inventory)
         self.failure: BaseException | None = None
         """What made the pool ask for the server's end, if it did."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,30 +91,34 @@ class Pool:
         data_dir = self.settings.data_dir
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(data_dir)
-        self._sockets = _socket_folder(data_dir)
-        self._store = await Store.open(data_dir / "jobs.sqlite")
-        self._desk = Desk(self._spawn_desk)
+        self._processes = LocalProcesses(self.settings, self._leases.visible_device)
+        self._store = await Store.open(database_of(self.settings), alone=True)
+        self._desk = Desk(self._processes.desk)
         self._admission = Admission(self.settings, self._desk, self._leases)
-        processes = Processes(evaluator=self._spawn_indexed_evaluator, worker=self._spawn_worker, address=self._address)
+        processes = Processes(
+            evaluator=self._start_evaluator, worker=self._processes.worker, address=self._processes.address
+        )
         self._jobs = LiveJobs(self._store, await self._store.counts())
         self._runner = Runner(self.settings, self._jobs, self._leases, processes, self.job_dir, self._take_up)
         await self._recover()
-        seen = await self._leases.look(())
-        self._runner.put(ev.SlotsSeen, slots=seen)
+        await self._look_once()
         self._watch(self._desk.start())
         self._watch(self._runner.start())
         self._watch(asyncio.create_task(self._tick(), name="tick"))
         self._watch(asyncio.create_task(self._look(), name="look"))
+        retention = Retention(self.settings, self._store, self._jobs.forget, data_dir / "jobs")
+        self._watch(asyncio.create_task(retention.run(), name="retention"))
 
     async def stop(self) -> None:
         """End every process within seconds; running jobs go back to the queue."""
         self._stopping = True
+        self._store.give_up()
         await asyncio.gather(self._runner.stop(), self._desk.stop())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._processes.close()
         os.close(self._lock)
 
     def _watch(self, task: asyncio.Task[None]) -> None:
@@ -108,52 +135,94 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if self._jobs:
-                self._runner.put(ev.Tick)
+            self._runner.put(ev.Tick)
 
     async def _look(self) -> None:
-        while self._leases.has_gpus:
+        while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self._runner.put(ev.SlotsSeen, slots=await self._leases.look(self._runner.own_pids()))
+            await self._look_once()
+
+    async def _look_once(self) -> None:
+        slots = await self._leases.look()
+        contested = self._leases.contested() if self.settings.yield_to_foreign else frozenset[str]()
+        self._runner.put(ev.SlotsSeen, slots=slots, lost=self._leases.lost(), contested=contested)
+        for sentence, worker_ids in self._leases.news():
+            logger.warning("%s (beside %s)", sentence, ", ".join(worker_ids))
+            workers = self._runner.scheduler.workers
+            for job_id in {job for worker_id in worker_ids if worker_id in workers for job in workers[worker_id].jobs}:
+                _append_to_log(self.job_dir(job_id) / "job.log", sentence)
 
     async def _recover(self) -> None:
         """Unfinished jobs of the last run: those being cancelled are cancelled, the others wait again."""
+        alike: dict[bytes, list[Job]] = {}
         for job in await self._store.unfinished():
+            self._jobs[job.id] = job
             if job.state is JobState.CANCELLING:
-                state = advance_job(job.state, JobEvent.RELEASED)
-                await self._store.change_state(job.id, job.state, state, completed_at=datetime.now(UTC))
+                await self._jobs.settle(job, JobEvent.RELEASED)
                 continue
             if job.state is JobState.RUNNING:
-                await self._store.end_attempt(job.id, job.attempt, datetime.now(UTC), "requeued", "the server ended")
-                state = advance_job(job.state, JobEvent.REQUEUE)
-                await self._store.change_state(job.id, job.state, state)
-                job = msgspec.structs.replace(job, state=state, progress=None)
-            self._jobs[job.id] = job
-            self._take_up(job)
+                job = await self._jobs.requeue(job, "the server ended")
+            model = msgspec.json.encode((job.evaluation.model, job.evaluation.model_args), order="sorted")
+            alike.setdefault(model, []).append(job)
+        for jobs in alike.values():  # thousands may wait for a few models: each is looked at once
+            self._runner.background(self._identify(*jobs))
+
+    async def _start_evaluator(self, evaluator_id: str) -> EvaluatorChild:
+        """Not before the desk has left its task index on disk: building it is most of an evaluator's start."""
+        await self._desk.wait_ready()
+        return await self._processes.evaluator(evaluator_id)
 
     # ------------------------------------------------------------------ jobs
 
     async def submit(self, evaluation: Evaluation, request: dict[str, Any]) -> Job:
-        """Check a request and make it a durable job. Raises InvalidRequest, ShuttingDown, DeskUnavailable."""
+        """Check a request and make it a durable job, or find the one that has its idempotency key.
+
+        Raises InvalidRequest (KeyReused when the key's request was another), ShuttingDown, DeskUnavailable and
+        DatabaseUnavailable.
+        """
         if self._stopping:
             raise ShuttingDown
+        if earlier := await self._store.by_key(evaluation.idempotency_key):
+            return await self._same(earlier, evaluation)
         args = await self._admission.admit(evaluation)
         job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
-        await self._store.add(job)
+        stored = await self._store.add(job)
+        if stored.id != job.id:  # another request with the key was faster
+            return await self._same(stored, evaluation)
         self._jobs[job.id] = job
         logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), args.pretrained)
         self._take_up(job)
         return job
 
+    async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
+        if earlier.evaluation != evaluation:
+            raise KeyReused(earlier.id)
+        return await self.job(earlier.id)
+
     def _take_up(self, job: Job) -> None:
         """Find the content of a queued job's model in the background, then let the scheduler have the job."""
         self._runner.background(self._identify(job))
 
-    async def _identify(self, job: Job) -> None:
+    async def _identify(self, *jobs: Job) -> None:
+        """Find the content of the model that these jobs name, and let the scheduler have them."""
         try:
-            place = self._admission.place(job.evaluation)
-            args = await self._admission.model_args(job.evaluation)
+            args = await self._admission.model_args(jobs[0].evaluation)
             digest = await asyncio.to_thread(fingerprint_model, args, self.settings.data_dir / "fingerprints.json")
+        except (InvalidRequest, OSError) as error:
+            for job in jobs:
+                await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
+            return
+        sizes: dict[str, ReplicaSize | None] = {}
+        for job in jobs:
+            await self._demand(job, args, digest, sizes)
+
+    async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
+        """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
+        try:
+            place = self._admission.place(job.evaluation, is_admitted=True)
+            if place.device not in sizes:
+                sizes[place.device] = await self._admission.size(job.evaluation, args, place)
+            plan = self._admission.plan(job.evaluation, sizes[place.device], place)
         except (InvalidRequest, OSError) as error:
             await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
             return
@@ -161,19 +230,32 @@ class Pool:
         demand = ev.Demand(
             job_id=job.id,
             spec=spec,
-            max_replicas=place.max_replicas,
+            max_replicas=max(1, place.max_replicas // plan.gpus),
+            gpus=plan.gpus,
+            memory_bytes=plan.memory_bytes,
             order=job.created_at.timestamp(),
             slot_index=place.slot_index,
+            attempts=job.retries,
+            slot_id=place.slot_id,
+            priority=job.evaluation.priority,
+            timeout_s=job.evaluation.timeout_s,
+            max_retries=job.evaluation.max_retries,
         )
-        await self._runner.submit(demand)
+        logger.info("job %s: %s", job.id, plan.describe())
+        self._runner.submit(demand)
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancel a job, queued or running; it is durable on return. Raises JobNotFound, JobAlreadyFinished."""
+        """Cancel a job, queued or running; it is durable on return.
+
+        Raises JobNotFound, JobAlreadyFinished, ShuttingDown, DatabaseUnavailable.
+        """
         if self._stopping:
             raise ShuttingDown
         if job_id not in self._jobs:
             await self._store.get(job_id)
             raise JobAlreadyFinished
+        if reason := self._store.trouble:  # the runner waits for it, and so would this
+            raise DatabaseUnavailable(reason)
         await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
         await self._runner.handle(ev.CancelRequested, job_id=job_id)
         job = await self.job(job_id)
@@ -185,27 +267,53 @@ class Pool:
         """The job, with live progress. Raises JobNotFound."""
         return self._jobs.get(job_id) or await self._store.get(job_id)
 
-    async def jobs(self, state: Collection[JobState] | None, limit: int, before: str | None) -> list[Job]:
-        """At most `limit` jobs, newest first, older than the job `before`. Raises InvalidRequest on `cursor`."""
-        found = await self._store.list(state, limit, before)
-        return [self._jobs.get(job.id, job) for job in found]
+    async def jobs(
+        self, state: Collection[JobState] | None, limit: int, before: str | None, tags: Sequence[str] = ()
+    ) -> list[Job]:
+        """At most `limit` jobs with all `tags`, newest first, older than the job `before`.
+
+        Raises InvalidRequest on `cursor`.
+        """
+        return await self._store.list(state, limit, before, live=self._jobs, tags=tags)
+
+    async def history(self, job_id: str) -> Sequence[HistoryEntry]:
+        """What happened to the job so far, in order. Raises JobNotFound."""
+        await self.job(job_id)
+        return await self._store.history(job_id)
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the pool from its work and will pass, in words."""
+        return self._store.trouble and f"the job database cannot be used: {self._store.trouble}"
 
     def queue_position(self, job_id: str) -> int | None:
         """How many queued jobs are ahead; None when the job is not queued."""
-        queued = self.queue().queued
-        return queued.index(job_id) if job_id in queued else None
+        return self._jobs.queued.position(job_id)
 
     def queue(self) -> QueueView:
         """Who waits, who runs, and how many have ended."""
-        jobs = sorted(self._jobs.values(), key=lambda job: job.created_at)
         ended = self._jobs.ended
         return QueueView(
-            queued=tuple(job.id for job in jobs if job.state is JobState.QUEUED),
-            running=tuple(job.id for job in jobs if job.state in (JobState.RUNNING, JobState.CANCELLING)),
+            queued=tuple(self._jobs.queued),
+            running=tuple(self._jobs.active),
             completed=ended.get(JobState.COMPLETED, 0),
             failed=ended.get(JobState.FAILED, 0),
             cancelled=ended.get(JobState.CANCELLED, 0),
         )
+
+    def queue_size(self) -> int:
+        """How many jobs wait."""
+        return len(self._jobs.queued)
+
+    def waiting(self, limit: int) -> list[WaitingView]:
+        """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
+        scheduler = self._runner.scheduler
+        known = ((job_id, self._jobs.eta_seconds(job_id)) for job_id in scheduler.running)
+        left = {job_id: seconds for job_id, seconds in known if seconds is not None}
+        explained = {wait.job_id: wait for wait in explain(scheduler, left, limit)}
+        queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
+        stuck = [wait for job_id, wait in explained.items() if job_id in scheduler.running]
+        return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is no rate."""
@@ -234,52 +342,47 @@ class Pool:
 
     async def gpus(self) -> list[GpuView]:
         """Every GPU, as NVML shows it now, and who of us holds it."""
-        return await self._leases.views(self._runner.scheduler.leased(), self._runner.own_pids())
+        return await self._leases.views()
+
+    async def release_gpu(self, uuid: str) -> GpuView:
+        """End a GPU's quarantine. Raises GpuNotFound, GpuNotQuarantined."""
+        view = await self._leases.release_gpu(uuid)
+        await self._look_once()
+        return view
+
+    def gpu_problem(self) -> str | None:
+        """Why no GPU can be used, or what is wrong with the lists of GPUs; None: nothing."""
+        return self._leases.problem()
 
     async def catalogue(self) -> tuple[msg.TaskEntry, ...]:
         """Every task, group and tag; waits for the first index."""
         return await self._desk.catalogue()
 
-    # ------------------------------------------------------------------ processes
+    async def cache_use(self) -> CacheUse:
+        """What the response cache holds. Raises CacheUnusable."""
+        path = cache_path(self.settings.data_dir)
+        return await asyncio.to_thread(cache_use, path, self.settings.cache_max_bytes)
 
-    async def _spawn_desk(self, name: str) -> EvaluatorChild:
-        return await self._spawn_evaluator(name, runs_jobs=False)
+    async def prune_cache(self, older_than_days: int | None, model: str | None) -> Pruned:
+        """Delete answers not used for so long, or of a model (fingerprint, the beginning of one, or name); with neither
+        what is above the size limit. Raises CacheUnusable, InvalidRequest on `model`."""
+        known = (await self.cache_use()).models
+        wanted = None if model is None else [one.fingerprint for one in known if one.is_called(model)]
+        if wanted == []:
+            raise InvalidRequest("model", "the cache has no such model", choices=[one.name for one in known])
+        path = cache_path(self.settings.data_dir)
+        return await asyncio.to_thread(prune, path, self.settings.cache_max_bytes, older_than_days, wanted)
 
-    async def _spawn_evaluator(self, evaluator_id: str, *, runs_jobs: bool = True) -> EvaluatorChild:
-        settings = self.settings
-        start = msg.EvaluatorStart(
-            evaluator_id=evaluator_id,
-            data_dir=str(settings.data_dir),
-            log_path=str(settings.data_dir / "logs" / f"{evaluator_id}.log"),
-            include_paths=tuple(str(path) for path in settings.include_paths),
-            dataset_roots=settings.dataset_roots,
-            allow_code_execution=settings.allow_code_execution,
-            allow_remote_code=settings.allow_remote_code,
-            runs_jobs=runs_jobs,
-        )
-        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator)
 
-    async def _spawn_indexed_evaluator(self, evaluator_id: str) -> EvaluatorChild:
-        """Not before the desk has left its task index on disk: building it is most of an evaluator's start."""
-        await self._desk.wait_ready()
-        return await self._spawn_evaluator(evaluator_id)
+def _append_to_log(path: Path, sentence: str) -> None:
+    """A line in a job's log, in the format of its evaluator, which appends to the file too."""
+    with contextlib.suppress(OSError), path.open("a") as log:
+        log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S},000 WARNING gpu_pool.pool: {sentence}\n")
 
-    async def _spawn_worker(self, worker_id: str, spec: ModelSpec, slots: list[Slot]) -> WorkerChild:
-        settings = self.settings
-        start = msg.WorkerStart(
-            worker_id=worker_id,
-            spec=spec,
-            socket_path=self._address(worker_id),
-            log_path=str(settings.data_dir / "logs" / f"{worker_id}.log"),
-            data_dir=str(settings.data_dir),
-            visible_devices=",".join(self._leases.visible_device(slot.id) for slot in slots if slot.device == "cuda"),
-            threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
-            allow_remote_code=settings.allow_remote_code,
-        )
-        return await spawn(worker_id, worker_main, start, msg.decode_from_worker)
 
-    def _address(self, worker_id: str) -> str:
-        return str(self._sockets / f"{worker_id}.sock")
+def _being_identified(job_id: str) -> WaitingView:
+    reason = "The files of its model are being read, to know the model by its content."
+    return WaitingView(job_id=job_id, needs="a look at its model", reason=reason, starts_in=None)
 
 
 def _lock_folder(folder: Path) -> int:
@@ -291,13 +394,3 @@ def _lock_folder(folder: Path) -> int:
         os.close(descriptor)
         raise DataDirInUse(f"another server uses the data folder {folder}") from None
     return descriptor
-
-
-def _socket_folder(data_dir: Path) -> Path:
-    """An empty private folder for sockets, in the data folder unless its path is too long for one."""
-    folder = data_dir / "run"
-    if len(os.fsencode(folder)) + len("/worker-1000000.sock") > MAX_SOCKET_PATH:
-        return Path(tempfile.mkdtemp(prefix="evalpool-"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    return folder

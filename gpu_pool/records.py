@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
+
+DEFAULT_CACHE_MAX_BYTES = 10 * 1024**3
+"""Of the response cache's file."""
 
 
 class JobState(enum.StrEnum):
@@ -64,13 +68,19 @@ class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     prefix_token_id: int | None = None
     peft: str | None = None
     gguf_file: str | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_compute_dtype: str | None = None
+    bnb_4bit_quant_type: str | None = None
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: str | None = None
     trust_remote_code: bool = False
     think_end_token: str | int | None = None
     enable_thinking: bool | None = None
     chat_template_args: dict[str, Any] | None = None
 
 
-class ModelSpec(Record, frozen=True, kw_only=True):
+class ModelSpec(Record, frozen=True, kw_only=True, dict=True):
     """A model by its content. Two specs with the same `replica_key` can be served by one loaded replica."""
 
     kind: str
@@ -79,7 +89,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     """sha256 hex over weights, adapter, config, tokenizer and template (see `gpu_pool.fingerprint`)."""
     device: Literal["cpu", "cuda"] = "cpu"
 
-    @property
+    @cached_property
     def replica_key(self) -> str:
         """Identity of a loaded replica: content, arguments and kind of device; not the path it was read from."""
         args = msgspec.structs.replace(self.args, pretrained="", tokenizer=None, peft=None)
@@ -102,6 +112,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     num_gpus: int = 1
     output_dir: str | None = None
     use_cache: bool = True
+    deterministic: bool = False
     apply_chat_template: bool | str = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool = True
@@ -110,13 +121,26 @@ class Evaluation(Record, frozen=True, kw_only=True):
     torch_random_seed: int | None = 1234
     fewshot_random_seed: int | None = 1234
     bootstrap_iters: int = 100_000
+    priority: int = 0
+    """Larger goes first."""
+    timeout_s: float | None = None
+    """Seconds that the job may run, waiting not counted."""
+    max_retries: int | None = None
+    """Further attempts after its processes were lost; None: as many as the operator allows."""
+    max_error_share: float = 0.0
+    """Share of its requests that may end in an error while it still completes."""
+    tags: tuple[str, ...] = ()
+    idempotency_key: str | None = None
+    """Chosen by the client: the same key and request again mean the same job."""
 
 
 class TaskProgress(Record, frozen=True, kw_only=True):
-    """Requests of one task: answered so far, and in all (0 until its requests are built)."""
+    """Requests of one task: done so far, and in all (0 until its requests are built)."""
 
     done: int = 0
     total: int = 0
+    errored: int = 0
+    """Requests that ended in an error instead of an answer (counted in `done` too)."""
 
 
 class Progress(Record, frozen=True, kw_only=True):
@@ -137,6 +161,10 @@ class Progress(Record, frozen=True, kw_only=True):
     def total(self) -> int:
         return sum(task.total for task in self.tasks.values())
 
+    @property
+    def errored(self) -> int:
+        return sum(task.errored for task in self.tasks.values())
+
 
 class JobResult(Record, frozen=True, kw_only=True):
     """Where a completed job's files are, and its scores."""
@@ -148,6 +176,8 @@ class JobResult(Record, frozen=True, kw_only=True):
     """Path of the samples file of each task; empty when `log_samples` is false."""
     metrics: dict[str, dict[str, Any]] = {}
     """Scores by task and group, in lm-eval's keys ("acc,none", "acc_stderr,none")."""
+    errored: dict[str, int] = {}
+    """Requests of each task that ended in an error, where there were any: their documents are not in its scores."""
 
 
 class Job(Record, frozen=True, kw_only=True):
@@ -163,6 +193,8 @@ class Job(Record, frozen=True, kw_only=True):
     completed_at: datetime | None = None
     attempt: int = 0
     """Times its processes were started; a restart of the server adds one."""
+    retries: int = 0
+    """Attempts that were lost with their processes; those that ended with the server are not counted."""
     error: str | None = None
     model: ModelSpec | None = None
     progress: Progress | None = None
@@ -171,6 +203,33 @@ class Job(Record, frozen=True, kw_only=True):
     samples: dict[str, str] = {}
     """Samples files of the tasks that are done so far."""
     result: JobResult | None = None
+
+
+class Attempt(Record, frozen=True, kw_only=True):
+    """One time that a job's processes were started, as the store keeps it: told first without an end, then with it."""
+
+    number: int
+    """From 1."""
+    started_at: datetime | None
+    ended_at: datetime | None = None
+    outcome: str | None = None
+    """One word: the job's final state, or "requeued"."""
+    cause: str | None = None
+    """For people, why it ended so."""
+
+
+class HistoryEntry(Record, frozen=True, kw_only=True):
+    """One thing that happened to a job, as the store keeps it: written with the change itself."""
+
+    at: datetime
+    event: str
+    """"submitted", "started", "requeued", or the name of the state that followed."""
+    state: JobState
+    """The state that followed."""
+    attempt: int
+    """The attempt that it was about; 0 before the first."""
+    cause: str | None = None
+    """For people, why."""
 
 
 class Gpu(Record, frozen=True, kw_only=True):
@@ -190,6 +249,10 @@ class Gpu(Record, frozen=True, kw_only=True):
     temperature_celsius: int | None = None
     problem: str | None = None
     """Why it cannot be used (lost, unreadable), or None."""
+    lost: bool = False
+    """It cannot compute any more: what runs on it is lost."""
+    uncorrectable_errors: int = 0
+    """Memory errors that ECC could not correct, since the driver was loaded."""
 
 
 class Slot(Record, frozen=True, kw_only=True):
@@ -200,6 +263,8 @@ class Slot(Record, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"]
     index: str = ""
     """Of a GPU, its position in PCI order; what `device: "cuda:N"` names."""
+    memory_bytes: int = 0
+    """Memory that workers of ours may have there, together; 0: not known, and one worker has all of it."""
 
 
 class Worker(Record, frozen=True, kw_only=True):
@@ -208,6 +273,8 @@ class Worker(Record, frozen=True, kw_only=True):
     id: str
     spec: ModelSpec
     slots: tuple[str, ...]
+    memory_bytes: int = 0
+    """What it may use of each of its slots; 0: the whole slot is its own."""
     state: WorkerState = WorkerState.STARTING
     jobs: frozenset[str] = frozenset()
     idle_since: float = 0.0
@@ -229,13 +296,32 @@ class GpuView(Record, frozen=True, kw_only=True):
 
     gpu: Gpu
     worker_id: str | None
+    """The first of `worker_ids`."""
     free: bool
     reason: str | None
-    """Why it cannot be leased now; None when it can, or when a worker of ours holds it."""
+    """Why it cannot be leased now, or what is wrong although a worker of ours holds it; None: nothing."""
+    worker_ids: tuple[str, ...] = ()
+    """Our workers on it, those that have ended and whose memory is not back yet among them."""
+    strangers: tuple[tuple[int, int], ...] = ()
+    """(pid, bytes used) of processes on it that are not ours."""
+    quarantined: bool = False
+    """It is not used until an operator releases it."""
+
+
+class WaitingView(Record, frozen=True, kw_only=True):
+    """Why one job waits."""
+
+    job_id: str
+    needs: str
+    """What it must get before it can start, as people say it."""
+    reason: str
+    """What there is of that, who holds the rest, what cannot be used and why."""
+    starts_in: float | None
+    """Seconds until it is expected to start; None where nothing is known to estimate it from."""
 
 
 class QueueView(Record, frozen=True, kw_only=True):
-    """Job ids by place, oldest first, and how many have ended."""
+    """Job ids by place, the next and the oldest first, and how many have ended."""
 
     queued: tuple[str, ...]
     running: tuple[str, ...]

@@ -1,14 +1,13 @@
 """Result files of a job: lm-eval's JSON and JSONL, field for field, written atomically.
 
 They lie in `<output folder>/<sanitised model name>/` and carry the job's own date, so jobs that share an output folder
-never touch each other's files.
+never touch each other's files, and a job that runs again replaces what its lost attempt left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from datetime import datetime
@@ -43,10 +42,12 @@ def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 class ResultFiles:
     """The files of one job."""
 
-    def __init__(self, output_dir: Path, model_name: str) -> None:
+    def __init__(self, output_dir: Path, model_name: str, submitted_at: datetime | None = None) -> None:
+        """`submitted_at` is the date in the files' names; now, when it is not given."""
         self.model_name = sanitise_model_name(model_name)
         self._folder = output_dir / self.model_name
-        self._date = datetime.now().isoformat().replace(":", "-")
+        date = (submitted_at or datetime.now()).astimezone().replace(tzinfo=None)  # local, as lm-eval's
+        self._date = date.isoformat().replace(":", "-")
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Write the aggregated results (`EvaluationTracker.save_results_aggregated`)."""
@@ -61,11 +62,15 @@ class ResultFiles:
     def _write(self, name: str, parts: Iterable[str]) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / name
-        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary = path.with_name(f".{name}.part")  # a lost attempt's is written over
         # a lone surrogate (half a character that a model broke off) becomes its JSON escape
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(parts)
-        temporary.replace(path)
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(parts)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everybody
+            raise
         return path
 
 

@@ -13,11 +13,13 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
+from gpu_pool.errors import DatabaseUnavailable
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.records import Job, JobState, ModelSpec, Slot
 from gpu_pool.scheduler import Scheduler
 from gpu_pool.settings import PoolSettings
+from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
 
@@ -34,7 +36,8 @@ class Processes(msgspec.Struct, kw_only=True):
     """How processes are started; the seam at which tests and other machines come in."""
 
     evaluator: Callable[[str], Awaitable[EvaluatorChild]]
-    worker: Callable[[str, ModelSpec, list[Slot]], Awaitable[WorkerChild]]
+    worker: Callable[[str, ModelSpec, list[Slot], int], Awaitable[WorkerChild]]
+    """Its id, model and slots, and how much memory it may take of each slot (0: all)."""
     address: Callable[[str], str]
     """Where the worker of that id listens for evaluators."""
 
@@ -56,7 +59,11 @@ class Runner:
         self.workers: dict[str, WorkerChild] = {}
         self.loaded: dict[str, msg.WorkerReady] = {}
         self.scheduler = Scheduler(
-            evaluators=settings.evaluators or min(8, settings.cpu_workers + 1), max_attempts=settings.max_attempts
+            evaluators=settings.evaluators or None,
+            max_attempts=settings.max_attempts,
+            max_workers_per_gpu=settings.max_workers_per_gpu,
+            max_gpus=settings.max_gpus,
+            idle_worker_s=settings.idle_worker_s or None,
         )
         self._settings = settings
         self._leases = leases
@@ -70,6 +77,7 @@ class Runner:
         """What evaluators reported at the end of a job, until the loop has taken it in."""
         self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._stalls = Stalls()
         self._failed_starts = 0
         self._given: set[str] = set()
         """Jobs that the scheduler has been given."""
@@ -101,11 +109,10 @@ class Runner:
         self._events.put_nowait((event(now=time.monotonic(), **fields), done))
         await done
 
-    async def submit(self, demand: ev.Demand) -> None:
+    def submit(self, demand: ev.Demand) -> None:
         """Let the scheduler have a queued job whose model is known now, unless the job has ended meanwhile."""
         job_id = demand.job_id
-        if job_id in self.jobs:
-            await self.jobs.note(self.jobs[job_id], model=demand.spec)
+        self.jobs.identified(job_id, demand.spec)
         if job_id in self.jobs and job_id not in self._ending:
             self._given.add(job_id)
             self.put(ev.JobSubmitted, demand=demand)
@@ -117,10 +124,6 @@ class Runner:
             self._ending.add(job_id)
             await self.jobs.settle(job, event, error)
             self._ending.discard(job_id)
-
-    def own_pids(self) -> set[int]:
-        """Processes whose use of a GPU is ours."""
-        return {child.pid for child in self.workers.values()}
 
     def background(self, work: Awaitable[Any]) -> None:
         """Run beside the loop; what goes wrong is logged."""
@@ -148,6 +151,12 @@ class Runner:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._let_go_of_jobs()
+        except DatabaseUnavailable as error:  # they stay as they are there, and the next start takes them back
+            logger.error("running jobs are left as they are: %s", error.reason)
+
+    async def _let_go_of_jobs(self) -> None:
         for job in list(self.jobs.values()):
             if job.state is JobState.RUNNING:
                 await self.jobs.requeue(job, "the server was stopped")
@@ -168,16 +177,22 @@ class Runner:
             case ev.StopWorker(worker_id=worker_id):
                 if child := self.workers.get(worker_id):
                     self.background(child.stop())
-            case ev.ReclaimSlots(slot_ids=slot_ids):
-                self.background(self._reclaim(slot_ids))
+            case ev.KillWorker(worker_id=worker_id):
+                if child := self.workers.get(worker_id):
+                    child.kill()
+            case ev.ReclaimSlots():
+                self.background(self._reclaim(action))
             case ev.StartJob():
                 await self._start_job(action)
             case ev.Attach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
                 address = self._processes.address(worker_id)
                 message = msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address)
                 self._tell(evaluator_id, message)
-            case ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
-                self._tell(evaluator_id, msg.DetachWorker(job_id=job_id, worker_id=worker_id))
+            case ev.Detach(evaluator_id=evaluator_id):
+                told = msg.DetachWorker(
+                    job_id=action.job_id, worker_id=action.worker_id, at_once=action.at_once, cause=action.cause
+                )
+                self._detach(evaluator_id, told)
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self._drop(worker_id, job_id)
             case ev.BeginCancel(job_id=job_id):
@@ -190,7 +205,7 @@ class Runner:
                     await self._settle(job, _settling(job.state, outcome), error)
             case ev.RequeueJob(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
-                    await self.jobs.requeue(job, cause)
+                    await self.jobs.requeue(job, cause, uses_retry=True)
             case ev.RefreshModel(job_id=job_id):
                 if job := self.jobs.get(job_id):
                     self._given.discard(job_id)
@@ -201,6 +216,17 @@ class Runner:
     def _tell(self, evaluator_id: str, message: msg.ToEvaluator) -> None:
         if child := self.evaluators.get(evaluator_id):
             child.send(message)
+
+    def _detach(self, evaluator_id: str, message: msg.DetachWorker) -> None:
+        """Ask for a worker back; where its answers take too long, others compute them again."""
+        self._tell(evaluator_id, message)
+        if not message.at_once:
+            again = msgspec.structs.replace(message, at_once=True)
+            timer = asyncio.get_running_loop().call_later(
+                self._settings.drop_timeout_s, self._tell, evaluator_id, again
+            )
+            self._disarm((message.job_id, message.worker_id))
+            self._timers[message.job_id, message.worker_id] = timer
 
     async def _start_evaluator(self, evaluator_id: str) -> None:
         if self._failed_starts:
@@ -225,11 +251,18 @@ class Runner:
 
     async def _start_worker(self, action: ev.StartWorker) -> None:
         worker_id = action.worker_id
-        if reason := await self._leases.take(action.slot_ids, self.own_pids()):
+        if reason := await self._leases.take(worker_id, action.slot_ids, action.memory_bytes):
             self.put(ev.LeaseRefused, worker_id=worker_id, reason=reason)
             return
         slots = [self.scheduler.slots[slot_id] for slot_id in action.slot_ids]
-        child = self.workers[worker_id] = await self._processes.worker(worker_id, action.spec, slots)
+        try:
+            child = await self._processes.worker(worker_id, action.spec, slots, action.memory_bytes)
+        except OSError as error:  # no memory, no descriptors: later there may be
+            self._leases.release(worker_id)
+            self.put(ev.LeaseRefused, worker_id=worker_id, reason=f"A worker could not be started: {error}")
+            return
+        self.workers[worker_id] = child
+        self._leases.started(worker_id, child.pid)
         self._arm((worker_id, "load"), self._settings.worker_load_timeout_s, child, "did not load its model in time")
 
         async def on_message(message: msg.FromWorker) -> None:
@@ -238,15 +271,18 @@ class Runner:
         async def on_death(cause: str) -> None:
             del self.workers[worker_id]
             self.loaded.pop(worker_id, None)
+            self._stalls.forget(worker_id)
             for key in [key for key in self._timers if key[0] == worker_id]:
                 self._disarm(key)
             self.put(ev.WorkerDied, worker_id=worker_id, cause=cause)
 
         child.watch(on_message, on_death)
 
-    async def _reclaim(self, slot_ids: tuple[str, ...]) -> None:
-        await self._leases.reclaim(slot_ids, self.own_pids())
-        self.put(ev.SlotsReturned, slot_ids=slot_ids)
+    async def _reclaim(self, action: ev.ReclaimSlots) -> None:
+        await self._leases.reclaim(action.worker_id)
+        if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
+            self.put(ev.SlotsSeen, slots=await self._leases.look(), lost=self._leases.lost())
+        self.put(ev.SlotsReturned, worker_id=action.worker_id)
 
     def _drop(self, worker_id: str, job_id: str) -> None:
         if child := self.workers.get(worker_id):
@@ -256,7 +292,7 @@ class Runner:
     def _arm(self, key: tuple[str, str], seconds: float, child: WorkerChild, why: str) -> None:
         def kill() -> None:
             logger.error("%s %s and is killed", child.name, why)
-            child.kill()
+            child.kill(f"it {why} and was killed")
 
         self._timers[key] = asyncio.get_running_loop().call_later(seconds, kill)
 
@@ -276,7 +312,13 @@ class Runner:
                 else:
                     self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.JobProgress(job_id=job_id, progress=progress):
+                before = self.jobs[job_id].progress if job_id in self.jobs else None
                 self.jobs.progressed(job_id, progress)
+                if progress.done > (before.done if before else 0):
+                    self.put(ev.JobProgressed, job_id=job_id)
+            case msg.WorkerDetached(job_id=job_id, worker_id=worker_id):
+                self._disarm((job_id, worker_id))
+                self.put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})
@@ -285,6 +327,8 @@ class Runner:
                 self._outcomes[job_id] = message
                 changed = isinstance(message, msg.JobFailed) and message.content_changed
                 self.put(ev.JobEnded, job_id=job_id, content_changed=changed)
+            case msg.AwaitingWorker(worker_id=worker_id):
+                self._look_for_stall(worker_id)
             case msg.Catalogue() | msg.TasksChecked():
                 logger.error("%s answered a question that only the desk is asked", evaluator_id)
             case _:
@@ -294,16 +338,28 @@ class Runner:
         match message:
             case msg.WorkerReady():
                 self._disarm((worker_id, "load"))
+                self._leases.loaded(worker_id, message.memory_bytes)
                 self.loaded[worker_id] = message
                 self.put(ev.WorkerLoaded, worker_id=worker_id)
             case msg.LoadFailed(error=error, content_changed=changed):
                 self._disarm((worker_id, "load"))
                 self.put(ev.WorkerLoadFailed, worker_id=worker_id, error=error, content_changed=changed)
+            case msg.BatchProgress():
+                self._stalls.progressed(worker_id, time.monotonic())
+            case msg.WorkerFailed(error=error):
+                self.workers[worker_id].why = error
             case msg.Dropped(job_id=job_id):
                 self._disarm((worker_id, job_id))
                 self.put(ev.WorkerDroppedJob, worker_id=worker_id, job_id=job_id)
             case _:
                 assert_never(message)
+
+    def _look_for_stall(self, worker_id: str) -> None:
+        """An evaluator waits for this worker in silence: kill it if it hangs."""
+        child, limit = self.workers.get(worker_id), self._settings.worker_stall_s
+        if child and self._stalls.awaited(worker_id, time.monotonic()) >= limit:
+            logger.error("%s has made no progress for %g s and is killed", worker_id, limit)
+            child.kill(f"it made no progress for {limit:g} s (worker_stall_s) and was killed")
 
     # ------------------------------------------------------------------ durable states
 
@@ -329,6 +385,7 @@ class Runner:
             model=job.model,
             output_dir=str(output.resolve()),
             log_path=str(folder / "job.log"),
+            submitted_at=job.created_at,
         )
 
     async def _conclude(self, job: Job) -> None:

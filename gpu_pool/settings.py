@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from gpu_pool.records import Record
+from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Record
 
 
 def default_cpu_workers() -> int:
@@ -20,13 +20,19 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Every field may be given on the command line, as EVALPOOL_<FIELD>, or in the TOML file."""
 
     data_dir: Path = Path("evalpool-data")
+    database: str | None = None
+    """Where jobs are kept: postgresql://user@host/name or sqlite:///FILE; None: `jobs.sqlite` in the data folder."""
+    retention_days: Annotated[float, Meta(gt=0)] | None = None
+    """Jobs that ended longer ago are deleted with the files in their folder; None: kept."""
+    retention_jobs: Annotated[int, Meta(ge=0)] | None = None
+    """So many of the jobs that ended last are kept, older ones are deleted; None: all."""
     include_paths: tuple[Path, ...] = ()
     """Folders of the user's own task YAML."""
     dataset_roots: dict[str, str] = {}
     """Hub data set -> local files, so that unmodified tasks run offline."""
     cpu_workers: Annotated[int, Meta(ge=0)] = default_cpu_workers()
     evaluators: Annotated[int, Meta(ge=0)] = 0
-    """Jobs that may run at once (evaluator processes); 0: one more than there are workers, at most 8."""
+    """Jobs that may run at once (evaluator processes); 0: one more than there may be workers."""
     output_roots: tuple[Path, ...] = ()
     """Folders under which a request's `output_dir` may lie, beside the data folder's own."""
     allow_code_execution: bool = False
@@ -41,5 +47,23 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """A GPU counts as free when at least this share of its memory is."""
     worker_load_timeout_s: Annotated[float, Meta(gt=0)] = 3600.0
     """A worker that has not loaded its model by then is killed."""
+    worker_stall_s: Annotated[float, Meta(gt=0)] = 600.0
+    """A worker that owes answers and has begun no batch or step for so long hangs and is killed, with all its ranks."""
     drop_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     """A worker that has not reached the end of a step by then, while a job waits to be cancelled, is killed."""
+    max_workers_per_gpu: Annotated[int, Meta(ge=1)] = 1
+    """Workers that may share one GPU, where their models' needs fit its memory together."""
+    max_gpus: Annotated[int, Meta(ge=0)] | None = None
+    """Most GPUs that workers hold at once; None: all that are free."""
+    allow_gpus: tuple[str, ...] = ()
+    """GPUs that may be used: positions in PCI order ("0", of a MIG instance "0:1") or UUIDs; none given: all."""
+    deny_gpus: tuple[str, ...] = ()
+    """GPUs that may not, even if they are allowed."""
+    yield_to_foreign: bool = False
+    """Whether an idle worker ends at once when a process that is not ours appears on its GPU."""
+    gpu_return_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
+    """How long the memory of a worker that has ended may take to come back before its GPU is quarantined."""
+    idle_worker_s: Annotated[float, Meta(ge=0)] = 3600.0
+    """A worker without a job is stopped after this time, and its GPU is free for others; 0: never."""
+    cache_max_bytes: Annotated[int, Meta(ge=1024**2)] = DEFAULT_CACHE_MAX_BYTES
+    """Size of the response cache's file; what was used least recently goes first."""

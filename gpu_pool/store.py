@@ -1,91 +1,70 @@
-"""Durable jobs, attempts and scores: SQLAlchemy Core, on SQLite by default and unchanged on PostgreSQL."""
+"""Durable jobs, their history, attempts and scores: SQLAlchemy Core, the same on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict, Unpack
 
-import msgspec
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import event
-from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.exc import IntegrityError
 
-from gpu_pool.errors import InvalidRequest, JobNotFound
-from gpu_pool.records import Evaluation, Job, JobResult, JobState, ModelSpec, Progress
-
-_BUSY_TIMEOUT_MS = 10_000  # another process (a backup, a person with sqlite3) may hold the file this long
-
-
-class _Utc(sa.TypeDecorator[datetime]):
-    """An aware datetime; SQLite keeps no zone, so UTC is what is written and read there."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return value.astimezone(UTC) if value else None
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-
-
-class _Message(sa.TypeDecorator[str]):
-    """Text for people, of any origin: what no database can hold (NUL, lone surrogates) is replaced."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return value.encode("utf-8", "replace").decode().replace("\0", "�") if value else value
-
-
-_JSON = sa.JSON(none_as_null=True)
-_metadata = sa.MetaData()
-_jobs = sa.Table(
-    "jobs",
-    _metadata,
-    sa.Column("sequence", sa.BigInteger, primary_key=True),
-    sa.Column("id", sa.String),
-    sa.Column("state", sa.String),
-    sa.Column("created_at", _Utc),
-    sa.Column("started_at", _Utc),
-    sa.Column("completed_at", _Utc),
-    sa.Column("attempt", sa.Integer),
-    sa.Column("evaluation", _JSON),
-    sa.Column("request", _JSON),
-    sa.Column("error", _Message),
-    sa.Column("model", _JSON),
-    sa.Column("progress", _JSON),
-    sa.Column("metrics", _JSON),
-    sa.Column("samples", _JSON),
-    sa.Column("result", _JSON),
+from gpu_pool.database import Database
+from gpu_pool.errors import JobNotFound
+from gpu_pool.job_pages import page_of_ids
+from gpu_pool.records import Attempt, HistoryEntry, Job, JobResult, JobState, ModelSpec, Progress
+from gpu_pool.tables import (
+    attempts,
+    history_entry_from,
+    job_events,
+    job_from,
+    job_tags,
+    jobs,
+    score_rows,
+    scores,
 )
-_attempts = sa.Table(
-    "attempts",
-    _metadata,
-    sa.Column("job_id", sa.String, primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("started_at", _Utc),
-    sa.Column("ended_at", _Utc),
-    sa.Column("outcome", sa.String),
-    sa.Column("cause", _Message),
+
+MOST_ENDED = 1000
+"""How many jobs in a final state are kept in memory once read: several pages, some megabytes."""
+_NO_JOBS: Mapping[str, Job] = MappingProxyType({})
+_EVENT_OF = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}
+"""What a change to that state is called in the history; the others go by the state's name."""
+
+# Statements are made once: SQLAlchemy takes longer to make one and to find its text than SQLite takes to run it.
+_ADD = sa.insert(jobs).returning(jobs.c.sequence)
+_ADD_TAGS = sa.insert(job_tags)
+_ADD_EVENT = sa.insert(job_events)
+_HISTORY = sa.select(job_events).where(job_events.c.job_id == sa.bindparam("job")).order_by(job_events.c.sequence)
+_UPDATE = sa.update(jobs).where(jobs.c.id == sa.bindparam("job")).returning(jobs.c.attempt)
+_CHANGE_STATE = _UPDATE.where(jobs.c.state == sa.bindparam("old"))
+_START_ATTEMPT = sa.insert(attempts)
+_END_ATTEMPT = sa.update(attempts).where(
+    attempts.c.job_id == sa.bindparam("job"), attempts.c.number == sa.bindparam("attempt")
 )
-_scores = sa.Table(
-    "scores",
-    _metadata,
-    sa.Column("job_id", sa.String, primary_key=True),
-    sa.Column("task", sa.String, primary_key=True),
-    sa.Column("metric", sa.String, primary_key=True),
-    sa.Column("value", sa.Float),
-    sa.Column("stderr", sa.Float),
+_REMOVE_SCORES = sa.delete(scores).where(
+    scores.c.job_id == sa.bindparam("job"), scores.c.task.in_(sa.bindparam("tasks", expanding=True))
+)
+_ADD_SCORES = sa.insert(scores)
+_READ = sa.select(jobs).where(jobs.c.id.in_(sa.bindparam("job_ids", expanding=True)))
+_READ_BY_KEY = sa.select(jobs).where(jobs.c.idempotency_key == sa.bindparam("key"))
+_UNFINISHED = (
+    sa.select(jobs)
+    .where(jobs.c.state.in_([state for state in JobState if not state.is_final]))
+    .order_by(jobs.c.sequence)
+)
+_COUNTS = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+_COUNT_ENDED = sa.select(sa.func.count()).where(jobs.c.completed_at.is_not(None))
+_OLDEST_ENDED = (
+    sa.select(jobs.c.id, jobs.c.completed_at)
+    .where(jobs.c.completed_at.is_not(None))
+    .order_by(jobs.c.completed_at, jobs.c.sequence)
+    .limit(sa.bindparam("most", type_=sa.Integer))
+)
+_DELETE = (
+    sa.delete(jobs).where(jobs.c.id.in_(sa.bindparam("job_ids", expanding=True))).returning(jobs.c.id, jobs.c.state)
 )
 
 
@@ -96,6 +75,7 @@ class JobFields(TypedDict, total=False):
     completed_at: datetime | None
     error: str | None
     attempt: int
+    retries: int
     model: ModelSpec | None
     progress: Progress | None
     metrics: dict[str, dict[str, Any]]
@@ -104,188 +84,220 @@ class JobFields(TypedDict, total=False):
 
 
 class Store:
-    """The database. Open it with `await Store.open(path)`; every method is one transaction."""
+    """The database. Open it with `await Store.open(path)`; every method is one transaction.
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    All raise DatabaseUnavailable; changes of jobs that exist only after `give_up`, until then they are tried again.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._ended: dict[str, Job] = {}
+        """Job id -> job, of jobs in a final state that were read lately: they are read again and again, and rest.
+
+        Changed within transactions only, and so in their order.
+        """
 
     @classmethod
-    async def open(cls, database: Path | str) -> Store:
-        """Open (or create) and migrate a SQLite file, or what an SQLAlchemy URL names."""
-        engine = _sqlite_engine(database) if isinstance(database, Path) else _engine(database)
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(_migrate)
-        except BaseException:
-            await engine.dispose()
-            raise
-        return cls(engine)
+    async def open(cls, database: Path | str, *, alone: bool = False) -> Store:
+        """Open (or create) and migrate a SQLite file, or what a URL names; `alone`: no other may have it so.
+
+        Raises DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, and PoolError for what is no usable database.
+        """
+        return cls(await Database.open(database, alone=alone))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the database cannot be used, while something waits for it."""
+        return self._database.trouble
+
+    def give_up(self) -> None:
+        """From now on nothing is tried again: the server ends."""
+        self._database.give_up()
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        """Finish what was begun and close the database."""
+        await self._database.close()
 
-    async def add(self, job: Job) -> None:
-        """Make a new job durable."""
-        values = {name: getattr(job, name) for name in job.__struct_fields__}
-        async with self._engine.begin() as connection:
-            await connection.execute(sa.insert(_jobs).values(values))
+    async def add(self, job: Job) -> Job:
+        """Make a new job durable; returns it, or the job that has its idempotency key already."""
+        try:
+            await self._database.transaction(lambda connection: _insert(connection, job))
+        except IntegrityError:
+            earlier = await self.by_key(job.evaluation.idempotency_key) or (await self._found([job.id])).get(job.id)
+            if earlier is None:
+                raise
+            return earlier  # with its own id where a commit was lost sight of and tried again
+        return job
+
+    async def by_key(self, idempotency_key: str | None) -> Job | None:
+        """The job with that key."""
+        if idempotency_key is None:
+            return None
+        values = {"key": idempotency_key}
+        row = await self._database.read(lambda connection: connection.execute(_READ_BY_KEY, values).first())
+        return job_from(row) if row else None
 
     async def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
-        async with self._engine.connect() as connection:
-            row = (await connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id))).first()
-        if row is None:
+        if job := self._ended.get(job_id):
+            return job
+        found = await self._found([job_id])
+        if job_id not in found:
             raise JobNotFound(job_id)
-        return _job(row)
+        return found[job_id]
 
     async def list(
-        self, state: JobState | Collection[JobState] | None, limit: int, before: str | None = None
+        self,
+        state: JobState | Collection[JobState] | None,
+        limit: int,
+        before: str | None = None,
+        live: Mapping[str, Job] = _NO_JOBS,
+        tags: Sequence[str] = (),
     ) -> list[Job]:
-        """At most `limit` jobs, newest first, in any of the states (None: all), older than the job `before`.
+        """At most `limit` jobs, newest first, in any of the states (None: all), with all of the `tags`.
 
-        Raises InvalidRequest when there is no job `before`.
+        Only those older than the job `before`. Those in `live` are taken from there. Raises InvalidRequest when there
+        is no job `before`.
         """
-        page = sa.select(_jobs).order_by(_jobs.c.sequence.desc()).limit(limit)
-        async with self._engine.connect() as connection:
-            if before is not None:
-                page = page.where(_jobs.c.sequence < await _sequence(connection, before))
-            if state is None:
-                rows = (await connection.execute(page)).all()
-            else:
-                # One indexed query a state: for `state IN (…)` databases sort every match before they cut.
-                states = {state} if isinstance(state, JobState) else set(state)
-                pages = [await connection.execute(page.where(_jobs.c.state == one)) for one in states]
-                rows = sorted((row for each in pages for row in each), key=lambda row: row.sequence, reverse=True)
-        return [_job(row) for row in rows[:limit]]
+        states = {state} if isinstance(state, JobState) else state
+        page = await self._database.read(lambda connection: page_of_ids(connection, states, tags, limit, before))
+        known = {job_id: jobs[job_id] for jobs in (self._ended.copy(), live) for job_id in page if job_id in jobs}
+        if unread := [job_id for job_id in page if job_id not in known]:
+            known |= await self._found(unread)
+        return [known[job_id] for job_id in page if job_id in known]  # one may have been deleted meanwhile
+
+    async def history(self, job_id: str) -> Sequence[HistoryEntry]:
+        """What happened to the job, in order; nothing when there is no such job."""
+        return await self._database.read(
+            lambda connection: [history_entry_from(row) for row in connection.execute(_HISTORY, {"job": job_id})]
+        )
+
+    async def _found(self, job_ids: Sequence[str]) -> dict[str, Job]:
+        return await self._database.read(lambda connection: self._read(connection, job_ids))
+
+    def _read(self, connection: sa.Connection, job_ids: Sequence[str]) -> dict[str, Job]:
+        """Those of the jobs that exist, by id."""
+        found = {row.id: job_from(row) for row in connection.execute(_READ, {"job_ids": job_ids})}
+        self._ended |= {job_id: job for job_id, job in found.items() if job.state.is_final}
+        for job_id in list(self._ended)[:-MOST_ENDED]:
+            del self._ended[job_id]
+        return found
 
     async def unfinished(self) -> list[Job]:
         """All jobs that are not in a final state, oldest first."""
-        states = [state for state in JobState if not state.is_final]
-        query = sa.select(_jobs).where(_jobs.c.state.in_(states)).order_by(_jobs.c.sequence)
-        async with self._engine.connect() as connection:
-            return [_job(row) for row in await connection.execute(query)]
+        return await self._database.read(lambda connection: [job_from(row) for row in connection.execute(_UNFINISHED)])
 
     async def counts(self) -> dict[JobState, int]:
         """How many jobs are in each state."""
-        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
-        async with self._engine.connect() as connection:
-            found = {JobState(state): count for state, count in await connection.execute(query)}
+        rows = await self._database.read(lambda connection: connection.execute(_COUNTS).all())
+        found = {JobState(state): count for state, count in rows}
         return {state: found.get(state, 0) for state in JobState}
 
-    async def change_state(self, job_id: str, old: JobState, new: JobState, **fields: Unpack[JobFields]) -> bool:
-        """Move the job from `old` to `new` and write `fields` with it.
+    async def change_state(
+        self,
+        job_id: str,
+        old: JobState,
+        new: JobState,
+        record: Attempt | None = None,
+        *,
+        cause: str | None = None,
+        **fields: Unpack[JobFields],
+    ) -> bool:
+        """Move the job from `old` to `new`, and write with it `fields` and the `record` of an attempt, new or ended.
 
-        Of several that try at once exactly one wins, and is told so by True. Whether the change is allowed is for
-        `gpu_pool.transitions` to say.
+        The change, with its `cause`, becomes part of the job's history. Of several that try at once exactly one wins,
+        and is told so by True. Whether the change is allowed is for `gpu_pool.transitions` to say.
         """
-        change = (
-            sa.update(_jobs)
-            .where(_jobs.c.id == job_id, _jobs.c.state == old)
-            .values(state=new, **fields)
-            .returning(_jobs.c.sequence)
-        )
-        async with self._engine.begin() as connection:
-            return (await connection.execute(change)).first() is not None
+        at = datetime.now(UTC)
+        tried = False
+
+        def change(connection: sa.Connection) -> bool:
+            nonlocal tried
+            again, tried = tried, True
+            attempt = self._write(connection, _CHANGE_STATE, job_id, old=old, state=new, **fields)
+            if attempt is None:  # after a commit that was lost sight of, it is our own change that is in the way
+                return again and any(row.at == at for row in connection.execute(_HISTORY, {"job": job_id}))
+            if record:
+                _write_attempt(connection, job_id, record)
+            event = _EVENT_OF.get(new, new.value)
+            _write_event(connection, job_id, HistoryEntry(at=at, event=event, state=new, attempt=attempt, cause=cause))
+            return True
+
+        return await self._database.transaction(change, patience_s=None)
 
     async def update(self, job_id: str, **fields: Unpack[JobFields]) -> None:
         """Write `fields`, whatever the state. Raises JobNotFound."""
-        change = sa.update(_jobs).where(_jobs.c.id == job_id).values(**fields).returning(_jobs.c.sequence)
-        async with self._engine.begin() as connection:
-            if (await connection.execute(change)).first() is None:
-                raise JobNotFound(job_id)
 
-    async def start_attempt(self, job_id: str, number: int, at: datetime) -> None:
-        """Record that the job's processes were started for the `number`th time."""
-        async with self._engine.begin() as connection:
-            await connection.execute(sa.insert(_attempts).values(job_id=job_id, number=number, started_at=at))
+        def change(connection: sa.Connection) -> bool:
+            return self._write(connection, _UPDATE, job_id, **fields) is not None
 
-    async def end_attempt(self, job_id: str, number: int, at: datetime, outcome: str, cause: str | None) -> None:
-        """Record how an attempt ended: one word, and for people why."""
-        change = sa.update(_attempts).where(_attempts.c.job_id == job_id, _attempts.c.number == number)
-        async with self._engine.begin() as connection:
-            await connection.execute(change.values(ended_at=at, outcome=outcome, cause=cause))
+        if not await self._database.transaction(change, patience_s=None):
+            raise JobNotFound(job_id)
 
-    async def add_scores(self, job_id: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep the scores of these tasks, in place of what was kept of them before."""
-        rows = [row for task, scores in metrics.items() for row in _score_rows(job_id, task, scores)]
-        old = sa.delete(_scores).where(_scores.c.job_id == job_id, _scores.c.task.in_(list(metrics)))
-        async with self._engine.begin() as connection:
-            await connection.execute(old)
-            if rows:
-                await connection.execute(sa.insert(_scores), rows)
+    async def expired(self, before: datetime | None, most: int | None, limit: int) -> list[str]:
+        """At most `limit` ids of the jobs that ended longest ago: before `before`, or more than `most` ended since."""
 
+        def oldest(connection: sa.Connection) -> list[str]:
+            surplus = 0 if most is None else (connection.scalar(_COUNT_ENDED) or 0) - most
+            rows = connection.execute(_OLDEST_ENDED, {"most": limit}).all()
+            return [
+                row.id
+                for number, row in enumerate(rows)
+                if number < surplus or (before is not None and row.completed_at < before)
+            ]
 
-def _engine(url: str | sa.URL, **options: Any) -> AsyncEngine:
-    return create_async_engine(
-        url,
-        json_serializer=lambda value: msgspec.json.encode(value).decode(),  # pyright: ignore[reportUnknownLambdaType]
-        json_deserializer=msgspec.json.decode,
-        **options,
-    )
+        return await self._database.read(oldest)
 
+    async def delete(self, job_ids: Sequence[str]) -> dict[JobState, int]:
+        """Delete jobs with all that belongs to them; returns how many there were in each state."""
 
-def _sqlite_engine(path: Path) -> AsyncEngine:
-    """One connection: SQLite has one writer anyway, and waiting for it here costs no busy timeouts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    url = sa.URL.create("sqlite+aiosqlite", database=str(path.absolute()))
-    engine = _engine(url, pool_size=1, max_overflow=0)
-    event.listen(engine.sync_engine, "connect", _configure_sqlite)
-    event.listen(engine.sync_engine, "begin", _begin_sqlite)
-    return engine
+        def delete(connection: sa.Connection) -> dict[JobState, int]:
+            deleted = Counter(JobState(row.state) for row in connection.execute(_DELETE, {"job_ids": job_ids}))
+            for job_id in job_ids:
+                self._ended.pop(job_id, None)
+            return dict(deleted)
 
+        return await self._database.transaction(delete)
 
-def _configure_sqlite(connection: DBAPIConnection, record: object) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN would leave DDL outside the transaction
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = NORMAL")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
+    def _write(self, connection: sa.Connection, change: sa.Executable, job_id: str, **values: Any) -> int | None:
+        """Carry out a `change` of one job; the scores of a result become rows too.
+
+        Returns the job's attempt, or None when there is no such job.
+        """
+        self._ended.pop(job_id, None)
+        row = connection.execute(change, {"job": job_id, **values}).first()
+        if row is None:
+            return None
+        if result := values.get("result"):
+            _write_scores(connection, job_id, result.metrics)
+        return row.attempt
 
 
-def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _insert(connection: sa.Connection, job: Job) -> None:
+    values = {name: getattr(job, name) for name in job.__struct_fields__}
+    sequence = connection.scalar(_ADD, values | {"idempotency_key": job.evaluation.idempotency_key})
+    if tags := job.evaluation.tags:
+        connection.execute(_ADD_TAGS, [{"tag": tag, "sequence": sequence} for tag in tags])
+    submitted = HistoryEntry(at=job.created_at, event="submitted", state=job.state, attempt=job.attempt)
+    _write_event(connection, job.id, submitted)
 
 
-def _migrate(connection: sa.Connection) -> None:
-    config = Config()
-    config.set_main_option("script_location", "gpu_pool:migrations")
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+def _write_event(connection: sa.Connection, job_id: str, entry: HistoryEntry) -> None:
+    values = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    connection.execute(_ADD_EVENT, {"job_id": job_id, **values})
 
 
-async def _sequence(connection: AsyncConnection, job_id: str) -> int:
-    sequence = await connection.scalar(sa.select(_jobs.c.sequence).where(_jobs.c.id == job_id))
-    if sequence is None:
-        raise InvalidRequest("cursor", f"must be the id of a job that exists; there is no job {job_id}")
-    return sequence
+def _write_attempt(connection: sa.Connection, job_id: str, attempt: Attempt) -> None:
+    if attempt.ended_at is None:
+        values = {"job_id": job_id, "number": attempt.number, "started_at": attempt.started_at}
+        connection.execute(_START_ATTEMPT, values)
+    else:
+        end = {"ended_at": attempt.ended_at, "outcome": attempt.outcome, "cause": attempt.cause}
+        connection.execute(_END_ATTEMPT, {"job": job_id, "attempt": attempt.number, **end})
 
 
-def _job(row: sa.Row[Any]) -> Job:
-    values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage]  (SQLAlchemy's public name for it)
-    del values["sequence"]
-    values["state"] = JobState(row.state)
-    values["evaluation"] = msgspec.convert(row.evaluation, Evaluation)
-    values["model"] = msgspec.convert(row.model, ModelSpec | None)
-    values["progress"] = msgspec.convert(row.progress, Progress | None)
-    values["result"] = msgspec.convert(row.result, JobResult | None)
-    return Job(**values)
-
-
-def _score_rows(job_id: str, task: str, scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each of lm-eval's "metric,filter" keys that holds a number, with its "metric_stderr,filter"."""
-    rows: list[dict[str, Any]] = []
-    for key, value in scores.items():
-        name, comma, filter_name = key.partition(",")
-        if not comma or name.endswith("_stderr") or not _is_number(value):
-            continue
-        stderr = scores.get(f"{name}_stderr,{filter_name}")
-        row = {"job_id": job_id, "task": task, "metric": key, "value": value}
-        rows.append(row | {"stderr": stderr if _is_number(stderr) else None})
-    return rows
-
-
-def _is_number(value: object) -> bool:
-    """Whether a database can compare it: lm-eval also says "N/A", and NaN."""
-    return isinstance(value, int | float) and not math.isnan(value)
+def _write_scores(connection: sa.Connection, job_id: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep the scores of these tasks, in place of what was kept of them before."""
+    connection.execute(_REMOVE_SCORES, {"job": job_id, "tasks": list(metrics)})
+    if rows := [row for task, scores in metrics.items() for row in score_rows(job_id, task, scores)]:
+        connection.execute(_ADD_SCORES, rows)

@@ -33,6 +33,8 @@ class Child(Generic[Received]):
         self.pid: int = process.pid
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolves to the cause when the process is dead and its last message was handed over."""
+        self.why: str | None = None
+        """Why we killed it, for people; or what it said itself before it ended. Its exit status tells less."""
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
         self._process = process
@@ -60,10 +62,11 @@ class Child(Generic[Received]):
         """Queue a message for the child."""
         self._channel.send(message)
 
-    def kill(self) -> None:
-        """End the child and everything in its process group, now."""
+    def kill(self, why: str | None = None) -> None:
+        """End the child and everything in its process group, now; `why` becomes the cause of its end."""
         self.killed = True
         if not self._dead.is_set():
+            self.why = why or self.why
             self._signal_group()
 
     async def stop(self, grace_seconds: float = POLITE_SECONDS) -> None:
@@ -88,7 +91,7 @@ class Child(Generic[Received]):
         await asyncio.gather(reading, return_exceptions=True)
         self._channel.close()
         self._process.join()
-        cause = describe_exit(self._process.exitcode)
+        cause = self.why or describe_exit(self._process.exitcode)
         self._process.close()
         await on_death(cause)
         self.gone.set_result(cause)

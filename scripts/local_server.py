@@ -1,55 +1,98 @@
-"""A server of one's own on this machine, for scripts."""
+"""A server of one's own on this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
-START_SECONDS = 60.0  # it answers in about one
+START_SECONDS = 60.0  # it answers in about one; a loaded machine may be slow
 STOP_SECONDS = 30.0
+PROGRAM = ("-m", "server")
+"""What the interpreter is given to be `evalpool`."""
+
+
+class Started(NamedTuple):
+    """A server that answers."""
+
+    url: str
+    port: int
+    process: subprocess.Popen[bytes]
 
 
 @contextlib.contextmanager
 def running_server(folder: Path, *arguments: object, keep: bool = False) -> Generator[str]:
     """`evalpool serve` on a free loopback port, its URL; ended afterwards unless all went well and it is to be kept."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", "--port", port, "--data-dir", folder / "data", *arguments]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
+    with running(evalpool_command(folder / "data", *arguments), folder / "server.log", keep=keep) as server:
+        yield server.url
+
+
+def evalpool_command(data_dir: Path, *arguments: object, program: Sequence[object] = PROGRAM) -> list[object]:
+    """`evalpool serve`, but for the port."""
+    return [sys.executable, *program, "serve", "--data-dir", data_dir, *arguments]
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], log: Path, *, keep: bool = False) -> Generator[Started]:
+    """The server that `start` starts; ended afterwards unless all went well and it is to be kept."""
+    server = start(command, log)
     kept = False
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # it takes its server along
     try:
-        _await_health(url, process, folder / "server.log")
-        yield url
+        yield server
         kept = keep
     finally:
+        signal.signal(signal.SIGTERM, before)
         if kept:
-            print(f"The server goes on as process {process.pid}; end it with: kill {process.pid}")
+            print(f"The server goes on as process {server.process.pid}; end it with: kill {server.process.pid}")
         else:
-            process.terminate()
-            process.wait(STOP_SECONDS)
+            server.process.terminate()
+            server.process.wait(STOP_SECONDS)
 
 
-def _await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the server answers; raises RuntimeError when it ended or takes too long."""
+def start(
+    command: Sequence[object], log: Path, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Started:
+    """A server that takes `--port` and answers GET /health, on a free loopback port.
+
+    Raises:
+        RuntimeError: it has ended, or does not answer in time and is killed.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(word) for word in (*command, "--port", port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd=cwd,
+            env=env,
+        )
+    server = Started(f"http://127.0.0.1:{port}", port, process)
+    try:
+        _await_health(server, log)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return server
+
+
+def _await_health(server: Started, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and server.process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/health").raise_for_status()
-            return
-        time.sleep(0.1)
+            if httpx.get(f"{server.url}/health").is_success:
+                return
+        time.sleep(0.05)
     raise RuntimeError(f"the server did not start:\n{log.read_text()}")

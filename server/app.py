@@ -12,7 +12,7 @@ from litestar.exceptions import HTTPException
 from gpu_pool.pool import Pool
 from server.errors import problem_response
 from server.openapi import openapi_config, openapi_json, static_files
-from server.routes import catalog, evaluate, gpus, health, jobs, merge, queue
+from server.routes import cache, catalog, evaluate, gpus, health, jobs, merge, queue
 from server.settings import Settings
 from server.strict_json import StrictRequest, refuse_unknown_parameters
 
@@ -21,6 +21,7 @@ HANDLERS = [
     jobs.list_jobs,
     jobs.get_job,
     jobs.cancel_job,
+    jobs.get_events,
     jobs.get_samples,
     jobs.get_log,
     queue.get_queue,
@@ -28,8 +29,11 @@ HANDLERS = [
     catalog.list_tasks,
     catalog.list_models,
     gpus.list_gpus,
+    gpus.release_gpu,
     gpus.list_workers,
     merge.merge,
+    cache.get_cache,
+    cache.prune_cache,
 ]
 
 

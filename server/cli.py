@@ -1,4 +1,4 @@
-"""`evalpool serve | submit | watch | jobs | results | cancel`. The server's modules are imported by `serve` only."""
+"""`evalpool serve | submit | watch | jobs | events | results | cancel | gpus | db`. Only `serve` imports the server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from server.cli_view import follow, job_table, result_paths, score_table
+from server import cli_db
+from server.cli_view import cache_table, event_table, follow, gpu_table, job_table, result_paths, score_table
 from server.client import DEFAULT_URL, EvalClient, EvalError, Json
 
 SHOWN_CHOICES = 8
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Evaluation as a service for language and multimodal models.",
 )
+app.add_typer(cli_db.app, name="db")
 output = Console()
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -42,6 +44,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (default: 8000).")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Jobs, results, cache, logs (default: evalpool-data).")] = None,
+    database: Annotated[str | None, typer.Option(help="postgresql://… (default: a file in the data folder).")] = None,
     include_path: Annotated[list[str] | None, typer.Option(help="A folder of your own task YAML.")] = None,
     cpu_workers: Annotated[int | None, typer.Option(help="Workers on a box without GPUs.")] = None,
     evaluators: Annotated[int | None, typer.Option(help="Jobs that may run at once; 0: as the workers ask.")] = None,
@@ -64,6 +67,7 @@ def serve(
         "host": host,
         "port": port,
         "data_dir": data_dir,
+        "database": database,
         "include_paths": include_path or None,
         "cpu_workers": cpu_workers,
         "evaluators": evaluators,
@@ -87,7 +91,7 @@ def submit(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Few-shot examples (default: what the task says).")] = None,
     batch_size: Annotated[str | None, typer.Option(help="A positive integer or auto.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or a UUID.")] = None,
     limit: Annotated[
         float | None, typer.Option(parser=_limit, help="Documents of each task (8) or a fraction of them (0.1).")
     ] = None,
@@ -97,10 +101,17 @@ def submit(
     log_samples: Annotated[bool, typer.Option(help="Keep a record of every sample.")] = True,
     predict_only: Annotated[bool, typer.Option("--predict-only", help="Predictions without metrics.")] = False,
     use_cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse this model's earlier answers.")] = True,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits whatever the batches.")] = False,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,
     chat_template: Annotated[str | None, typer.Option(help="Prompts as chats, by this template of several.")] = None,
     system_instruction: Annotated[str | None, typer.Option(help="A text before every prompt.")] = None,
     fewshot_as_multiturn: Annotated[bool, typer.Option(help="Few-shot examples as turns of the chat.")] = True,
+    priority: Annotated[int, typer.Option(help="From -1000 to 1000; larger goes first.")] = 0,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds that it may run.")] = None,
+    max_retries: Annotated[int | None, typer.Option(help="Further attempts after its processes were lost.")] = None,
+    max_error_share: Annotated[float, typer.Option(help="Share of requests that may end in an error.")] = 0.0,
+    tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; several times.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key again means the same job.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch it and show the scores.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -120,9 +131,16 @@ def submit(
             num_gpus,
             os.path.abspath(output_dir) if output_dir else None,
             use_cache=use_cache,
+            deterministic=deterministic,
             apply_chat_template=chat_template or apply_chat_template,
             system_instruction=system_instruction,
             fewshot_as_multiturn=fewshot_as_multiturn,
+            priority=priority,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            max_error_share=max_error_share,
+            tags=tag or [],
+            idempotency_key=idempotency_key,
         )
         typer.echo(job["job_id"])
         if wait:
@@ -139,12 +157,20 @@ def watch(job: JobId, url: Url = DEFAULT_URL) -> None:
 @app.command()
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only queued, running, completed, failed or cancelled.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; several times: with all.")] = None,
     limit: Annotated[int, typer.Option(help="How many.")] = 20,
     url: Url = DEFAULT_URL,
 ) -> None:
     """List jobs, newest first."""
     with _client(url) as client:
-        output.print(job_table(client.jobs(status, limit)["jobs"]))
+        output.print(job_table(client.jobs(status, limit, tags=tag or ())["jobs"]))
+
+
+@app.command()
+def events(job: JobId, url: Url = DEFAULT_URL) -> None:
+    """Show what happened to a job: when it was submitted, started, requeued and why, and how it ended."""
+    with _client(url) as client:
+        output.print(event_table(client.events(job)["events"]))
 
 
 @app.command()
@@ -168,6 +194,59 @@ def cancel(job: JobId, url: Url = DEFAULT_URL) -> None:
     """Cancel a queued or running job."""
     with _client(url) as client:
         typer.echo(client.cancel_job(job)["message"])
+
+
+gpus_app = typer.Typer(help="The GPUs: show them, release one from quarantine.")
+app.add_typer(gpus_app, name="gpus")
+
+
+@gpus_app.callback(invoke_without_command=True)
+def gpus(context: typer.Context, url: Url = DEFAULT_URL) -> None:
+    """Show every GPU, who is on it, and why it is not free."""
+    if context.invoked_subcommand is not None:
+        return
+    with _client(url) as client:
+        shown = client.gpus()
+    output.print(gpu_table(shown["gpus"]))
+    if shown["problem"]:
+        errors.print(escape(shown["problem"]))
+
+
+@gpus_app.command()
+def release(uuid: Annotated[str, typer.Argument(metavar="UUID", help="A GPU's UUID.")], url: Url = DEFAULT_URL) -> None:
+    """Let a quarantined GPU be used again."""
+    with _client(url) as client:
+        gpu = client.release_gpu(uuid)
+    typer.echo(f"GPU {gpu['index']} is released" + (f"; {gpu['reason']}" if gpu["reason"] else ""))
+
+
+cache = typer.Typer(no_args_is_help=True, help="The response cache: answers kept for jobs to come.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command()
+def stats(
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False, url: Url = DEFAULT_URL
+) -> None:
+    """Show how much it holds, of which models."""
+    with _client(url) as client:
+        found = client.cache()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        output.print(cache_table(found))
+
+
+@cache.command()
+def prune(
+    older_than_days: Annotated[int | None, typer.Option(min=0, help="Answers not used for so many days.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model's: its path or fingerprint.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Delete answers; without options only what is above the size limit."""
+    with _client(url) as client:
+        pruned = client.prune_cache(older_than_days, model)
+    typer.echo(f"{pruned['deleted_entries']} answers deleted, {pruned['freed_bytes']} bytes freed")
 
 
 def _watch(client: EvalClient, job_id: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple, Self
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from server.client import FINAL, EvalClient, Json
 
+GIB = 1024**3
 POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server
 COLORS = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "queued": "dim"}
 
@@ -99,6 +102,20 @@ def scores(metrics: dict[str, Json]) -> Iterator[Score]:
                 yield Score(task, metric, name, value, values.get(f"{metric}_stderr,{name}"))
 
 
+def gpu_table(gpus: Iterable[Json]) -> Table:
+    """One row a GPU, as GET /gpus gives them."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("GPU", no_wrap=True)
+    table.add_column("UUID", no_wrap=True, min_width=40)  # what `gpus release` takes
+    for name in ("Name", "Free GiB", "Workers", "State"):
+        table.add_column(name, overflow="fold")
+    for gpu in gpus:
+        free = f"{gpu['free_bytes'] / GIB:.1f} of {gpu['total_bytes'] / GIB:.1f}"
+        state = gpu["reason"] or ("[green]free[/]" if gpu["free"] else "held")
+        table.add_row(gpu["index"], gpu["uuid"], gpu["name"], free, "\n".join(gpu["worker_ids"]), state)
+    return table
+
+
 def score_table(metrics: dict[str, Json]) -> Table:
     """Scores with standard errors."""
     table = Table("Task", "Metric", "Filter", title="Scores", title_justify="left")
@@ -123,6 +140,34 @@ def job_table(jobs: list[Json]) -> Table:
         name = str(model).rstrip("/").rpartition("/")[2]
         share = f"{progress['done']}/{progress['total']}" if progress else ""
         table.add_row(job["job_id"], _state(job), share, ", ".join(request["tasks"]), name)
+    return table
+
+
+def event_table(events: list[Json]) -> Table:
+    """What happened to a job, one thing a row, in the reader's own time."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("Time", no_wrap=True)
+    for name in ("Event", "Attempt"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("Cause", overflow="fold")
+    for event in events:
+        at = datetime.fromisoformat(event["at"]).astimezone()
+        color = COLORS.get(event["event"], COLORS[event["status"]])
+        attempt = str(event["attempt"] or "")
+        cause = escape(event["cause"] or "")
+        table.add_row(f"{at:%Y-%m-%d %H:%M:%S}", f"[{color}]{event['event']}[/]", attempt, cause)
+    return table
+
+
+def cache_table(cache: Json) -> Table:
+    """The response cache, one model a row."""
+    title = f"{cache['entries']} answers in {cache['bytes']} of {cache['max_bytes']} bytes, {cache['hits']} hits"
+    table = Table("Model", "Fingerprint", title=title, title_justify="left")
+    for name in ("Answers", "Bytes", "Hits", "Last used"):
+        table.add_column(name, justify="right")
+    for model in cache["models"]:
+        counts = (str(model[name]) for name in ("entries", "bytes", "hits"))
+        table.add_row(model["name"], model["fingerprint"][:12], *counts, model["last_used"] or "")
     return table
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 
 import httpx
@@ -33,6 +33,7 @@ class MoreOptions(TypedDict, total=False):
     """Fields of POST /evaluate beyond the reference's; one that is not given has the server's default."""
 
     use_cache: bool
+    deterministic: bool
     apply_chat_template: bool | str
     system_instruction: str | None
     fewshot_as_multiturn: bool
@@ -41,6 +42,12 @@ class MoreOptions(TypedDict, total=False):
     torch_random_seed: int | None
     fewshot_random_seed: int | None
     bootstrap_iters: int
+    priority: int
+    timeout_s: float | None
+    max_retries: int | None
+    max_error_share: float
+    tags: list[str]
+    idempotency_key: str | None
 
 
 class EvalError(httpx.HTTPStatusError):
@@ -88,7 +95,7 @@ class _Endpoints(ABC, Generic[AnswerT]):
     def _json(self, method: str, path: str, **options: Any) -> AnswerT: ...
 
     def health(self) -> AnswerT:
-        """{"status": "healthy", "timestamp", "queue_size"}."""
+        """{"status": "healthy" or "degraded", "timestamp", "queue_size", "trouble"}."""
         return self._json("GET", "/health")
 
     def evaluate(
@@ -128,9 +135,22 @@ class _Endpoints(ABC, Generic[AnswerT]):
         """State, progress, metrics, result files and error of one job."""
         return self._json("GET", f"/jobs/{job_id}")
 
-    def jobs(self, status: str | None = None, limit: int = 20, cursor: str | None = None) -> AnswerT:
-        """A page of jobs, newest first: {"jobs", "next_cursor"}; `next_cursor` is the next page's `cursor`, or None."""
-        return self._json("GET", "/jobs", params=_given(status=status, limit=limit, cursor=cursor))
+    def jobs(
+        self,
+        status: str | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> AnswerT:
+        """A page of jobs with all `tags`, newest first: {"jobs", "next_cursor"}.
+
+        `next_cursor` is the next page's `cursor`, or None.
+        """
+        return self._json("GET", "/jobs", params=_given(status=status, limit=limit, cursor=cursor, tag=list(tags)))
+
+    def events(self, job_id: str) -> AnswerT:
+        """What happened to one job: {"job_id", "events": [{"at", "event", "status", "attempt", "cause"}]}."""
+        return self._json("GET", f"/jobs/{job_id}/events")
 
     def cancel_job(self, job_id: str) -> AnswerT:
         """Cancel a queued or running job."""
@@ -147,12 +167,25 @@ class _Endpoints(ABC, Generic[AnswerT]):
         return self._json("GET", "/queue")
 
     def gpus(self) -> AnswerT:
-        """{"gpus"}: what exists, what is free, and why not."""
+        """{"gpus", "held", "max_gpus", "problem"}: what exists, what is free, and why not."""
         return self._json("GET", "/gpus")
+
+    def release_gpu(self, uuid: str) -> AnswerT:
+        """End the quarantine of a GPU; returns the GPU as `gpus` shows it."""
+        return self._json("POST", f"/gpus/{uuid}/release")
 
     def workers(self) -> AnswerT:
         """{"workers"}: each with the model that it holds and the jobs that it serves."""
         return self._json("GET", "/workers")
+
+    def cache(self) -> AnswerT:
+        """The response cache: {"entries", "bytes", "max_bytes", "hits", "models"}."""
+        return self._json("GET", "/cache")
+
+    def prune_cache(self, older_than_days: int | None = None, model: str | None = None) -> AnswerT:
+        """Delete cached answers not used for so long, or a model's (path or fingerprint); with neither, only what is
+        above the size limit: {"deleted_entries", "freed_bytes"}."""
+        return self._json("POST", "/cache/prune", json=_given(older_than_days=older_than_days, model=model))
 
     def merge_checkpoint(
         self,

@@ -11,8 +11,19 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.openapi.datastructures import ResponseSpec
 
+from gpu_pool.cache_upkeep import CacheUnusable
 from gpu_pool.desk import DeskUnavailable
-from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, NoSuchSamples, ShuttingDown
+from gpu_pool.errors import (
+    DatabaseUnavailable,
+    GpuNotFound,
+    GpuNotQuarantined,
+    InvalidRequest,
+    JobAlreadyFinished,
+    JobNotFound,
+    KeyReused,
+    NoSuchSamples,
+    ShuttingDown,
+)
 from gpu_pool.merge import CheckpointNotFound, NotMergeable
 from server.schemas import FieldProblem, Problem
 
@@ -20,13 +31,18 @@ MEDIA_TYPE = "application/problem+json"
 
 STATUS_OF: dict[type[Exception], HTTPStatus] = {
     InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
+    KeyReused: HTTPStatus.CONFLICT,
     JobNotFound: HTTPStatus.NOT_FOUND,
     NoSuchSamples: HTTPStatus.NOT_FOUND,
     JobAlreadyFinished: HTTPStatus.BAD_REQUEST,
     CheckpointNotFound: HTTPStatus.NOT_FOUND,
     NotMergeable: HTTPStatus.BAD_REQUEST,
+    GpuNotFound: HTTPStatus.NOT_FOUND,
+    GpuNotQuarantined: HTTPStatus.CONFLICT,
     ShuttingDown: HTTPStatus.SERVICE_UNAVAILABLE,
     DeskUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    CacheUnusable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 _NAMES = {"data": "body"}

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
+import os
+import re
+from array import array
 from pathlib import Path
-from typing import Any, BinaryIO
+
+import msgspec
 
 from gpu_pool.errors import NoSuchSamples
 from gpu_pool.records import Job
 from server.schemas import SamplePage
 
 _BLOCK_BYTES = 1 << 20
+_INDEXED_FILES = 64  # eight bytes a line each
+_NEWLINE = re.compile(rb"\n")
+_json = msgspec.json.Decoder(msgspec.Raw)  # checks that it is JSON, and builds nothing
 
 
 def sample_page(job: Job, task: str | None, offset: int, limit: int) -> SamplePage:
     """`limit` records of a task from `offset` on; `task` may be left out where there is one. Raises NoSuchSamples."""
     name, path = _samples_file(job, task)
     try:
-        with path.open("rb") as file:
-            total = _count_lines(file)
-            file.seek(0)
-            lines = list(itertools.islice(file, offset, offset + limit))
+        total, lines = _lines(path, offset, limit)
     except FileNotFoundError as error:
         raise NoSuchSamples(f"The samples of {name} are no longer on the server") from error
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return SamplePage(task=name, offset=offset, limit=limit, total=total, samples=records)
+    samples = [_sample(line) for line in lines]
+    return SamplePage(task=name, offset=offset, limit=limit, total=total, samples=samples)
 
 
 def log_tail(path: Path, lines: int) -> str:
@@ -52,6 +56,40 @@ def _samples_file(job: Job, task: str | None) -> tuple[str, Path]:
     return task, Path(samples[task])
 
 
-def _count_lines(file: BinaryIO) -> int:
-    """Records in a JSONL file, read block by block; each ends in a newline."""
-    return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+def _sample(line: bytes) -> msgspec.Raw:
+    """One record, as it lies in the file if that is JSON.
+
+    What lm-eval writes beyond JSON is put right: NaN and infinities become null, half a character becomes "?".
+    """
+    try:
+        line.decode()  # the other check lets through what is no UTF-8
+        return _json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = json.dumps(json.loads(line), ensure_ascii=False)
+        return msgspec.Raw(msgspec.json.encode(json.loads(text.encode("utf-8", "replace"))))
+
+
+def _lines(path: Path, offset: int, limit: int) -> tuple[int, list[bytes]]:
+    """How many lines the file has, and `limit` of them from `offset` on."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        starts = _line_starts(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+        total = len(starts) - 1
+        first, end = min(offset, total), min(offset + limit, total)
+        file.seek(starts[first])
+        page = file.read(starts[end] - starts[first])
+    return total, page.split(b"\n")[: end - first]
+
+
+@functools.lru_cache(maxsize=_INDEXED_FILES)
+def _line_starts(path: Path, version: tuple[int, int, int]) -> array[int]:
+    """Where each line begins, and the end of the last; `version` tells a new file of the same name from an old one.
+
+    Kept, so that the cost of a page does not depend on the size of its file.
+    """
+    starts, position = array("Q", [0]), 0
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+            starts.extend(position + newline.end() for newline in _NEWLINE.finditer(block))
+            position += len(block)
+    return starts

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import enum
-from datetime import datetime
+from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 MOST_DOCUMENTS = 2**53
 """The highest `limit`: beyond it floats are no exact numbers, and messages cannot hold them all."""
 
 _SEED_MAX = 2**32 - 1
 _BATCH_SIZE = r"^(auto|[1-9][0-9]{0,5})(?!\n)$"  # `$` alone lets a final newline through
-_DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?)(?!\n)$"
+_DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?|(GPU|MIG)-[0-9A-Za-z/-]{1,80})(?!\n)$"
+_TAG = r"^[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,63}(?!\n)$"
 
 Name = Annotated[str, Meta(min_length=1)]
 Seed = Annotated[int, Meta(ge=0, le=_SEED_MAX)] | None
@@ -51,7 +52,10 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     ] = None
     device: Annotated[
         Annotated[str, Meta(pattern=_DEVICE)] | None,
-        Meta(description='"cpu", "cuda" (any GPU) or "cuda:N" (GPU N in PCI order); null: GPUs where there are any'),
+        Meta(
+            description='"cpu", "cuda" (any GPU), "cuda:N" (GPU N in PCI order) or the UUID of a GPU or MIG instance '
+            '("GPU-…", "MIG-…"); null: GPUs where there are any'
+        ),
     ] = None
     limit: Annotated[
         Annotated[int, Meta(ge=1, le=MOST_DOCUMENTS)]
@@ -75,6 +79,9 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     use_cache: Annotated[
         bool, Meta(description="true or false: answer requests that this model has answered before from the cache")
     ] = True
+    deterministic: Annotated[
+        bool, Meta(description="true or false: bits of answers that do not depend on batches, workers or cache; slower")
+    ] = False
     apply_chat_template: Annotated[
         bool | Name, Meta(description="true, false, or the name of one of the tokenizer's chat templates")
     ] = False
@@ -89,6 +96,45 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     bootstrap_iters: Annotated[
         int, Meta(ge=0, le=10_000_000, description="Bootstrap rounds behind standard errors; 0: no standard errors")
     ] = 100_000
+    priority: Annotated[
+        int, Meta(ge=-1000, le=1000, description="An integer from -1000 to 1000; larger goes first")
+    ] = 0
+    timeout_s: Annotated[
+        Annotated[float, Meta(gt=0, le=31_536_000)] | None,
+        Meta(description="Seconds that the job may run, waiting not counted, before it fails; null: no limit"),
+    ] = None
+    max_retries: Annotated[
+        Annotated[int, Meta(ge=0, le=100)] | None,
+        Meta(
+            description="Further attempts after its processes were lost, 0 or more (a restart of the server uses none "
+            "up); null: as many as the operator allows"
+        ),
+    ] = None
+    max_error_share: Annotated[
+        float,
+        Meta(ge=0, le=1, description="Share of its requests, from 0 to 1, that may end in an error before it fails"),
+    ] = 0.0
+    tags: Annotated[
+        Annotated[list[Annotated[str, Meta(pattern=_TAG)]], Meta(max_length=32)] | None,
+        Meta(
+            description="At most 32 words to find the job by, of letters, digits and . _ : / = + -, without repetition",
+            extra_json_schema={"uniqueItems": True},
+        ),
+    ] = None
+    idempotency_key: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=255)] | None,
+        Meta(description="A text of your choice: sent again with the same request it means the same job, not another"),
+    ] = None
+
+
+class PruneRequest(Request, frozen=True, kw_only=True):
+    """Which cached answers to delete; with neither field only what is above the size limit."""
+
+    older_than_days: Annotated[
+        Annotated[int, Meta(ge=0, le=100_000)] | None,
+        Meta(description="Only answers not used for so many days; 0: all"),
+    ] = None
+    model: Annotated[Name | None, Meta(description="Only this model's answers: its path or id, or fingerprint")] = None
 
 
 class MergeRequest(Request, frozen=True, kw_only=True):
@@ -130,10 +176,11 @@ class JobSubmitted(Response, frozen=True, kw_only=True):
 
 
 class TaskCount(Response, frozen=True, kw_only=True):
-    """Requests of one task: answered so far, and in all."""
+    """Requests of one task: done so far, and in all; those that ended in an error are done, too."""
 
     done: int
     total: int
+    errored: int
 
 
 class ProgressInfo(Response, frozen=True, kw_only=True):
@@ -143,6 +190,7 @@ class ProgressInfo(Response, frozen=True, kw_only=True):
     done: int
     total: int
     cached: int
+    errored: int
     tasks: dict[str, TaskCount]
     workers: dict[str, int]
     eta_seconds: float | None
@@ -181,6 +229,25 @@ class JobInfo(Response, frozen=True, kw_only=True):
     metrics: dict[str, dict[str, Any]]
     attempt: int
     model: ModelInfo | None
+    retries: int
+    tags: list[str]
+
+
+class JobEventInfo(Response, frozen=True, kw_only=True):
+    """One thing that happened to a job, and the state that followed."""
+
+    at: datetime
+    event: Literal["submitted", "started", "requeued", "cancelling", "completed", "failed", "cancelled"]
+    status: JobStatus
+    attempt: int
+    cause: str | None
+
+
+class JobHistory(Response, frozen=True, kw_only=True):
+    """What happened to a job, in order."""
+
+    job_id: str
+    events: list[JobEventInfo]
 
 
 class JobPage(Response, frozen=True, kw_only=True):
@@ -196,6 +263,10 @@ class Message(Response, frozen=True, kw_only=True):
     message: str
 
 
+Sample = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
+"""A record as it was written: what lies in a file as JSON need not be built and written anew."""
+
+
 class SamplePage(Response, frozen=True, kw_only=True):
     """Records of one task in file order, as lm-eval writes them; `total` counts all."""
 
@@ -203,7 +274,19 @@ class SamplePage(Response, frozen=True, kw_only=True):
     offset: int
     limit: int
     total: int
-    samples: list[dict[str, Any]]
+    samples: list[Sample]
+
+
+class WaitingInfo(Response, frozen=True, kw_only=True):
+    """Why a job waits."""
+
+    job_id: str
+    needs: str
+    """What it must get before it can start."""
+    reason: str
+    """What there is of that, who holds the rest, what cannot be used and why."""
+    expected_start: datetime | None
+    """An estimate from what the running jobs still need; null where nothing is known to make one from."""
 
 
 class QueueInfo(Response, frozen=True, kw_only=True):
@@ -216,14 +299,17 @@ class QueueInfo(Response, frozen=True, kw_only=True):
     failed_jobs: int
     running_jobs: list[str]
     cancelled_jobs: int
+    waiting: list[WaitingInfo]
+    """Running jobs that have lost their workers, and the first of `queued_jobs`, in their order."""
 
 
 class Health(Response, frozen=True, kw_only=True):
-    """The server answers."""
+    """The server answers; `trouble` says what keeps it from its work, and then it is degraded."""
 
-    status: str
+    status: Literal["healthy", "degraded"]
     timestamp: datetime
     queue_size: int
+    trouble: str | None
 
 
 class TaskInfo(Response, frozen=True, kw_only=True):
@@ -247,8 +333,16 @@ class ModelList(Response, frozen=True, kw_only=True):
     models: list[str]
 
 
+class GpuProcess(Response, frozen=True, kw_only=True):
+    """A process on a GPU."""
+
+    pid: int
+    used_bytes: int
+    """0 where the driver does not tell."""
+
+
 class GpuInfo(Response, frozen=True, kw_only=True):
-    """One GPU or MIG instance, and whether a worker could start on it now."""
+    """One GPU or MIG instance, whether a worker could start on it now, and who is on it."""
 
     uuid: str
     index: str
@@ -258,14 +352,30 @@ class GpuInfo(Response, frozen=True, kw_only=True):
     utilization_percent: int | None
     temperature_celsius: int | None
     worker_id: str | None
+    """The first of `worker_ids`."""
     free: bool
     reason: str | None
+    """Why no worker can start on it, or what is wrong although one is on it."""
+    worker_ids: list[str]
+    """Workers on it, those among them that have ended but whose memory is not back yet."""
+    foreign_processes: list[GpuProcess]
+    """Processes on it that are not the server's."""
+    quarantined: bool
+    """Not used until `POST /gpus/{uuid}/release`."""
+    lost: bool
+    """It cannot compute any more."""
 
 
 class GpuList(Response, frozen=True, kw_only=True):
-    """All GPUs that the server sees."""
+    """All GPUs that the server may use."""
 
     gpus: list[GpuInfo]
+    held: int
+    """GPUs with workers on them."""
+    max_gpus: int | None
+    """Most GPUs that the operator lets the server hold; null: no limit."""
+    problem: str | None
+    """Why there is no GPU to use, or entries of allow_gpus and deny_gpus that name none; null: nothing is wrong."""
 
 
 class WorkerInfo(Response, frozen=True, kw_only=True):
@@ -293,6 +403,35 @@ class MergeResult(Response, frozen=True, kw_only=True):
     success: bool
     message: str
     merged_path: str | None
+
+
+class CachedModelInfo(Response, frozen=True, kw_only=True):
+    """The answers of one model in the response cache."""
+
+    fingerprint: str
+    """Empty: of answers from before models were noted."""
+    name: str
+    entries: int
+    bytes: int
+    hits: int
+    last_used: date | None
+
+
+class CacheInfo(Response, frozen=True, kw_only=True):
+    """The response cache. `hits`: requests that jobs have been spared since the cache was made."""
+
+    entries: int
+    bytes: int
+    max_bytes: int
+    hits: int
+    models: list[CachedModelInfo]
+
+
+class CachePruned(Response, frozen=True, kw_only=True):
+    """What was deleted, and by how much the file is smaller."""
+
+    deleted_entries: int
+    freed_bytes: int
 
 
 class FieldProblem(Response, frozen=True, kw_only=True):

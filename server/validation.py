@@ -15,7 +15,7 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
     """The request with its shorthands resolved. Raises InvalidRequest naming the field."""
     return Evaluation(
         model=request.model,
-        tasks=_distinct(request.tasks),
+        tasks=_distinct("tasks", request.tasks),
         model_args=request.model_args or {},
         num_fewshot=request.num_fewshot,
         batch_size=_batch_size(request.batch_size),
@@ -27,6 +27,7 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
         num_gpus=request.num_gpus,
         output_dir=request.output_dir,
         use_cache=request.use_cache,
+        deterministic=request.deterministic,
         apply_chat_template=request.apply_chat_template,
         system_instruction=request.system_instruction,
         fewshot_as_multiturn=request.fewshot_as_multiturn,
@@ -35,14 +36,20 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
         torch_random_seed=request.torch_random_seed,
         fewshot_random_seed=request.fewshot_random_seed,
         bootstrap_iters=request.bootstrap_iters,
+        priority=request.priority,
+        timeout_s=request.timeout_s,
+        max_retries=request.max_retries,
+        max_error_share=request.max_error_share,
+        tags=_distinct("tags", request.tags or []),
+        idempotency_key=request.idempotency_key,
     )
 
 
-def _distinct(tasks: list[str]) -> tuple[str, ...]:
-    for index, task in enumerate(tasks):
-        if task in tasks[:index]:
-            raise InvalidRequest(f"tasks[{index}]", f'"{task}" is named twice; name each task once')
-    return tuple(tasks)
+def _distinct(field: str, names: list[str]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidRequest(f"{field}[{index}]", f'"{name}" is named twice; name each once')
+    return tuple(names)
 
 
 def _batch_size(value: int | str | None) -> int | Literal["auto"]:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from gpu_pool.cache_upkeep import CacheUse
 from gpu_pool.messages import TaskEntry
 from gpu_pool.pool import Pool
-from gpu_pool.records import GpuView, Job, JobState, ModelSpec, Progress, QueueView, WorkerView
+from gpu_pool.records import (
+    GpuView,
+    HistoryEntry,
+    Job,
+    JobState,
+    ModelSpec,
+    Progress,
+    QueueView,
+    WaitingView,
+    WorkerView,
+)
+from gpu_pool.store import MOST_ENDED
 from server import schemas
+
+_STATUS = {
+    state: schemas.JobStatus.RUNNING if state is JobState.CANCELLING else schemas.JobStatus(state.value)
+    for state in JobState
+}
+_ended: dict[str, tuple[Job, schemas.JobInfo]] = {}
+"""Job id -> a job that has ended and how it shows, of those shown lately: they rest, and lists repeat them."""
 
 
 def status_of(state: JobState) -> schemas.JobStatus:
     """The reference's five names: a job that is being cancelled still reads "running"."""
-    return schemas.JobStatus.RUNNING if state is JobState.CANCELLING else schemas.JobStatus(state.value)
+    return _STATUS[state]
 
 
 def states_of(status: schemas.JobStatus) -> tuple[JobState, ...]:
@@ -25,16 +45,27 @@ def states_of(status: schemas.JobStatus) -> tuple[JobState, ...]:
 def submitted(job: Job, position: int | None) -> schemas.JobSubmitted:
     """The reference's answer to POST /evaluate; a job that started at once had nobody ahead of it."""
     position = position or 0
-    return schemas.JobSubmitted(
-        job_id=job.id,
-        status=schemas.JobStatus.QUEUED,
-        position_in_queue=position,
-        message=f"Job queued successfully. Position in queue: {position}",
-    )
+    if job.state is JobState.QUEUED:
+        message = f"Job queued successfully. Position in queue: {position}"
+    else:
+        message = "Job was submitted before, with the same idempotency_key"
+    return schemas.JobSubmitted(job_id=job.id, status=status_of(job.state), position_in_queue=position, message=message)
 
 
 def job_info(job: Job, pool: Pool) -> schemas.JobInfo:
     """One job as GET /jobs/{id} shows it."""
+    if not job.state.is_final:
+        position = pool.queue_position(job.id) if job.state is JobState.QUEUED else None
+        return _new_job_info(job, position, pool.eta_seconds(job.id))
+    known = _ended.get(job.id)
+    if known is None or known[0] is not job:
+        known = _ended[job.id] = job, _new_job_info(job, None, None)
+        if len(_ended) > MOST_ENDED:
+            del _ended[next(iter(_ended))]
+    return known[1]
+
+
+def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> schemas.JobInfo:
     return schemas.JobInfo(
         job_id=job.id,
         status=status_of(job.state),
@@ -44,20 +75,38 @@ def job_info(job: Job, pool: Pool) -> schemas.JobInfo:
         request=job.request,
         result=_result_files(job),
         error=job.error,
-        position_in_queue=pool.queue_position(job.id),
+        position_in_queue=position,
         phase=job.progress.phase.value if job.progress and job.state is JobState.RUNNING else None,
-        progress=_progress(job.progress, pool.eta_seconds(job.id)) if job.progress else None,
+        progress=_progress(job.progress, eta_seconds) if job.progress else None,
         metrics=job.metrics,
         attempt=job.attempt,
         model=model_info(job.model) if job.model else None,
+        retries=job.retries,
+        tags=list(job.evaluation.tags),
     )
+
+
+def job_history(job_id: str, entries: Sequence[HistoryEntry]) -> schemas.JobHistory:
+    """What happened to a job."""
+    events = [
+        schemas.JobEventInfo(
+            at=entry.at,
+            event=entry.event,  # pyright: ignore[reportArgumentType]  (the store's own few words)
+            status=status_of(entry.state),
+            attempt=entry.attempt,
+            cause=entry.cause,
+        )
+        for entry in entries
+    ]
+    return schemas.JobHistory(job_id=job_id, events=events)
 
 
 def job_page(jobs: list[Job], limit: int, pool: Pool) -> schemas.JobPage:
     """At most `limit` of `jobs`, which holds one more where there is a next page."""
     shown = jobs[:limit]
     return schemas.JobPage(
-        jobs=[job_info(job, pool) for job in shown], next_cursor=shown[-1].id if len(jobs) > limit else None
+        jobs=[job_info(job, pool) for job in shown],
+        next_cursor=shown[-1].id if len(jobs) > limit else None,
     )
 
 
@@ -68,8 +117,9 @@ def model_info(spec: ModelSpec) -> schemas.ModelInfo:
     )
 
 
-def queue_info(queue: QueueView) -> schemas.QueueInfo:
-    """The reference's queue, and all running jobs."""
+def queue_info(queue: QueueView, waiting: list[WaitingView]) -> schemas.QueueInfo:
+    """The reference's queue, all running jobs, and why the first ones wait."""
+    now = datetime.now(UTC)
     return schemas.QueueInfo(
         queue_size=len(queue.queued),
         running_job=queue.running[0] if queue.running else None,
@@ -78,12 +128,27 @@ def queue_info(queue: QueueView) -> schemas.QueueInfo:
         failed_jobs=queue.failed,
         running_jobs=list(queue.running),
         cancelled_jobs=queue.cancelled,
+        waiting=[
+            schemas.WaitingInfo(
+                job_id=wait.job_id,
+                needs=wait.needs,
+                reason=wait.reason,
+                expected_start=None if wait.starts_in is None else now + timedelta(seconds=wait.starts_in),
+            )
+            for wait in waiting
+        ],
     )
 
 
-def health(queue: QueueView) -> schemas.Health:
+def health(pool: Pool) -> schemas.Health:
     """The same queue length as GET /queue."""
-    return schemas.Health(status="healthy", timestamp=datetime.now(UTC), queue_size=len(queue.queued))
+    trouble = pool.trouble
+    return schemas.Health(
+        status="degraded" if trouble else "healthy",
+        timestamp=datetime.now(UTC),
+        queue_size=pool.queue_size(),
+        trouble=trouble,
+    )
 
 
 def task_list(entries: tuple[TaskEntry, ...], details: bool) -> schemas.TaskList:
@@ -95,24 +160,33 @@ def task_list(entries: tuple[TaskEntry, ...], details: bool) -> schemas.TaskList
     return schemas.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)
 
 
-def gpu_list(gpus: list[GpuView]) -> schemas.GpuList:
+def gpu_list(gpus: list[GpuView], pool: Pool) -> schemas.GpuList:
     """Every GPU with its state."""
     return schemas.GpuList(
-        gpus=[
-            schemas.GpuInfo(
-                uuid=view.gpu.uuid,
-                index=view.gpu.index,
-                name=view.gpu.name,
-                total_bytes=view.gpu.total_bytes,
-                free_bytes=view.gpu.free_bytes,
-                utilization_percent=view.gpu.utilization_percent,
-                temperature_celsius=view.gpu.temperature_celsius,
-                worker_id=view.worker_id,
-                free=view.free,
-                reason=view.reason,
-            )
-            for view in gpus
-        ]
+        gpus=[gpu_info(view) for view in gpus],
+        held=sum(bool(view.worker_ids) for view in gpus),
+        max_gpus=pool.settings.max_gpus,
+        problem=pool.gpu_problem(),
+    )
+
+
+def gpu_info(view: GpuView) -> schemas.GpuInfo:
+    """One GPU with its state."""
+    return schemas.GpuInfo(
+        uuid=view.gpu.uuid,
+        index=view.gpu.index,
+        name=view.gpu.name,
+        total_bytes=view.gpu.total_bytes,
+        free_bytes=view.gpu.free_bytes,
+        utilization_percent=view.gpu.utilization_percent,
+        temperature_celsius=view.gpu.temperature_celsius,
+        worker_id=view.worker_id,
+        free=view.free,
+        reason=view.reason,
+        worker_ids=list(view.worker_ids),
+        foreign_processes=[schemas.GpuProcess(pid=pid, used_bytes=size) for pid, size in view.strangers],
+        quarantined=view.quarantined,
+        lost=view.gpu.lost,
     )
 
 
@@ -135,6 +209,27 @@ def worker_list(workers: list[WorkerView]) -> schemas.WorkerList:
     )
 
 
+def cache_info(use: CacheUse) -> schemas.CacheInfo:
+    """The response cache, the models with most bytes first."""
+    return schemas.CacheInfo(
+        entries=use.entries,
+        bytes=use.file_bytes,
+        max_bytes=use.max_bytes,
+        hits=use.hits,
+        models=[
+            schemas.CachedModelInfo(
+                fingerprint=model.fingerprint,
+                name=model.name,
+                entries=model.entries,
+                bytes=model.bytes,
+                hits=model.hits,
+                last_used=model.last_used,
+            )
+            for model in use.models
+        ],
+    )
+
+
 def _result_files(job: Job) -> dict[str, schemas.ResultFiles] | None:
     if job.result is None:
         return None
@@ -148,7 +243,11 @@ def _progress(progress: Progress, eta_seconds: float | None) -> schemas.Progress
         done=progress.done,
         total=progress.total,
         cached=progress.cached,
-        tasks={name: schemas.TaskCount(done=task.done, total=task.total) for name, task in progress.tasks.items()},
+        errored=progress.errored,
+        tasks={
+            name: schemas.TaskCount(done=task.done, total=task.total, errored=task.errored)
+            for name, task in progress.tasks.items()
+        },
         workers=progress.workers,
         eta_seconds=eta_seconds,
     )

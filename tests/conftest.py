@@ -18,10 +18,22 @@ from pathlib import Path
 import pytest
 from evalpool_server import Serve, Server, run_server
 from fake_nvml import fake_nvml, fake_nvml_library
+from postgres_server import PostgresServer
 
 __all__ = ["fake_nvml", "fake_nvml_library"]
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run the tests that are marked as exhaustive")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        for item in items:
+            if "exhaustive" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="exhaustive: runs with --all"))
 
 
 def _fetch(thing: str) -> Path:
@@ -51,9 +63,33 @@ def reference_client_file() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (hidden 64, 2 layers, fp32, 2,048 positions) with a byte-level tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", folder], check=True, capture_output=True)
+    return _make("make_tiny_model.py", tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 (width 32, 2 layers, fp32, 512 positions) whose tokenizer, the same, ends every text."""
+    return _make("make_tiny_t5.py", tmp_path_factory.mktemp("tiny-t5"))
+
+
+def _make(script: str, folder: Path) -> Path:
+    subprocess.run([sys.executable, ROOT / "tests" / script, folder], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Generator[PostgresServer]:
+    """A PostgreSQL server of this test run's own."""
+    with PostgresServer.started() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """A job database that does not exist or is empty yet: a file's path, and a PostgreSQL URL."""
+    if request.param == "sqlite":
+        return tmp_path / "db" / "jobs.sqlite3"
+    return request.getfixturevalue("postgres").new_database()
 
 
 @pytest.fixture

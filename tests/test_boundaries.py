@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PURE_NAMES = ("records", "transitions", "events", "policy", "ledger", "scheduler", "messages")
+PURE_NAMES = (
+    "records",
+    "transitions",
+    "events",
+    "order",
+    "ledger",
+    "placement",
+    "candidates",
+    "placer",
+    "explain",
+    "scheduler",
+    "messages",
+    "token_sequences",
+)
 PURE = {f"gpu_pool.{name}" for name in PURE_NAMES}
 HEAVY = {"torch", "transformers", "lm_eval", "datasets"}
 

@@ -21,7 +21,7 @@ def test_a_crash_loses_nothing(serve: Serve, tiny_model: Path, tmp_path: Path):
         done = before.submit(tiny_model, "quick_choice", limit=4)
         finished = before.finished(done)
         samples = list(before.client.samples(done))
-        running = before.submit(tiny_model, "long_story", limit=200, use_cache=True)
+        running = before.submit(tiny_model, "long_story", limit=400, use_cache=True)
         queued = before.submit(tiny_model, "quick_choice", limit=4)
         before.answering(running)
         assert before.job(queued)["status"] == "queued"
@@ -34,8 +34,8 @@ def test_a_crash_loses_nothing(serve: Serve, tiny_model: Path, tmp_path: Path):
         resumed = after.finished(running)
         assert resumed["attempt"] == 2
         assert resumed["progress"]["cached"] > 0
-        assert resumed["progress"]["cached"] + sum(resumed["progress"]["workers"].values()) == 200
-        assert after.client.samples_page(running)["total"] == 200
+        assert resumed["progress"]["cached"] + sum(resumed["progress"]["workers"].values()) == 400
+        assert after.client.samples_page(running)["total"] == 400
         assert after.finished(queued)["metrics"] == finished["metrics"]
 
 
@@ -43,7 +43,7 @@ def test_a_polite_end_puts_running_jobs_back(serve: Serve, tiny_model: Path, tmp
     flags, data_dir = arguments(tmp_path), tmp_path / "data"
     with Service(serve(*flags, data_dir=data_dir)) as before:
         cancelled = before.submit(tiny_model, "long_story", limit=3000)
-        running = before.submit(tiny_model, "long_story", limit=100)
+        running = before.submit(tiny_model, "long_story", limit=400)
         before.answering(cancelled)
         before.client.cancel_job(cancelled)
         before.answering(running)
@@ -52,5 +52,5 @@ def test_a_polite_end_puts_running_jobs_back(serve: Serve, tiny_model: Path, tmp
     with Service(serve(*flags, data_dir=data_dir)) as after:
         assert after.job(running)["completed_at"] is None
         job = after.finished(running)
-        assert (job["attempt"], job["progress"]["done"]) == (2, 100)
+        assert (job["attempt"], job["progress"]["done"]) == (2, 400)
         assert after.job(cancelled)["status"] == "cancelled"

@@ -1,41 +1,28 @@
-"""Units to workers and answers back: one thread and one socket for each worker, at most two chunks in flight on it.
+"""Units to workers and answers back: which worker is asked what next, and what becomes of what a lost worker had.
 
-What a lost worker had goes to the others; without any worker the units wait.
+That goes to the others; without any worker the units wait. Requests on which workers die, or that cannot be computed,
+are found out (`suspects`) and end in an error of their own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from gpu_pool.evaluator.chunking import Pace, UnitQueue, total_cost
-from gpu_pool.messages import (
-    MAX_MESSAGE_BYTES,
-    ChunkFailed,
-    GenerationChunk,
-    GenerationDone,
-    Hello,
-    LoglikelihoodChunk,
-    LoglikelihoodDone,
-    Message,
-    Welcome,
-    decode_from_worker_data,
-    encode,
-)
+from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
+from gpu_pool.evaluator.prefix_line import Chunk, Line
+from gpu_pool.evaluator.suspects import Suspect, Suspects
+from gpu_pool.evaluator.worker_link import Link
+from gpu_pool.messages import Welcome
 
 if TYPE_CHECKING:
-    from gpu_pool.cache import Answer
     from gpu_pool.evaluator.requests import Unit
+    from gpu_pool.evaluator.shared_answers import SharedAnswers
 
-IN_FLIGHT = 2  # one runs, the next is there when it ends
+CAUSE_SECONDS = 5.0
+"""How long the server may take to say how a worker ended whose connection is gone."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,163 +35,194 @@ class Dispatcher:
         job_id: str,
         batch_size: int | None,
         on_answers: Callable[[str, Sequence[Unit]], None],
-        on_failure: Callable[[str, Sequence[Unit]], None],
+        on_errors: Callable[[Sequence[Unit]], None],
+        on_failure: Callable[[str], None],
+        on_silence: Callable[[str], None] = lambda _: None,
+        paces: Paces | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
-        """`on_answers(worker_id, units)` and `on_failure(error, units)` are called from the workers' threads."""
+        """The functions are called from the workers' threads: `on_answers(worker_id, units)`; `on_errors(units)`, which
+        have an error in the place of an answer; `on_failure(error)` when the job cannot go on; `on_silence(worker_id)`
+        while a worker owes answers and says nothing.
+
+        `paces` are what earlier jobs found out about the workers.
+        """
         self.job_id = job_id
         self.batch_size = batch_size
+        self.deterministic = deterministic
         self.on_answers = on_answers
         self.on_failure = on_failure
+        self.on_silence = on_silence
+        self._on_errors = on_errors
+        self.paces = paces or Paces()
         self.welcome: Welcome | None = None
         """What the latest worker said of the loaded model."""
-        self._queues: dict[str, UnitQueue] = {}
-        self._links: dict[str, _Link] = {}
+        self._lines: dict[str, Line] = {}
+        self._suspects = Suspects()
+        self._links: dict[str, Link] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self.shared: SharedAnswers | None = None
+        """What other jobs compute is not asked here; None: whatever others do."""
 
     def submit(self, units: Sequence[Unit]) -> None:
-        """Queue units, in the order in which they should be asked."""
+        """Queue units, equal beginnings side by side; those of a kind go on where those before them ended."""
         with self._changed:
             for kind, some in _by_kind(units).items():
-                self._queues.setdefault(kind, UnitQueue()).add(some)
+                options = some[0].options
+                line = self._lines.setdefault(kind, Line(kind, options.max_gen_toks if options else 0))
+                line.add(some)
             self._changed.notify_all()
 
     def attach(self, worker_id: str, address: str) -> None:
         """Use this worker from now on."""
-        link = _Link(self, worker_id, address)
         with self._changed:
             if self._closed:
                 return
-            self._links[worker_id] = link
+            link = self._links[worker_id] = Link(self, worker_id, address)
         link.start()
 
-    def detach(self, worker_id: str) -> None:
-        """Stop using this worker at once; others get what it had."""
+    def detach(
+        self,
+        worker_id: str,
+        *,
+        at_once: bool = True,
+        cause: str | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Stop using this worker: at once, and others get what it had; or once it has answered what it was asked.
+
+        `cause` says how it ended, if it did. `then` is called when it is used no more, perhaps from another thread.
+        """
         with self._changed:
             link = self._links.get(worker_id)
-        if link is not None:
+            if link is not None:
+                link.cause = cause or link.cause
+                link.leaving = True
+                link.then = then or link.then
+                self._changed.notify_all()
+        if link is None:
+            if then:
+                then()
+        elif at_once:
             self._hang_up(link)
 
     def close(self) -> None:
         """Let go of all workers and units."""
         with self._changed:
             self._closed = True
-            self._queues.clear()
+            self._lines.clear()
             links = list(self._links.values())
         for link in links:
             self._hang_up(link)
 
-    def take(self, link: _Link) -> list[Unit]:
-        """The next chunk for `link`. Empty: nothing before the next answer or, with nothing in flight, never again."""
+    def take(self, link: Link) -> Chunk | Suspect | None:
+        """The next chunk for `link`. None: nothing before the next answer or, with nothing in flight, never again."""
+        while chunk := self._wait_for_chunk(link):
+            if self.shared is None:
+                return chunk
+            if ours := self.shared.reserve(chunk.units):
+                chunk.keep(ours)
+                return chunk
+            self.done(link, chunk)
+        return None
+
+    def _wait_for_chunk(self, link: Link) -> Chunk | Suspect | None:
         with self._changed:
-            while not (self._closed or link.hung_up):
+            while not (self._closed or link.hung_up or link.leaving):
                 chunk = self._next_chunk(link)
                 if chunk or link.in_flight:
                     return chunk
                 self._changed.wait()
-            return []
+            return None
 
-    def left(self, link: _Link) -> None:
-        """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
+    def done(self, link: Link, chunk: Chunk | Suspect) -> None:
+        """`link` holds `chunk` no more."""
         with self._changed:
+            if isinstance(chunk, Chunk) and not self._closed:
+                self._lines[chunk.kind].done(link, chunk)
+
+    def failed(self, link: Link, chunk: Chunk | Suspect, error: str) -> None:
+        """A worker lives and cannot compute `chunk`, which it does not hold any more."""
+        suspect = chunk if isinstance(chunk, Suspect) else Suspect(chunk.units)
+        _log.warning("Worker %s failed on %d requests: %s", link.worker_id, len(suspect.units), error)
+        if self.shared is not None:
+            self.shared.give_up(suspect.units)
+        with self._changed:
+            cause = self._suspects.failed(suspect)
+            self._changed.notify_all()
+        if cause is not None:
+            self._end_in_error(cause, error)
+
+    def left(self, link: Link) -> None:
+        """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
+        if self.shared is not None:
+            self.shared.give_up([unit for chunk in link.in_flight.values() for unit in chunk.units])
+        with self._changed:
+            causes = self._take_back(link)
+            self._changed.notify_all()
+            if causes:
+                self._changed.wait_for(lambda: link.cause or self._closed, CAUSE_SECONDS)
             if self._links.get(link.worker_id) is link:
                 del self._links[link.worker_id]
-            if not self._closed:
-                for units in link.in_flight.values():
-                    self._queues.setdefault(units[0].kind, UnitQueue()).put_back(units)
-            self._changed.notify_all()
+        ended = f"its worker process ended: {link.cause or 'it closed the connection'}"
+        for unit in causes:
+            self._end_in_error(unit, ended)
+        if link.then:
+            link.then()
 
-    def _hang_up(self, link: _Link) -> None:
+    def _take_back(self, link: Link) -> list[Unit]:
+        """Put what a worker held where it is asked next; returns the units that are known to be the cause."""
+        causes: list[Unit] = []
+        if self._closed:
+            return causes
+        for chunk_id, chunk in reversed(link.in_flight.items()):  # the first one will be asked first
+            if link.has_died and chunk_id in link.begun:
+                _log.warning("Worker %s died while it computed %d requests", link.worker_id, len(chunk.units))
+                self.done(link, chunk)
+                cause = self._suspects.died(chunk if isinstance(chunk, Suspect) else Suspect(chunk.units))
+                causes += [] if cause is None else [cause]
+            elif isinstance(chunk, Suspect):
+                self._suspects.put_back(chunk)
+        link.in_flight.clear()
+        for line in self._lines.values():
+            line.put_back(link)
+        return causes
+
+    def _end_in_error(self, unit: Unit, error: str) -> None:
+        unit.error = error
+        self._on_errors([unit])
+
+    def _hang_up(self, link: Link) -> None:
         link.hang_up()
         with self._changed:
             self._changed.notify_all()
 
-    def _next_chunk(self, link: _Link) -> list[Unit]:
-        for kind, queue in self._queues.items():
-            if len(queue):
-                share = self._fair_share(link, kind)
-                if share > 0 or not link.in_flight:
-                    return queue.cut(min(link.pace.budget(queue.first), share))
-        return []
+    def _next_chunk(self, link: Link) -> Chunk | Suspect | None:
+        """In the order of submission, so that tasks complete in their order, but with several workers long generation
+        first: how long it takes is known least, and scoring is cut as finely as their common end needs.
 
-    def _fair_share(self, link: _Link, kind: str) -> float:
-        """What `link` may still take of this kind if all workers, those still connecting too, are to end together."""
-        held = {other: other.held_cost(kind) for other in {link, *self._links.values()}}
-        work = self._queues[kind].cost + sum(held.values())
-        return work / len(held) - held[link]
-
-
-class _Link(threading.Thread):
-    """The connection to one worker."""
-
-    def __init__(self, dispatcher: Dispatcher, worker_id: str, address: str) -> None:
-        super().__init__(name=f"worker-{worker_id}", daemon=True)
-        self.worker_id = worker_id
-        self.pace = Pace(dispatcher.batch_size)
-        self.in_flight: dict[int, list[Unit]] = {}
-        self.hung_up = False
-        self._dispatcher = dispatcher
-        self._address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._chunks = 0
-
-    def run(self) -> None:
-        try:
-            self._socket.connect(self._address)
-            with Connection(os.dup(self._socket.fileno())) as connection:
-                self._serve(connection)
-        except (OSError, EOFError, msgspec.DecodeError) as error:
-            if not self.hung_up:
-                _log.warning("Worker %s is lost (%r); its requests go elsewhere", self.worker_id, error)
-        except Exception as error:  # a job must end, not wait for a thread that died
-            _log.exception("Worker %s cannot be used", self.worker_id)
-            self._dispatcher.on_failure(f"Worker {self.worker_id} cannot be used: {error!r}", ())
-        finally:
-            self._socket.close()
-            self._dispatcher.left(self)
-
-    def hang_up(self) -> None:
-        """End the connection from another thread."""
-        self.hung_up = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def held_cost(self, kind: str) -> int:
-        """Cost of what the worker has of this kind."""
-        return sum(total_cost(units) for units in list(self.in_flight.values()) if units[0].kind == kind)
-
-    def _serve(self, connection: Connection[Any, Any]) -> None:
-        connection.send_bytes(encode(Hello(job_id=self._dispatcher.job_id)))
-        self._receive(connection)
-        while True:
-            while len(self.in_flight) < IN_FLIGHT and (units := self._dispatcher.take(self)):
-                self._chunks += 1
-                self.in_flight[self._chunks] = units
-                connection.send_bytes(encode(_chunk(self._chunks, units, self._dispatcher.batch_size)))
-            if not self.in_flight:
-                return
-            self._receive(connection)
-
-    def _receive(self, connection: Connection[Any, Any]) -> None:
-        message = decode_from_worker_data(connection.recv_bytes(MAX_MESSAGE_BYTES))
-        match message:
-            case Welcome():
-                self._dispatcher.welcome = message
-            case LoglikelihoodDone():
-                self._answered(message.chunk_id, message.answers, message.seconds)
-            case GenerationDone():
-                self._answered(message.chunk_id, message.texts, message.seconds)
-            case ChunkFailed():
-                self._dispatcher.on_failure(message.error, self.in_flight.pop(message.chunk_id))
-            case _:
-                assert_never(message)
-
-    def _answered(self, chunk_id: int, answers: Sequence[Answer], seconds: float) -> None:
-        units = self.in_flight.pop(chunk_id)
-        for unit, answer in zip(units, answers, strict=True):
-            unit.answer = answer
-        self.pace.measured(units[0].kind, total_cost(units), seconds)
-        self._dispatcher.on_answers(self.worker_id, units)
+        Before all else suspects, each alone on its worker: whatever dies with one is suspected, too."""
+        if self._suspects or any(isinstance(chunk, Suspect) for chunk in link.in_flight.values()):
+            return None if link.in_flight else self._suspects.take()
+        workers = len({link, *self._links.values()})
+        lines = list(self._lines.values())
+        if workers > 1:
+            lines.sort(key=lambda line: -line.max_gen_toks)
+        work = Work(
+            waiting=sum(line.cost for line in lines),
+            held=sum(line.held for line in lines),
+            held_here=sum(line.held_by(link) for line in lines),
+            workers=workers,
+        )
+        for line in lines:
+            if count := len(line):
+                worthwhile = worthwhile_cost(line.cost, count, self.batch_size) if line.max_gen_toks else 0
+                budget = link.pace.budget(line.kind, worthwhile, work)
+                if budget and (chunk := line.take(link, budget, work.remaining)):
+                    return chunk
+        return None
 
 
 def _by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
@@ -212,17 +230,3 @@ def _by_kind(units: Sequence[Unit]) -> dict[str, list[Unit]]:
     for unit in units:
         kinds.setdefault(unit.kind, []).append(unit)
     return kinds
-
-
-def _chunk(chunk_id: int, units: Sequence[Unit], batch_size: int | None) -> Message:
-    options = units[0].options
-    if options is None:
-        pairs = tuple((unit.prompt, unit.continuation) for unit in units)
-        return LoglikelihoodChunk(chunk_id=chunk_id, requests=pairs, batch_size=batch_size)
-    return GenerationChunk(
-        chunk_id=chunk_id,
-        prompts=tuple(unit.prompt for unit in units),
-        options=options,
-        seeds=() if units[0].key else tuple(unit.seed for unit in units),
-        batch_size=batch_size,
-    )

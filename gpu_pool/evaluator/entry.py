@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from multiprocessing.connection import Connection
@@ -50,27 +51,38 @@ def _log_to_stderr() -> None:
 
 
 def _serve(connection: Connection[Any, Any], start: EvaluatorStart) -> None:
-    import gc
-
     from gpu_pool.evaluator.catalogue import TaskLibrary
     from gpu_pool.evaluator.loop import EvaluatorLoop
 
     library = TaskLibrary(Path(start.data_dir), start.include_paths, start.dataset_roots, start.allow_code_execution)
     open_job = _prepare_for_jobs(start, library) if start.runs_jobs else None
-    gc.collect()
-    gc.freeze()  # what was imported stays: collections after each job need not look at it
+    settle_memory()
     EvaluatorLoop(connection, start, library, open_job).serve()
+
+
+def settle_memory() -> None:
+    """Keep the garbage collector from what stays: all that was imported, and a job's many small objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _prepare_for_jobs(start: EvaluatorStart, library: TaskLibrary) -> OpenJob:
     """Import all that a job needs, so that no job waits for it."""
     from functools import partial
 
+    from gpu_pool.evaluator import bootstrap
     from gpu_pool.evaluator.harness_lm_eval import memoise_templates
     from gpu_pool.evaluator.job import JobRun, Workshop
     from gpu_pool.evaluator.prompts import import_model_code
 
     memoise_templates()
+    bootstrap.install()
     import_model_code()
-    workshop = Workshop(library, Path(start.data_dir), allow_code=start.allow_code_execution)
+    workshop = Workshop(
+        library,
+        Path(start.data_dir),
+        allow_code=start.allow_code_execution,
+        cache_max_bytes=start.cache_max_bytes,
+    )
     return partial(JobRun, workshop=workshop)

@@ -7,12 +7,14 @@ aggregation are the harness's; only the order of the steps is ours, so that a ta
 # pyright: basic
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import lm_eval.utils
@@ -27,6 +29,10 @@ from gpu_pool.records import Evaluation
 from gpu_pool.results import hash_text, plain
 
 ChatTemplate = Callable[..., str]
+
+FIRST_PORTION, PORTION = 32, 512
+"""Documents whose prompts are built before workers get them: few while they have nothing to do, then enough that those
+with equal beginnings mostly come together."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,16 +85,40 @@ def _set_fewshots(name: str, task: Task, evaluation: Evaluation) -> None:
     task.set_fewshot_seed(seed=evaluation.fewshot_random_seed)
 
 
-def build_instances(task: Task, evaluation: Evaluation, chat_template: ChatTemplate | None) -> list[Instance]:
-    """Render all prompts of a task."""
-    task.build_all_requests(
-        limit=get_sample_size(task, evaluation.limit),
-        system_instruction=evaluation.system_instruction,
-        apply_chat_template=chat_template is not None,
-        fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
-        chat_template=chat_template,
-    )
-    return task.instances
+def portions() -> Iterator[int]:
+    """How many documents each portion of a job has."""
+    return itertools.chain([FIRST_PORTION], itertools.repeat(PORTION))
+
+
+def build_instances(
+    task: Task, evaluation: Evaluation, chat_template: ChatTemplate | None, sizes: Iterator[int]
+) -> Iterator[list[Instance]]:
+    """Render the prompts of a task, by portions of documents of these sizes; all end up in `task.instances`."""
+    documents = task.doc_iterator(limit=get_sample_size(task, evaluation.limit))
+    instances: list[Instance] = []
+    some = list(itertools.islice(documents, next(sizes)))
+    while some or not instances:  # lm-eval's refusal of a task without documents is wanted
+        with _documents(task, some):
+            task.build_all_requests(
+                system_instruction=evaluation.system_instruction,
+                apply_chat_template=chat_template is not None,
+                fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+                chat_template=chat_template,
+            )
+        instances += task.instances
+        yield task.instances
+        some = list(itertools.islice(documents, next(sizes)))
+    task._instances = instances
+
+
+@contextlib.contextmanager
+def _documents(task: Any, documents: list[tuple[int, Any]]) -> Generator[None]:
+    """The task has only these (id, document) pairs meanwhile."""
+    task.doc_iterator = lambda **_: iter(documents)
+    try:
+        yield
+    finally:
+        del task.doc_iterator
 
 
 def release(task: Task) -> None:
@@ -97,24 +127,40 @@ def release(task: Task) -> None:
 
 
 class TaskScore:
-    """A scored task: lm-eval's accumulator with this one task in it, and its samples."""
+    """A scored task: lm-eval's accumulator with it alone in it, its samples, and how many documents it leaves out."""
 
-    def __init__(self, name: str, accumulated: EvalAcc, samples: list[dict[str, Any]] | None) -> None:
+    def __init__(
+        self, name: str, accumulated: EvalAcc, samples: list[dict[str, Any]] | None, excluded: int = 0
+    ) -> None:
+        self.excluded = excluded
         self.accumulated = accumulated
         self.metrics = dict(accumulated.metrics[name])
         self.samples = samples
 
 
-def score_task(name: str, task: Any, evaluation: Evaluation) -> TaskScore:
-    """Filters, metrics and standard errors of a task whose instances have their responses (`evaluate`)."""
-    task.apply_filters()
+def score_task(
+    name: str, task: Any, evaluation: Evaluation, errored: Mapping[int | None, str] | None = None
+) -> TaskScore:
+    """Filters, metrics and standard errors of a task whose instances have their responses (`evaluate`).
+
+    Documents in `errored` lack some: lm-eval's metrics do not know such ones, so they are left out of the scores. Their
+    samples have no metrics, but the error.
+    """
+    errored = errored or {}
+    instances = _by_document(task.instances)
+    task._instances = [instance for instance in task.instances if instance.doc_id not in errored]
+    if task.instances:  # lm-eval's filters want something to filter
+        task.apply_filters()
     keep_samples = evaluation.log_samples or evaluation.predict_only
     samples: list[dict[str, Any]] = []
     raw_metrics: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
-    instances = _by_document(task.instances)
-    for filter_name in task.instances[0].filtered_resps:
+    for filter_name in [ensemble.name for ensemble in task._filters]:
         for doc_id, doc in task.doc_iterator(limit=get_sample_size(task, evaluation.limit)):
             requests = instances[doc_id]
+            if doc_id in errored:
+                if keep_samples:
+                    samples.append(_sample(task, doc_id, doc, requests, filter_name, {}, error=errored[doc_id]))
+                continue
             metrics = task.process_results(doc, [request.filtered_resps[filter_name] for request in requests])
             if keep_samples:
                 samples.append(_sample(task, doc_id, doc, requests, filter_name, metrics))
@@ -122,7 +168,7 @@ def score_task(name: str, task: Any, evaluation: Evaluation) -> TaskScore:
                 raw_metrics[metric, filter_name].append(value)
     accumulator: Any = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
     accumulated = _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
-    return TaskScore(name, accumulated, samples if keep_samples else None)
+    return TaskScore(name, accumulated, samples if keep_samples else None, excluded=len(errored))
 
 
 def combine_scores(scores: Iterable[TaskScore], groups: Mapping[str, Group]) -> dict[str, Any]:
@@ -150,19 +196,30 @@ def _by_document(instances: Iterable[Instance]) -> dict[int | None, list[Instanc
 
 
 def _sample(
-    task: Task, doc_id: int, doc: Any, requests: list[Instance], filter_name: str, metrics: dict[str, Any]
+    task: Task,
+    doc_id: int,
+    doc: Any,
+    requests: list[Instance],
+    filter_name: str,
+    metrics: dict[str, Any],
+    error: str | None = None,
 ) -> dict[str, Any]:
     target = task.doc_to_target(doc)
-    return {
-        "doc_id": doc_id,
-        "doc": doc,
-        "target": target,
-        "arguments": [request.args for request in requests],
-        "resps": [request.resps for request in requests],
-        "filtered_resps": [request.filtered_resps[filter_name] for request in requests],
-        "filter": filter_name,
-        "metrics": list(metrics),
-        "doc_hash": hash_text(json.dumps(requests[0].doc, indent=2, default=plain, ensure_ascii=False)),
-        "prompt_hash": hash_text(requests[0].arguments[0]),
-        "target_hash": hash_text(str(target)),
-    } | metrics
+    ours = {} if error is None else {"evalpool_error": error}
+    return (
+        {
+            "doc_id": doc_id,
+            "doc": doc,
+            "target": target,
+            "arguments": [request.args for request in requests],
+            "resps": [request.resps for request in requests],
+            "filtered_resps": [] if error else [request.filtered_resps[filter_name] for request in requests],
+            "filter": filter_name,
+            "metrics": list(metrics),
+            "doc_hash": hash_text(json.dumps(requests[0].doc, indent=2, default=plain, ensure_ascii=False)),
+            "prompt_hash": hash_text(requests[0].arguments[0]),
+            "target_hash": hash_text(str(target)),
+        }
+        | metrics
+        | ours
+    )

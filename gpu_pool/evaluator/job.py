@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import queue
 import threading
@@ -13,17 +14,20 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_pool.cache import ResponseCache
+from gpu_pool.cache import CachedModel, ResponseCache, cache_path
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator.catalogue import TaskLibrary
+from gpu_pool.evaluator.chunking import Paces
 from gpu_pool.evaluator.dispatch import Dispatcher
+from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
-from gpu_pool.messages import JobDone, Message, RunJob, TaskDone
-from gpu_pool.records import JobResult, Phase
+from gpu_pool.evaluator.shared_answers import SharedAnswers
+from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
+from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
 
 _log = logging.getLogger(__name__)
@@ -32,10 +36,13 @@ _log = logging.getLogger(__name__)
 class Workshop:
     """What an evaluator keeps warm for all its jobs."""
 
-    def __init__(self, library: TaskLibrary, data_dir: Path, *, allow_code: bool) -> None:
+    def __init__(
+        self, library: TaskLibrary, data_dir: Path, *, allow_code: bool, cache_max_bytes: int = DEFAULT_CACHE_MAX_BYTES
+    ) -> None:
         self.library = library
-        self.cache = ResponseCache(data_dir / "cache" / "responses.sqlite")
+        self.cache = ResponseCache(cache_path(data_dir), cache_max_bytes)
         self.encoders = EncoderPool(data_dir / "fingerprints.json")
+        self.paces = Paces()
         self.allow_code = allow_code
 
 
@@ -49,12 +56,30 @@ class JobRun:
         self._send = send
         self._progress = ProgressReporter(job.job_id, send)
         batch_size = None if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
-        self.dispatcher = Dispatcher(job.job_id, batch_size, self._on_answers, self._on_failure)
+        self.dispatcher = Dispatcher(
+            job.job_id,
+            batch_size,
+            self._on_answers,
+            self._on_errors,
+            self._on_failure,
+            self._on_silence,
+            workshop.paces,
+            deterministic=job.evaluation.deterministic,
+        )
+        self._shared: SharedAnswers | None = None
+        if job.evaluation.use_cache:
+            model = CachedModel(job.model.fingerprint, job.model.args.pretrained)
+            self._shared = SharedAnswers(workshop.cache, model, self._on_shared, self.dispatcher.submit)
+            self.dispatcher.shared = self._shared
+        self._computed_before = workshop.paces.computed()
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
-        """Answers that each task still waits for."""
-        self._ready: queue.SimpleQueue[str | JobError] = queue.SimpleQueue()
-        """Tasks that have all their answers, and failures."""
+        """Answers that each task still waits for, and one more until all of its requests are known."""
+        self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """Tasks that have all their answers; None where the job has failed."""
+        self._failure: JobError | None = None
+        self._errored = Errored(job.evaluation.max_error_share)
+        self._is_all_asked = False
         self._requests: dict[str, TaskRequests] = {}
         self._scores: dict[str, harness.TaskScore] = {}
         self._hashes: dict[str, str] = {}
@@ -69,75 +94,124 @@ class JobRun:
         Raises:
             PoolError: the job cannot be completed, and why.
         """
-        with self._progress, contextlib.closing(self.dispatcher):
+        with self._progress, contextlib.closing(self.dispatcher), self._sharing():
             harness.seed_everything(self._evaluation)
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
-            files = ResultFiles(Path(self._job.output_dir), model_name(self._job))
+            files = ResultFiles(Path(self._job.output_dir), model_name(self._job), self._job.submitted_at)
             loaded = self._workshop.library.load(self._evaluation.tasks)
             tasks: dict[str, Any] = loaded["tasks"]
             self._progress.expect(tasks)
             self._ask_all(tasks, encoder, files)
             while len(self._scores) < len(tasks):
                 self._publish_next(tasks, files)
+            self._check_failure()
             self._progress.enter(Phase.SCORING)
             return self._finish(tasks, loaded.get("groups", {}), report, files)
+
+    @contextlib.contextmanager
+    def _sharing(self) -> Generator[None]:
+        try:
+            yield
+        finally:
+            if self._shared:
+                self._shared.close()
 
     def _ask_all(self, tasks: Mapping[str, Any], encoder: PromptEncoder, files: ResultFiles) -> None:
         """Build and queue every task's requests, publishing meanwhile what is complete."""
         for name, task in tasks.items():
             with _blame(name):
                 harness.configure_task(name, task, self._evaluation, self._workshop.allow_code)
-        builder = RequestBuilder(self._job.model, encoder, self._evaluation.torch_random_seed)
+        builder = RequestBuilder(
+            self._job.model,
+            encoder,
+            self._evaluation.torch_random_seed,
+            deterministic=self._evaluation.deterministic,
+        )
         template = self._chat_template(encoder)
+        sizes = harness.portions()
         for name, task in tasks.items():
             with _blame(name):
-                instances = harness.build_instances(task, self._evaluation, template)
-                self._ask(name, builder.build(name, instances))
-            self._progress.enter(Phase.EVALUATING)
+                self._open[name] = 1  # for what is not built yet
+                for instances in harness.build_instances(task, self._evaluation, template, sizes):
+                    self._ask(name, builder.build(instances))
+                    self._progress.enter(Phase.EVALUATING)
+                    if self._failure:
+                        break
+                self._all_asked(name)
             while not self._ready.empty():
                 self._publish_next(tasks, files)
+        self._is_all_asked = True
+        self._judge_errors()
 
     def _chat_template(self, encoder: PromptEncoder) -> harness.ChatTemplate | None:
         wanted = self._evaluation.apply_chat_template
         return functools.partial(encoder.apply_chat_template, wanted) if wanted else None
 
     def _ask(self, name: str, requests: TaskRequests) -> None:
-        """Queue what neither the cache nor an earlier request of the job answers."""
+        """Queue those of a task's requests that neither the cache nor an earlier request of the job answers."""
         uses = Counter(requests.units())
         new = [unit for unit in uses if not unit.asked]
         cached = sum(uses[unit] for unit in self._answer_from_cache(new))
         with self._lock:
-            waiting = [unit for unit in uses if unit.answer is None]
+            waiting = [unit for unit in uses if unit.is_open]
             for unit in waiting:
                 unit.waiting[name] += uses[unit]
-            missing = self._open[name] = sum(uses[unit] for unit in waiting)
-            self._requests[name] = requests
+            missing = sum(uses[unit] for unit in waiting)
+            self._open[name] += missing
+            errored = [unit for unit in uses if unit.error is not None]
+        self._requests.setdefault(name, TaskRequests()).responses.extend(requests.responses)
         self._progress.built(name, uses.total())
-        self._progress.known(name, cached=cached, repeated=uses.total() - missing - cached)
-        if not missing:
-            self._ready.put(name)
+        without = sum(uses[unit] for unit in errored)
+        self._progress.known(name, cached=cached, repeated=uses.total() - missing - cached - without)
+        for unit in errored:
+            self._count_errors({name: uses[unit]}, unit.error or "")
         misses = [unit for unit in new if unit.answer is None]
-        misses.sort(key=lambda unit: unit.prompt + unit.continuation)  # equal beginnings side by side
+        misses.sort(key=lambda unit: unit.order)
         for unit in misses:
             unit.asked = True
         self.dispatcher.submit(misses)
         tokens = sum(unit.cost for unit in misses)
         _log.info("%s: %d requests, %d cached; asking %d (%d tokens)", name, uses.total(), cached, len(misses), tokens)
 
+    def _all_asked(self, name: str) -> None:
+        """No further request of the task follows."""
+        with self._lock:
+            self._open[name] -= 1
+            complete = not self._open[name]
+        if complete:
+            self._ready.put(name)
+
     def _answer_from_cache(self, units: Sequence[Unit]) -> list[Unit]:
         """The units that the cache answers."""
-        keys = [unit.key for unit in units if unit.key] if self._evaluation.use_cache else []
-        known = self._workshop.cache.lookup(keys)
-        for unit in units:
-            unit.answer = known.get(unit.key) if unit.key else None
-        return [unit for unit in units if unit.answer is not None]
+        return self._shared.known(units) if self._shared else []
 
     def _on_answers(self, worker_id: str, units: Sequence[Unit]) -> None:
-        if self._evaluation.use_cache:
-            self._workshop.cache.store(
-                {unit.key: unit.answer for unit in units if unit.key and unit.answer is not None}
-            )
+        """A worker has answered these."""
+        if self._shared:
+            self._shared.keep(units)
+        counts, complete = self._settle(units)
+        self._progress.answered(counts, worker_id)
+        for task in complete:
+            self._ready.put(task)
+
+    def _on_errors(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            counts, complete = self._settle([unit])
+            self._count_errors(counts, unit.error or "")
+            for task in complete:
+                self._ready.put(task)
+
+    def _on_shared(self, units: Sequence[Unit]) -> None:
+        """Another job has answered these."""
+        counts, complete = self._settle(units)
+        for task, count in counts.items():
+            self._progress.known(task, cached=count, repeated=0)
+        for task in complete:
+            self._ready.put(task)
+
+    def _settle(self, units: Sequence[Unit]) -> tuple[Counter[str], list[str]]:
+        """Nobody waits for these any more: how many each task had waited for, and the tasks that are complete."""
         counts: Counter[str] = Counter()
         with self._lock:
             for unit in units:
@@ -146,27 +220,42 @@ class JobRun:
                 unit.forget_tokens()
             for task in counts:
                 self._open[task] -= counts[task]
-            complete = [task for task in counts if not self._open[task]]
-        self._progress.answered(counts, worker_id)
-        for task in complete:
-            self._ready.put(task)
+            return counts, [task for task in counts if not self._open[task]]
 
-    def _on_failure(self, error: str, units: Sequence[Unit]) -> None:
-        with self._lock:
-            tasks = sorted({task for unit in units for task in unit.waiting})
-        self._ready.put(JobError(f"{', '.join(tasks)}: {error}" if tasks else error))
+    def _count_errors(self, counts: Mapping[str, int], cause: str) -> None:
+        _log.warning("%s: ended in an error: %s", ", ".join(counts), cause)
+        self._errored.add(counts, cause)
+        self._progress.errored(counts)
+        self._judge_errors()
+
+    def _judge_errors(self) -> None:
+        """Let the job fail once it is certain that too many requests ended in an error."""
+        if error := self._errored.too_many(self._progress.current.total, is_final=self._is_all_asked):
+            self._on_failure(f"{', '.join(sorted(self._errored.by_task))}: {error}")
+
+    def _on_failure(self, error: str) -> None:
+        self._failure = self._failure or JobError(error)
+        self._ready.put(None)
+
+    def _check_failure(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _on_silence(self, worker_id: str) -> None:
+        self._send(AwaitingWorker(job_id=self._job.job_id, worker_id=worker_id))
 
     def _publish_next(self, tasks: Mapping[str, Any], files: ResultFiles) -> None:
         """Wait for a task's last answer, score it and write its samples."""
         name = self._ready.get()
-        if isinstance(name, JobError):
-            raise name
+        self._check_failure()
+        assert name is not None, "a failure has no reason"
         if not self._is_current:
             raise ContentChanged(f"{self._job.model.args.pretrained} has changed since the job was submitted")
+        _log.info("%s: answered", name)
         task = tasks[name]
         with _blame(name):
-            self._requests.pop(name).deliver()
-            score = harness.score_task(name, task, self._evaluation)
+            errored = self._requests.pop(name).deliver()
+            score = harness.score_task(name, task, self._evaluation, errored)
             if score.samples is not None:
                 self._samples[name] = str(files.write_samples(name, score.samples))
                 self._hashes[name] = samples_hash(score.samples)
@@ -176,6 +265,15 @@ class JobRun:
         metrics = plain_metrics(score.metrics)
         _log.info("%s: %s", name, metrics)
         self._send(TaskDone(job_id=self._job.job_id, task=name, metrics=metrics, samples_path=self._samples.get(name)))
+
+    def _computed(self) -> dict[str, tuple[int, float]]:
+        """Chunks of this job that each worker computed, and the seconds of its time in them."""
+        computed: dict[str, tuple[int, float]] = {}
+        for worker_id, (chunks, seconds) in self._workshop.paces.computed().items():
+            chunks_before, seconds_before = self._computed_before.get(worker_id, (0, 0.0))
+            if chunks > chunks_before:
+                computed[worker_id] = chunks - chunks_before, round(seconds - seconds_before, 4)
+        return computed
 
     def _finish(
         self, tasks: Mapping[str, Any], groups: Mapping[str, Any], report: Report, files: ResultFiles
@@ -191,8 +289,13 @@ class JobRun:
             {name: self._hashes[name] for name in tasks if name in self._hashes},
             progress,
             self.dispatcher.welcome,
+            self._errored.report(
+                {name: progress.tasks[name].total for name in tasks},
+                {name: self._scores[name].excluded for name in tasks},
+            ),
         )
         path = files.write_results(whole)
+        _log.info("computed: %s", json.dumps(self._computed()))  # scripts/record_trace.py reads it
         _log.info(
             "done: %d requests, %d cached, by workers %s; %s", progress.total, progress.cached, progress.workers, path
         )
@@ -201,6 +304,7 @@ class JobRun:
             results_path=str(path),
             samples={name: self._samples[name] for name in tasks if name in self._samples},
             metrics=metrics,
+            errored=self._errored.by_task,
         )
         return JobDone(job_id=self._job.job_id, result=result, progress=progress)
 

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from gpu_pool.messages import (
     RunJob,
     Shutdown,
     TasksChecked,
+    WorkerDetached,
     decode_to_evaluator,
     encode,
 )
@@ -100,9 +102,11 @@ class EvaluatorLoop:
             case AttachWorker(job_id=job_id, worker_id=worker_id, address=address):
                 if self._job and self._job.dispatcher.job_id == job_id:
                     self._job.dispatcher.attach(worker_id, address)
-            case DetachWorker(job_id=job_id, worker_id=worker_id):
+            case DetachWorker(job_id=job_id, worker_id=worker_id, at_once=at_once, cause=cause):
                 if self._job and self._job.dispatcher.job_id == job_id:
-                    self._job.dispatcher.detach(worker_id)
+                    gone = WorkerDetached(job_id=job_id, worker_id=worker_id)
+                    then = partial(self._send, gone)
+                    self._job.dispatcher.detach(worker_id, at_once=at_once, cause=cause, then=then)
             case RunJob():
                 assert self._open_job is not None, "this evaluator was started without what jobs need"
                 self._job = self._open_job(message, self._send)
@@ -112,8 +116,8 @@ class EvaluatorLoop:
         return True
 
     def _run(self, message: RunJob, job: JobRun) -> None:
-        redirect_output(message.log_path)
         try:
+            redirect_output(message.log_path)
             self._send(job.execute())
         except Exception as error:
             _log.exception("The job failed")

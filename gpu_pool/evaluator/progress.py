@@ -21,6 +21,7 @@ class ProgressReporter:
         self._lock = threading.Lock()
         self._phase = Phase.PREPARING
         self._done: Counter[str] = Counter()
+        self._errored: Counter[str] = Counter()
         self._totals: dict[str, int] = {}
         self._cached = 0
         self._workers: Counter[str] = Counter()
@@ -41,7 +42,10 @@ class ProgressReporter:
     def current(self) -> Progress:
         """The counters now."""
         with self._lock:
-            tasks = {name: TaskProgress(done=self._done[name], total=total) for name, total in self._totals.items()}
+            tasks = {
+                name: TaskProgress(done=self._done[name], total=total, errored=self._errored[name])
+                for name, total in self._totals.items()
+            }
             return Progress(phase=self._phase, tasks=tasks, cached=self._cached, workers=dict(self._workers))
 
     def enter(self, phase: Phase) -> None:
@@ -55,15 +59,21 @@ class ProgressReporter:
             self._totals = dict.fromkeys(tasks, 0)
 
     def built(self, task: str, total: int) -> None:
-        """The task has this many requests."""
+        """The task has so many requests, or so many more."""
         with self._lock:
-            self._totals[task] = total
+            self._totals[task] += total
 
     def answered(self, counts: Mapping[str, int], worker_id: str) -> None:
         """A worker answered so many requests of each task."""
         with self._lock:
             self._done.update(counts)
             self._workers[worker_id] += sum(counts.values())
+
+    def errored(self, counts: Mapping[str, int]) -> None:
+        """So many requests of each task ended in an error."""
+        with self._lock:
+            self._done.update(counts)
+            self._errored.update(counts)
 
     def known(self, task: str, *, cached: int, repeated: int) -> None:
         """Requests of the task needed no worker: answered by the cache, or the same as an earlier one of the job."""

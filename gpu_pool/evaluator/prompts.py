@@ -1,4 +1,4 @@
-"""Text to tokens, exactly as lm-eval's HF backend does it, but each distinct string once and in batched calls."""
+"""Text to tokens, exactly as lm-eval's HF backend does it."""
 
 # pyright: basic
 from __future__ import annotations
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from lm_eval.models.utils import configure_pad_token, has_bos_prefix, resolve_max_length
+import numpy as np
+from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from gpu_pool.checkpoints import ENCODER_DECODER_TYPES
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.failures import explain
+from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import ModelArgs, ModelSpec
 
-Tokens = tuple[int, ...]
-
-_BATCH = 1024  # strings per tokenizer call: enough for its overhead, little enough for memory
 _WARM_TOKENIZERS = 4
 
 _log = logging.getLogger(__name__)
@@ -41,9 +41,18 @@ class PromptEncoder:
             self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
         except Exception as error:  # transformers raises whatever its parsers do
             raise PromptError(f"the tokenizer of {source} cannot be loaded: {explain(error)}") from error
+        self.is_encoder_decoder: bool = getattr(config, "model_type", None) in ENCODER_DECODER_TYPES
         self.max_length: int = args.max_length or resolve_max_length(config, self.tokenizer)
         self.prefix_token_id = _prefix_token_id(args, self.tokenizer)
-        self._prefix: str = self.tokenizer.decode(self.prefix_token_id)
+        self._prefix: Tokens = np.array([self.prefix_token_id], np.uint32)
+        tokeniser = Tokeniser(self.tokenizer)
+        special = {} if args.add_bos_token is None else {"add_special_tokens": args.add_bos_token}
+        self._texts = TextEncoder(tokeniser, special, self.tokenizer.decode(self.prefix_token_id))
+        self._continuations = TextEncoder(tokeniser, {"add_special_tokens": False})
+        prompt_special, bos = special, getattr(self.tokenizer, "bos_token", None)
+        if self.is_encoder_decoder:  # whose prompts lm-eval gives to the tokenizer as they are
+            prompt_special, bos = {}, None
+        self._prompts = TextEncoder(tokeniser, prompt_special | {"truncation": args.truncation}, bos)
         self._template_args = dict(args.chat_template_args or {})
         if args.enable_thinking is not None:
             self._template_args["enable_thinking"] = args.enable_thinking
@@ -56,42 +65,35 @@ class PromptEncoder:
 
     def encode(self, strings: Iterable[str]) -> dict[str, Tokens]:
         """Tokens of each distinct string (`tok_encode`)."""
-        plain: list[str] = []
-        prefixed: list[str] = []
-        for string in dict.fromkeys(strings):
-            (prefixed if has_bos_prefix(string, self._prefix) else plain).append(string)
-        return self._batches(plain, self._bos_option()) | self._batches(prefixed, {"add_special_tokens": False})
-
-    def encode_continuations(self, strings: Iterable[str]) -> dict[str, Tokens]:
-        """Tokens of each distinct string without any special token (`tok_encode`, add_special_tokens=False)."""
-        return self._batches(list(dict.fromkeys(strings)), {"add_special_tokens": False})
+        return self._texts.encode(strings)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """(context, continuation) tokens of each pair of strings (`TemplateLM.loglikelihood`, `_encode_pair`)."""
-        split = [_move_spaces(context, continuation) for context, continuation in pairs if context]
-        tokens = self.encode(string for context, whole in split for string in (context, whole))
-        bare = self.encode_continuations(continuation for context, continuation in pairs if not context)
-        moved = iter(split)
+        """(context, continuation) tokens of each pair of strings (`TemplateLM.loglikelihood`, `_encode_pair`).
+
+        Raises:
+            PromptError: nothing to score, or more than the model can score.
+        """
+        if self.is_encoder_decoder:
+            return self._encode_separately(pairs)
+        split = [_move_spaces(*pair) if pair[0] else pair for pair in pairs]
+        tokens = self._texts.extend(after for (context, _), after in zip(pairs, split, strict=True) if context)
+        bare = self._continuations.encode(continuation for context, continuation in pairs if not context)
         return [
-            self._cut(tokens, *next(moved)) if context else self._after_prefix(bare[continuation])
-            for context, continuation in pairs
+            self._checked(*(tokens[after] if context else self._after_prefix(bare[continuation])))
+            for (context, continuation), after in zip(pairs, split, strict=True)
         ]
 
     def encode_prompts(self, prompts: Iterable[str], room: int) -> dict[str, Tokens]:
-        """Tokens of prompts that leave `room` tokens to generate, cut from the left (`tok_batch_encode`)."""
-        longest = self.max_length - room
+        """Tokens of prompts that leave `room` tokens to generate, cut from the left (`tok_batch_encode`).
+
+        An encoder takes a prompt of any `room`, with the tokenizer's own special tokens whatever the request says.
+        """
+        longest = self.max_length if self.is_encoder_decoder else self.max_length - room
         if longest <= 0:
             raise PromptError(
                 f"max_gen_toks ({room}) must be less than the model's maximum sequence length ({self.max_length})"
             )
-        plain: list[str] = []
-        prefixed: list[str] = []
-        for prompt in dict.fromkeys(prompts):
-            has_bos = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))
-            (prefixed if has_bos else plain).append(prompt)
-        truncation = {"truncation": self._args.truncation}
-        tokens = self._batches(plain, self._bos_option() | truncation)
-        tokens |= self._batches(prefixed, {"add_special_tokens": False} | truncation)
+        tokens = self._prompts.encode(prompts)
         cut = sum(len(prompt) > longest for prompt in tokens.values())
         if cut:
             _log.warning("%d prompts are longer than %d tokens: their beginning is left out", cut, longest)
@@ -136,29 +138,23 @@ class PromptEncoder:
             "max_length": self.max_length,
         }
 
-    def _bos_option(self) -> dict[str, Any]:
-        wanted = self._args.add_bos_token
-        return {} if wanted is None else {"add_special_tokens": wanted}
-
-    def _batches(self, strings: Sequence[str], options: dict[str, Any]) -> dict[str, Tokens]:
-        tokens: dict[str, Tokens] = {}
-        for start in range(0, len(strings), _BATCH):
-            batch = list(strings[start : start + _BATCH])
-            encoded = self.tokenizer(batch, return_attention_mask=False, **options)["input_ids"]
-            tokens.update(zip(batch, map(tuple, encoded), strict=True))
-        return tokens
-
-    def _cut(self, tokens: dict[str, Tokens], context: str, whole: str) -> tuple[Tokens, Tokens]:
-        before = tokens[context]
-        return self._checked(before, tokens[whole][len(before) :])
+    def _encode_separately(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+        """An encoder's context and a decoder's continuation share no string (`_encode_pair`)."""
+        split = [_move_spaces(*pair) if pair[0] else pair for pair in pairs]
+        contexts = self.encode(context for (given, _), (context, _) in zip(pairs, split, strict=True) if given)
+        bare = self._continuations.encode(continuation for _, continuation in split)
+        return [
+            self._checked(*((contexts[context], bare[after]) if given else self._after_prefix(bare[after])))
+            for (given, _), (context, after) in zip(pairs, split, strict=True)
+        ]
 
     def _after_prefix(self, continuation: Tokens) -> tuple[Tokens, Tokens]:
-        if continuation[:1] == (self.prefix_token_id,):
-            return self._checked(continuation[:1], continuation[1:])
-        return self._checked((self.prefix_token_id,), continuation)
+        if np.array_equal(continuation[:1], self._prefix):
+            return continuation[:1], continuation[1:]
+        return self._prefix, continuation
 
     def _checked(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, Tokens]:
-        if not context or not continuation:
+        if not len(context) or not len(continuation):
             raise PromptError("A context or continuation has no tokens: there is nothing to score")
         if len(continuation) > self.max_length:
             raise PromptError(
@@ -201,8 +197,9 @@ def import_model_code() -> None:
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
-    """(context without trailing spaces, context and continuation together)."""
-    return context.rstrip(), context + continuation
+    """(context without trailing spaces, continuation after them)."""
+    bare = context.rstrip()
+    return bare, context[len(bare) :] + continuation
 
 
 def _load_tokenizer(args: ModelArgs) -> Any:

@@ -32,8 +32,9 @@ class Report:
         task_hashes: dict[str, str],
         progress: Progress,
         welcome: Welcome | None,
+        errors: dict[str, Any],
     ) -> dict[str, Any]:
-        """The whole file. `welcome` is None when the cache answered everything."""
+        """The whole file. `welcome` is None when the cache answered everything; `errors` says what was not answered."""
         end = time.time()
         return {
             **results,
@@ -46,7 +47,7 @@ class Report:
             "start_time": self._start,
             "end_time": end,
             "total_evaluation_time_seconds": str(end - self._start),
-            "evalpool": self._ours(progress, welcome),
+            "evalpool": {**self._ours(progress, welcome), "errors": errors},
         }
 
     def _config(self, welcome: Welcome | None) -> dict[str, Any]:
@@ -86,6 +87,8 @@ class Report:
             "fingerprint": self._job.model.fingerprint,
             "dtype": welcome.dtype if welcome else None,
             "attn_implementation": welcome.attn_implementation if welcome else None,
+            "engine_route": welcome.route if welcome else None,
+            "engine_route_reason": welcome.route_reason if welcome else None,
             "requests": progress.total,
             "cached_requests": progress.cached,
             "workers": progress.workers,
@@ -103,6 +106,7 @@ def _execution(evaluation: Evaluation) -> dict[str, Any]:
         "batch_sizes": [],
         "device": evaluation.device,
         "use_cache": evaluation.use_cache,
+        "deterministic": evaluation.deterministic,
         "limit": evaluation.limit,
         "bootstrap_iters": evaluation.bootstrap_iters,
         "gen_kwargs": evaluation.gen_kwargs or None,

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
-from gpu_pool.evaluator.prompts import PromptEncoder, PromptError, Tokens
+from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
+from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.records import ModelSpec
 
@@ -32,7 +32,7 @@ class Unit:
     """One question: score `continuation` after `prompt`, or (with `options`) continue `prompt`."""
 
     prompt: Tokens
-    continuation: Tokens = ()
+    continuation: Tokens = field(default_factory=lambda: NO_TOKENS)
     options: GenerationOptions | None = None
     kind: str = "loglikelihood"
     """Units of one kind may share a chunk: the same for equal `options`."""
@@ -40,50 +40,69 @@ class Unit:
     key: bytes | None = None
     """Of the response cache; None when the answer is a matter of chance."""
     answer: Answer | None = None
+    error: str | None = None
+    """Why there will be no answer."""
     asked: bool = False
     """Whether it is with the workers, or was."""
     waiting: Counter[str] = field(default_factory=Counter)
     """How often each task waits for the answer."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is neither an answer nor an error yet."""
+        return self.answer is None and self.error is None
+
+    @property
     def cost(self) -> int:
         """Tokens to compute, roughly: what chunks are measured in."""
         return len(self.prompt) + (self.options.max_gen_toks if self.options else len(self.continuation))
 
+    @property
+    def order(self) -> bytes:
+        """Sorts like the tokens: units with equal beginnings come side by side."""
+        return np.concatenate((self.prompt, self.continuation)).astype(">u4").tobytes()
+
     def forget_tokens(self) -> None:
         """Free what an answered unit no longer needs."""
-        self.prompt = self.continuation = ()
+        self.prompt = self.continuation = NO_TOKENS
 
 
 @dataclass(slots=True)
 class TaskRequests:
     """What one task waits for: for each instance, for each repeat, the units whose answers make the response."""
 
-    task: str
-    responses: list[tuple[Instance, list[list[Unit]]]]
+    responses: list[tuple[Instance, list[list[Unit]]]] = field(default_factory=list)
 
     def units(self) -> Iterable[Unit]:
         """Every unit as often as it is used."""
         return (unit for _, repeats in self.responses for units in repeats for unit in units)
 
-    def deliver(self) -> None:
-        """Give every instance its responses."""
+    def deliver(self) -> dict[int | None, str]:
+        """Give every instance its responses; returns the documents that lack some, and why."""
+        errored: dict[int | None, str] = {}
         for instance, repeats in self.responses:
-            instance.resps.extend(_response(instance.request_type, units) for units in repeats)
+            for units in repeats:
+                if error := next((unit.error for unit in units if unit.error is not None), None):
+                    errored.setdefault(instance.doc_id, error)
+                else:
+                    instance.resps.append(_response(instance.request_type, units))
+        return errored
 
 
 class RequestBuilder:
     """Makes the units of one job."""
 
-    def __init__(self, model: ModelSpec, encoder: PromptEncoder, seed: int | None) -> None:
+    def __init__(
+        self, model: ModelSpec, encoder: PromptEncoder, seed: int | None, *, deterministic: bool = False
+    ) -> None:
         self._encoder = encoder
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
-        self._scope = cache_scope(model)
+        self._scope = cache_scope(model, deterministic)
         self._units: dict[bytes, Unit] = {}
 
-    def build(self, task: str, instances: Sequence[Instance]) -> TaskRequests:
-        """The requests of one task's instances, in their order.
+    def build(self, instances: Sequence[Instance]) -> TaskRequests:
+        """The requests of these instances of one task, in their order.
 
         Raises:
             PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
@@ -97,7 +116,7 @@ class RequestBuilder:
         for kind in dict.fromkeys(instance.request_type for instance in instances):
             some = [instance for instance in instances if instance.request_type == kind]
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
-        return TaskRequests(task, [(instance, repeats[id(instance)]) for instance in instances])
+        return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
@@ -113,13 +132,8 @@ class RequestBuilder:
         return [[self._windows(tokens[instance.args[0]])] * (instance.repeats or 1) for instance in instances]
 
     def _windows(self, tokens: Tokens) -> list[Unit]:
-        windows = get_rolling_token_windows(
-            token_list=list(tokens),
-            prefix_token=self._encoder.prefix_token_id,
-            max_seq_len=self._encoder.max_length,
-            context_len=1,
-        )
-        return [self._scoring(tuple(context), tuple(ids)) for context, ids in map(make_disjoint_window, windows)]
+        encoder = self._encoder
+        return [self._scoring(*pair) for pair in rolling_windows(tokens, encoder.prefix_token_id, encoder.max_length)]
 
     def _generation(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         end = self._encoder.end_of_text
@@ -137,7 +151,7 @@ class RequestBuilder:
         ]
 
     def _scoring(self, context: Tokens, continuation: Tokens) -> Unit:
-        key = answer_key(self._scope, b"loglikelihood", _bytes(context), _bytes(continuation))
+        key = answer_key(self._scope, b"loglikelihood", context.tobytes(), continuation.tobytes())
         return self._units.setdefault(key, Unit(prompt=context, continuation=continuation, key=key))
 
     def _generating(self, instance: Instance, repeat: int, prompt: Tokens, options: GenerationOptions) -> Unit:
@@ -146,7 +160,7 @@ class RequestBuilder:
         if not is_deterministic(options):
             unit.seed = self._sampling_seed(instance, repeat)
             return unit
-        unit.key = answer_key(self._scope, b"generate", _bytes(prompt), kind)
+        unit.key = answer_key(self._scope, b"generate", prompt.tobytes(), kind)
         return self._units.setdefault(unit.key, unit)
 
     def _sampling_seed(self, instance: Instance, repeat: int) -> int:
@@ -155,10 +169,22 @@ class RequestBuilder:
         return int.from_bytes(hashlib.sha256(self._seed + b"/" + place).digest()[:4], "big")
 
 
-def cache_scope(model: ModelSpec) -> bytes:
+def rolling_windows(tokens: Tokens, prefix_token_id: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:
+    """(context, continuation) pairs whose continuations are all `tokens` in turn: as many as a window of `max_length`
+    holds, each after whatever else fits of what comes before, at least one token.
+
+    Source: lm-eval's `get_rolling_token_windows` with context_len=1, and `make_disjoint_window`.
+    """
+    prefixed = np.concatenate((np.array([prefix_token_id], np.uint32), tokens))
+    for start in range(0, len(tokens), max_length):
+        end = min(start + max_length, len(tokens))
+        yield prefixed[max(end - max_length, 0) : start + 1], prefixed[start + 1 : end + 1]
+
+
+def cache_scope(model: ModelSpec, deterministic: bool) -> bytes:
     """What all cache keys of a model begin with: its content and arguments, and what computes the answers."""
     libraries = [version("torch"), version("transformers")]
-    return msgspec.json.encode([ENGINE_VERSION, model.replica_key, *libraries])
+    return msgspec.json.encode([ENGINE_VERSION, model.replica_key, *libraries, *["deterministic"] * deterministic])
 
 
 def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:
@@ -183,7 +209,3 @@ def _response(request_type: str, units: Sequence[Unit]) -> object:
     if request_type == "loglikelihood_rolling":
         return sum(answer[0] for answer in answers)
     return answers[0]
-
-
-def _bytes(tokens: Tokens) -> bytes:
-    return array("I", tokens).tobytes()

@@ -12,7 +12,11 @@ Chunk = LoglikelihoodChunk | GenerationChunk
 
 
 class Client:
-    """One evaluator's connection, as the queue sees it. `send` and `hang_up` may be called from any thread."""
+    """One evaluator's connection, as the queue sees it.
+
+    `send` returns when the message has left this process, as far as the evaluator reads: whatever happens next, it
+    arrives. It may be called from any thread but the data channel's own; `hang_up` from any.
+    """
 
     def __init__(self, job_id: str, send: Callable[[FromWorkerData], None], hang_up: Callable[[], None]) -> None:
         self.job_id = job_id
@@ -68,18 +72,36 @@ class ChunkQueue:
         """The next chunk, waiting for one; `finish` must follow. Only for the computing thread."""
         with self._changed:
             self._changed.wait_for(lambda: self._turns)
-            client = self._turns.popleft()
-            chunk = client.waiting.popleft()
-            if client.waiting:
-                self._turns.append(client)
-            self._running = client
-            return client, chunk
+            self._running = self._turns[0]
+            return self._running, self._take_turn()
+
+    def take_alike(self, client: Client, chunk: GenerationChunk) -> GenerationChunk | None:
+        """The next chunk, if it is of `client`, whose `chunk` is being computed, and may be computed together with it.
+
+        `finish` follows once for all of them. Only for the computing thread.
+        """
+        with self._changed:
+            if not self._turns or self._turns[0] is not client:
+                return None
+            following = client.waiting[0]
+            if not isinstance(following, GenerationChunk) or not _are_alike(chunk, following):
+                return None
+            self._take_turn()
+            return following
 
     def finish(self) -> None:
-        """The chunk taken last is not computed any more."""
+        """The chunks taken last are not computed any more."""
         with self._changed:
             self._running = None
         self._report_drops()
+
+    def _take_turn(self) -> Chunk:
+        """The next chunk of the client whose turn it is, who then lets all others go first."""
+        client = self._turns.popleft()
+        chunk = client.waiting.popleft()
+        if client.waiting:
+            self._turns.append(client)
+        return chunk
 
     def _forget(self, client: Client) -> None:
         client.gone = True
@@ -95,3 +117,8 @@ class ChunkQueue:
             self._drops_pending -= ended
         for job_id in ended:
             self._report_dropped(job_id)
+
+
+def _are_alike(first: GenerationChunk, second: GenerationChunk) -> bool:
+    together = first.options, first.batch_size, first.deterministic
+    return together == (second.options, second.batch_size, second.deterministic)

@@ -11,7 +11,17 @@ from typing import NoReturn, assert_never
 
 import msgspec
 
-from gpu_pool.messages import MAX_MESSAGE_BYTES, DropJob, FromWorker, Shutdown, decode_to_worker, encode
+from gpu_pool.messages import (
+    MAX_MESSAGE_BYTES,
+    DropJob,
+    FromWorker,
+    LoadFailed,
+    Shutdown,
+    WorkerFailed,
+    WorkerReady,
+    decode_to_worker,
+    encode,
+)
 from gpu_pool.worker.chunk_queue import ChunkQueue
 
 
@@ -21,6 +31,8 @@ class Control:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
+        self._ending = threading.Lock()
+        self._ready = False
 
     def send(self, message: FromWorker) -> None:
         """Tell the server; ends the process when there is no server any more."""
@@ -29,6 +41,21 @@ class Control:
                 self._connection.send_bytes(encode(message))
         except OSError:
             end_process(0)
+
+    def send_ready(self, message: WorkerReady) -> None:
+        """Say that the model is served."""
+        with self._ending:
+            self.send(message)
+            self._ready = True
+
+    def fail(self, message: LoadFailed, reason: str) -> NoReturn:
+        """End, saying why: by `message` while the server still waits for the model, later by the mere `reason`.
+
+        Of several threads only the first is heard.
+        """
+        self._ending.acquire()
+        self.send(WorkerFailed(error=reason) if self._ready else message)
+        end_process(1)
 
     def watch(self, queue: ChunkQueue) -> None:
         """Obey the server from now on, whatever the main thread does: loading and computing included."""

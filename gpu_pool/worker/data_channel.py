@@ -74,7 +74,7 @@ async def _serve_evaluator(
                 case Hello(job_id=job_id) if client is None:
                     client = _client_of(job_id, channel)
                     queue.join(client)
-                    client.send(welcome)
+                    channel.send(welcome)
                 case LoglikelihoodChunk() | GenerationChunk() if client is not None:
                     queue.put(client, message)
                 case _:
@@ -91,7 +91,14 @@ def _client_of(job_id: str, channel: Channel[ToWorkerData]) -> Client:
     loop = asyncio.get_running_loop()
 
     def send(message: FromWorkerData) -> None:
-        loop.call_soon_threadsafe(channel.send, message)
+        sent = threading.Event()
+
+        def send_now() -> None:
+            channel.send(message)
+            sent.set()
+
+        loop.call_soon_threadsafe(send_now)
+        sent.wait()
 
     def hang_up() -> None:
         loop.call_soon_threadsafe(channel.close)

@@ -1,25 +1,37 @@
-"""Spawn target of a worker. Imported by the server too, so nothing heavy at module level."""
+"""Spawn targets of a worker and of its further ranks. Imported by the server too, so nothing heavy at module level."""
 
 from __future__ import annotations
 
 import os
-import sys
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
-from gpu_pool.child import enter_child
+from gpu_pool.child import die_with_parent, enter_child, say
 from gpu_pool.messages import WorkerStart
 
 
-def worker_main(connection: Connection, start: WorkerStart, parent_pid: int) -> None:
+def worker_main(connection: Connection, start: WorkerStart, parent_pid: int) -> NoReturn:
     """Become the worker that `start` describes; ends with the process, by Shutdown or with the server.
 
     Exit status: 0 after Shutdown or when the control pipe closes, 1 when the model could not be served.
     """
     enter_child(parent_pid, start.log_path)
+    say(f"starting with {start.tensor_parallel} slots for {start.spec.fingerprint}")  # scripts/record_trace.py reads it
     os.environ.update(_environment(start))
     from gpu_pool.worker.loop import run_worker  # imports torch, which reads the environment set above
 
-    sys.exit(run_worker(connection, start))
+    run_worker(connection, start)
+
+
+def rank_main(connection: Connection, start: WorkerStart, rank: int, parent_pid: int) -> NoReturn:
+    """Become rank `rank` (from 1) of the worker `start`; ends with it.
+
+    It stays in the worker's process group, writes to its log and has its environment.
+    """
+    die_with_parent(parent_pid)
+    from gpu_pool.worker.rank import run_rank
+
+    run_rank(connection, start, rank)
 
 
 def _environment(start: WorkerStart) -> dict[str, str]:
@@ -27,8 +39,8 @@ def _environment(start: WorkerStart) -> dict[str, str]:
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": start.visible_devices,
-        "OMP_NUM_THREADS": str(start.threads),
-        "MKL_NUM_THREADS": str(start.threads),
+        "OMP_NUM_THREADS": str(start.threads_of_a_rank),
+        "MKL_NUM_THREADS": str(start.threads_of_a_rank),
         "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait slow every neighbour down tenfold
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -2,62 +2,101 @@
 
 from __future__ import annotations
 
-import time
+import sys
 import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import assert_never
+from typing import NoReturn
 
 import torch
 
+from gpu_pool.child import say
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.messages import (
+    ChunkBegun,
     ChunkFailed,
     Dropped,
-    FromWorkerData,
     GenerationChunk,
-    GenerationDone,
     LoadFailed,
-    LoglikelihoodChunk,
-    LoglikelihoodDone,
     Welcome,
     WorkerReady,
     WorkerStart,
 )
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
-from gpu_pool.worker.control import Control, end_process
+from gpu_pool.worker.computing import Answer, compute, in_short
+from gpu_pool.worker.control import Control
 from gpu_pool.worker.data_channel import listen
 from gpu_pool.worker.engine.batching import Cancelled
-from gpu_pool.worker.engine.generation import generate
-from gpu_pool.worker.engine.loading import LoadedModel, load_model
-from gpu_pool.worker.engine.loglikelihood import score
-
-MAX_ERROR_CHARACTERS = 500
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.loading import choose_ranks, load_model
+from gpu_pool.worker.pulse import Pulse
+from gpu_pool.worker.ranks import Ranks
 
 
 class ContentChanged(Exception):
     """The model's files are no longer those that were asked for."""
 
 
-def run_worker(connection: Connection, start: WorkerStart) -> int:
-    """Serve until the control pipe says otherwise; returns an exit status only when the model cannot be served."""
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The loaded model, in this process alone or sharded over several."""
+
+    loaded: LoadedModel
+    memory_bytes: int
+    compute: Callable[[Chunk, Callable[[], bool], Callable[[], GenerationChunk | None]], Iterator[Answer]]
+
+
+def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
+    """Serve until the control pipe says otherwise, the model turns out not to be servable, or a rank is lost."""
     control = Control(connection)
     queue = ChunkQueue(lambda job_id: control.send(Dropped(job_id=job_id)))
     control.watch(queue)
-    torch.set_num_threads(start.threads)
+    torch.set_num_threads(start.threads_of_a_rank)
     try:
-        loaded = load_model(start.spec, allow_remote_code=start.allow_remote_code)
+        replica = _load(start, control)
         _check_content(start.spec, Path(start.data_dir))
-        listen(start.socket_path, queue, _welcome(start.worker_id, loaded))
+        say(f"loaded {start.spec.fingerprint}")
+        listen(start.socket_path, queue, _welcome(start.worker_id, replica.loaded))
     except Exception as error:
         traceback.print_exc()
-        reason = f"{start.spec.args.pretrained} cannot be served: {_in_short(error)}"
-        control.send(LoadFailed(error=reason, content_changed=isinstance(error, ContentChanged)))
-        return 1
-    control.send(WorkerReady(memory_bytes=loaded.memory_bytes(), description=loaded.describe()))
+        changed = isinstance(error, ContentChanged)
+        control.fail(_load_failed(start, in_short(error), content_changed=changed), in_short(error))
+    control.send_ready(WorkerReady(memory_bytes=replica.memory_bytes, description=replica.loaded.describe()))
+    pulse = Pulse(control.send)
     while True:
-        _step(loaded, queue)
+        step(replica, queue, pulse)
+
+
+def _load(start: WorkerStart, control: Control) -> Replica:
+    """Load the model, over as many ranks as it can be sharded over."""
+
+    def on_failure(reason: str) -> NoReturn:
+        print(f"the worker ends: {reason}", file=sys.stderr)
+        control.fail(_load_failed(start, reason), reason)
+
+    spec, allow_remote_code = start.spec, start.allow_remote_code
+    count = choose_ranks(spec, start.tensor_parallel, allow_remote_code=allow_remote_code)
+    if count == 1:
+        loaded = load_model(spec, allow_remote_code=allow_remote_code, budget=start.memory_bytes)
+        computing = partial(compute, loaded, lost=on_failure)
+        return Replica(loaded=loaded, memory_bytes=loaded.memory_bytes(), compute=computing)
+    ranks = Ranks(start, on_failure)
+    try:
+        loaded = load_model(spec, allow_remote_code=allow_remote_code, ranks=count, budget=start.memory_bytes)
+    except Exception:
+        ranks.give_way()
+        raise
+    memory_bytes = ranks.wait_loaded() + loaded.memory_bytes()
+    return Replica(loaded=loaded, memory_bytes=memory_bytes, compute=partial(ranks.compute, loaded))
+
+
+def _load_failed(start: WorkerStart, reason: str, *, content_changed: bool = False) -> LoadFailed:
+    error = f"{start.spec.args.pretrained} cannot be served: {reason}"
+    return LoadFailed(error=error, content_changed=content_changed)
 
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:
@@ -75,48 +114,55 @@ def _welcome(worker_id: str, loaded: LoadedModel) -> Welcome:
         prefix_token_id=loaded.prefix_token_id,
         dtype=loaded.dtype,
         attn_implementation=loaded.attn_implementation,
+        route=loaded.route[0],
+        route_reason=loaded.route[1],
     )
 
 
-def _step(loaded: LoadedModel, queue: ChunkQueue) -> None:
-    """Compute one chunk and answer it, unless its evaluator has gone."""
+def step(replica: Replica, queue: ChunkQueue, pulse: Pulse) -> None:
+    """Compute one chunk, and those that may join it, and answer them, unless their evaluator has gone."""
     client, chunk = queue.take()
+    pulse.beat()
     try:
-        answer = _answer(loaded, client, chunk)
+        _answer(replica, client, chunk, queue, pulse)
     finally:
         queue.finish()
-    if answer is not None and not client.gone:
-        client.send(answer)
 
 
-def _answer(loaded: LoadedModel, client: Client, chunk: Chunk) -> FromWorkerData | None:
-    """The answer to one chunk, a failure included; None when it was dropped."""
+def _answer(replica: Replica, client: Client, first: Chunk, queue: ChunkQueue | None, pulse: Pulse) -> None:
+    """Answer `first` and what joins it from the `queue`; what fails together is computed again, each chunk alone."""
+    unanswered: dict[int, Chunk] = {}
+
+    def begin(chunk: Chunk) -> None:
+        unanswered[chunk.chunk_id] = chunk
+        if not client.gone:
+            client.send(ChunkBegun(chunk_id=chunk.chunk_id))
+
+    def should_stop() -> bool:
+        pulse.beat()
+        return client.gone
+
+    def take_alike() -> GenerationChunk | None:
+        if queue is None or not isinstance(first, GenerationChunk) or client.gone:
+            return None
+        if (chunk := queue.take_alike(client, first)) is not None:
+            begin(chunk)
+        return chunk
+
+    begin(first)
     try:
-        return _compute(loaded, client, chunk)
+        for answer in replica.compute(first, should_stop, take_alike):
+            del unanswered[answer.chunk_id]
+            if not client.gone:
+                client.send(answer)
     except Cancelled:
-        return None
-    except torch.AcceleratorError:  # the CUDA context is lost: only a new process helps
-        traceback.print_exc()
-        end_process(1)
+        return
     except Exception as error:
         traceback.print_exc()
-        return ChunkFailed(chunk_id=chunk.chunk_id, error=_in_short(error))
-
-
-def _compute(loaded: LoadedModel, client: Client, chunk: Chunk) -> FromWorkerData:
-    started = time.perf_counter()
-    match chunk:
-        case LoglikelihoodChunk(chunk_id=chunk_id):
-            answers = score(loaded, chunk, lambda: client.gone)
-            return LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
-        case GenerationChunk(chunk_id=chunk_id):
-            texts = generate(loaded, chunk, lambda: client.gone)
-            return GenerationDone(chunk_id=chunk_id, texts=texts, seconds=time.perf_counter() - started)
-        case _:
-            assert_never(chunk)
-
-
-def _in_short(error: Exception) -> str:
-    """An exception as one line for the user: its type and the first paragraph of its message."""
-    message = " ".join(str(error).strip().split("\n\n")[0].split())
-    return f"{type(error).__name__}: {message}"[:MAX_ERROR_CHARACTERS]
+        if len(unanswered) == 1:
+            [chunk_id] = unanswered
+            if not client.gone:
+                client.send(ChunkFailed(chunk_id=chunk_id, error=in_short(error)))
+            return
+    for chunk in unanswered.values():
+        _answer(replica, client, chunk, None, pulse)

@@ -41,7 +41,7 @@ _EXAMPLES = [
 ]
 
 
-@post("/evaluate", status_code=200, tags=["jobs"], responses=problems(400, 413, 415, 422, 503))
+@post("/evaluate", status_code=200, tags=["jobs"], responses=problems(400, 409, 413, 415, 422, 503))
 async def evaluate(
     data: Annotated[EvaluateRequest, BodyKwarg(media_type=RequestEncodingType.JSON, examples=_EXAMPLES)],
     pool: NamedDependency[Pool],

@@ -13,5 +13,5 @@ from server.schemas import Health
 
 @get("/health", tags=["server"], responses=problems(400))
 async def get_health(pool: NamedDependency[Pool]) -> Health:
-    """Whether the server answers."""
-    return views.health(pool.queue())
+    """Whether the server answers, and can do its work."""
+    return views.health(pool)

@@ -13,37 +13,44 @@ from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
 from server.job_files import log_tail, sample_page
-from server.schemas import JobInfo, JobPage, JobStatus, Message, SamplePage
+from server.schemas import JobHistory, JobInfo, JobPage, JobStatus, Message, SamplePage
 
 _MAX_OFFSET = 2**31 - 1
 
 
-@get("/jobs", tags=["jobs"], responses=problems(400, 422))
+@get("/jobs", tags=["jobs"], responses=problems(400, 422, 503))
 async def list_jobs(
     pool: NamedDependency[Pool],
     status: Annotated[JobStatus | None, QueryParameter(description="Only jobs in this state")] = None,
+    tag: Annotated[list[str] | None, QueryParameter(description="Only jobs with this tag; several: with all")] = None,
     limit: Annotated[int, QueryParameter(ge=1, le=200, description="Most jobs in the answer")] = 50,
     cursor: Annotated[str | None, QueryParameter(description="The previous page's `next_cursor`")] = None,
 ) -> JobPage:
     """Jobs, newest first."""
-    jobs = await pool.jobs(views.states_of(status) if status else None, limit + 1, cursor)
+    jobs = await pool.jobs(views.states_of(status) if status else None, limit + 1, cursor, tag or ())
     return views.job_page(jobs, limit, pool)
 
 
-@get("/jobs/{job_id:str}", tags=["jobs"], responses=problems(400, 404))
+@get("/jobs/{job_id:str}", tags=["jobs"], responses=problems(400, 404, 503))
 async def get_job(job_id: FromPath[str], pool: NamedDependency[Pool]) -> JobInfo:
     """One job with its progress and, as tasks complete, its scores."""
     return views.job_info(await pool.job(job_id), pool)
 
 
-@delete("/jobs/{job_id:str}", status_code=200, tags=["jobs"], responses=problems(400, 404))
+@delete("/jobs/{job_id:str}", status_code=200, tags=["jobs"], responses=problems(400, 404, 503))
 async def cancel_job(job_id: FromPath[str], pool: NamedDependency[Pool]) -> Message:
     """Cancel a queued or running job."""
     await pool.cancel(job_id)
     return Message(message=f"Job {job_id} cancelled")
 
 
-@get("/jobs/{job_id:str}/samples", tags=["jobs"], responses=problems(400, 404))
+@get("/jobs/{job_id:str}/events", tags=["jobs"], responses=problems(400, 404, 503))
+async def get_events(job_id: FromPath[str], pool: NamedDependency[Pool]) -> JobHistory:
+    """What happened to a job so far: each change of its state with the time, the attempt and the cause."""
+    return views.job_history(job_id, await pool.history(job_id))
+
+
+@get("/jobs/{job_id:str}/samples", tags=["jobs"], responses=problems(400, 404, 503))
 async def get_samples(
     job_id: FromPath[str],
     pool: NamedDependency[Pool],
@@ -56,7 +63,7 @@ async def get_samples(
     return await asyncio.to_thread(sample_page, job, task, offset, limit)
 
 
-@get("/jobs/{job_id:str}/log", media_type="text/plain", tags=["jobs"], responses=problems(400, 404))
+@get("/jobs/{job_id:str}/log", media_type="text/plain", tags=["jobs"], responses=problems(400, 404, 503))
 async def get_log(
     job_id: FromPath[str],
     pool: NamedDependency[Pool],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from litestar import get
 from litestar.di import NamedDependency
+from litestar.params import QueryParameter
 
 from gpu_pool.pool import Pool
 from server import views
@@ -12,6 +15,11 @@ from server.schemas import QueueInfo
 
 
 @get("/queue", tags=["server"], responses=problems(400))
-async def get_queue(pool: NamedDependency[Pool]) -> QueueInfo:
-    """What waits, runs and is done."""
-    return views.queue_info(pool.queue())
+async def get_queue(
+    pool: NamedDependency[Pool],
+    explain: Annotated[
+        int, QueryParameter(ge=0, le=10_000, description="How many of the first waiting jobs to give reasons for")
+    ] = 100,
+) -> QueueInfo:
+    """What waits, runs and is done; for the first waiting jobs also why they wait, and when they may start."""
+    return views.queue_info(pool.queue(), pool.waiting(explain))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import struct
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from gpu_pool.cache import ResponseCache
@@ -79,8 +82,33 @@ def busy(connection: Connection, folder: str, parent_pid: int) -> None:
         sum(range(1000))
 
 
+def write_to_new_files(paths: Sequence[Path], name: str, start: Barrier) -> None:
+    """Write one answer into each file, new as they are, at the same moment as the others at `start`."""
+    for path in paths:
+        start.wait()
+        with closing(ResponseCache(path)) as cache:
+            cache.store({name.encode(): name})
+
+
 def write_answers(path: Path, name: str, count: int) -> None:
     """Write answers of its own and answers that others write too."""
     with closing(ResponseCache(path)) as cache:
         for i in range(count):
             cache.store({f"{name}{i}".encode(): (float(i), True), b"shared%d" % i: (float(i), False)})
+
+
+def claim_and_die(path: Path, keys: Sequence[bytes]) -> None:
+    """Claim these, as an evaluator that is killed in the middle of a chunk."""
+    ResponseCache(path).reserve(keys)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_small_disk(path: Path, most_bytes: int) -> None:
+    """Write more than files may hold here, and go on asking."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with closing(ResponseCache(path)) as cache:
+        for i in range(100):
+            cache.store({b"%d" % i: "x" * 10_000})
+        assert cache.reserve([b"new"]) == ({}, set())
+        cache.lookup([b"0"])  # found or not, it goes on

@@ -7,19 +7,22 @@
  *   proc <gpu> <pid> <used_MiB>                            a compute process; its memory adds to the GPU's
  *   migproc <gpu> <position> <pid> <used_MiB>              the same on an instance
  *   error <function> <code> [gpu]                          that function fails (on that GPU only)
+ *   hang <function> [gpu]                                  that function does not return while this line stands
+ *   ecc <gpu> <count>                                      uncorrectable memory errors
  *
  * <function> may be "*". A used_MiB of -1 is memory that the driver does not tell. Error codes are NVML's: 3 not
- * supported, 4 no permission, 9 driver not loaded, 15 GPU lost. GPU i has the uuid GPU-fa4e0000-0000-4000-8000-<i>, its
+ * supported, 4 no permission, 9 driver not loaded, 15 GPU lost, 16 reset required, 999 unknown. GPU i has the uuid GPU-fa4e0000-0000-4000-8000-<i>, its
  * instance p MIG-fa4e0000-0000-5000-8000-<i><p>. Only what gpu_pool and torch ask about discovery is there.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int Result;
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
-enum { MAX_GPUS = 16, MAX_INSTANCES = 7, MAX_PROCESSES = 256, MAX_ERRORS = 64, WHOLE = -1 };
+enum { MAX_GPUS = 16, MAX_INSTANCES = 7, MAX_PROCESSES = 256, MAX_ERRORS = 64, WHOLE = -1, HANG = -1, POLL_MICROSECONDS = 10000 };
 
 typedef struct {
     int exists;
@@ -29,6 +32,7 @@ typedef struct {
 typedef struct {
     unsigned long long total, used;
     unsigned utilization, temperature, mig;
+    unsigned long long uncorrectable;
     char name[64];
     Instance instances[MAX_INSTANCES];
 } Gpu;
@@ -95,8 +99,19 @@ static void add_process(const char *line) {
 
 static void add_error(const char *line) {
     Error error = {.gpu = -1};
-    if (error_count < MAX_ERRORS && sscanf(line, "error %63s %d %d", error.function, &error.code, &error.gpu) >= 2)
+    if (error_count == MAX_ERRORS) return;
+    if (sscanf(line, "error %63s %d %d", error.function, &error.code, &error.gpu) >= 2)
         errors[error_count++] = error;
+    else if (sscanf(line, "hang %63s %d", error.function, &error.gpu) >= 1) {
+        error.code = HANG;
+        errors[error_count++] = error;
+    }
+}
+
+static void add_ecc(const char *line) {
+    unsigned gpu;
+    unsigned long long count;
+    if (sscanf(line, "ecc %u %llu", &gpu, &count) == 2 && gpu < MAX_GPUS) gpus[gpu].uncorrectable = count;
 }
 
 static void read_state(void) {
@@ -109,17 +124,25 @@ static void read_state(void) {
         add_instance(line);
         add_process(line);
         add_error(line);
+        add_ecc(line);
     }
     if (file) fclose(file);
 }
 
-/* Every call begins here: the state is read, and the scripted error of `function` on `gpu` (-1: on none) looked up. */
-static Result begin(const char *function, int gpu) {
-    read_state();
+/* The scripted error of `function` on `gpu` (-1: on none), or SUCCESS. */
+static Result scripted(const char *function, int gpu) {
     for (int i = 0; i < error_count; i++)
         if ((!strcmp(errors[i].function, function) || !strcmp(errors[i].function, "*")) &&
             (errors[i].gpu < 0 || errors[i].gpu == gpu))
             return errors[i].code;
+    return SUCCESS;
+}
+
+/* Every call begins here: the state is read, until it says no more that the call hangs. */
+static Result begin(const char *function, int gpu) {
+    Result result;
+    for (read_state(); (result = scripted(function, gpu)) == HANG; read_state()) usleep(POLL_MICROSECONDS);
+    if (result != SUCCESS) return result;
     if (!initialized && strcmp(function, "nvmlInitWithFlags")) return UNINITIALIZED;
     return gpu < gpu_count ? SUCCESS : INVALID_ARGUMENT;
 }
@@ -249,6 +272,13 @@ Result nvmlDeviceGetTemperature(Device *device, unsigned sensor, unsigned *tempe
     (void)sensor;
     BEGIN(device->gpu);
     *temperature = gpus[device->gpu].temperature;
+    return SUCCESS;
+}
+
+Result nvmlDeviceGetTotalEccErrors(Device *device, unsigned kind, unsigned since, unsigned long long *count) {
+    enum { UNCORRECTED = 1, VOLATILE = 0 };
+    BEGIN(device->gpu);
+    *count = kind == UNCORRECTED && since == VOLATILE ? gpus[device->gpu].uncorrectable : 0;
     return SUCCESS;
 }
 

@@ -6,11 +6,14 @@ changes with `write`. They can be discovered, not computed on.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import pynvml
 import pytest
 
 SOURCE = Path(__file__).with_name("fake_nvml.c")
@@ -49,6 +52,14 @@ class FakeNvml:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         for name, value in self.variables().items():
             monkeypatch.setenv(name, value)
+
+    def install_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let this process see the fake GPUs too, whatever NVML it has loaded before."""
+        self.install(monkeypatch)
+        monkeypatch.setattr(tempfile, "tempdir", str(self.folder))
+        library = ctypes.CDLL(str(self.library_folder / "libnvidia-ml.so.1"))
+        monkeypatch.setattr(pynvml, "nvmlLib", library)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
 
 
 def gpu_line(

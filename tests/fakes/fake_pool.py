@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from gpu_pool.errors import InvalidRequest, JobAlreadyFinished, JobNotFound, ShuttingDown
+from gpu_pool.errors import (
+    GpuNotFound,
+    GpuNotQuarantined,
+    InvalidRequest,
+    JobAlreadyFinished,
+    JobNotFound,
+    ShuttingDown,
+)
 from gpu_pool.messages import TaskEntry
 from gpu_pool.pool import Pool
 from gpu_pool.records import (
     Evaluation,
     Gpu,
     GpuView,
+    HistoryEntry,
     Job,
     JobState,
     ModelArgs,
     ModelSpec,
     QueueView,
+    WaitingView,
     Worker,
     WorkerState,
     WorkerView,
 )
+from gpu_pool.settings import PoolSettings
 
 SPEC = ModelSpec(kind="hf", args=ModelArgs(pretrained="/models/tiny"), fingerprint="ab" * 32)
 TASKS = (
@@ -41,8 +51,12 @@ class FakePool(Pool):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.settings = PoolSettings(data_dir=folder, max_gpus=2)  # its response cache is a real one
         self.running = False
+        self._quarantined = True
         self._jobs: dict[str, Job] = {}
+        self._history: dict[str, list[HistoryEntry]] = {}
+        self._trouble: str | None = None
 
     async def start(self) -> None:
         self.running = True
@@ -55,8 +69,13 @@ class FakePool(Pool):
             raise ShuttingDown
         if unknown := [task for task in evaluation.tasks if task == "arc_esy"]:
             raise InvalidRequest(f"tasks[{evaluation.tasks.index(unknown[0])}]", "no such task", choices=["arc_easy"])
+        if key := evaluation.idempotency_key:
+            for earlier in self._jobs.values():
+                if earlier.evaluation.idempotency_key == key:
+                    return await self._same(earlier, evaluation)
         job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
         self._jobs[job.id] = job
+        self._history[job.id] = [_entry("submitted", job)]
         return job
 
     async def cancel(self, job_id: str) -> Job:
@@ -71,13 +90,24 @@ class FakePool(Pool):
             raise JobNotFound(job_id)
         return self._jobs[job_id]
 
-    async def jobs(self, state: Collection[JobState] | None, limit: int, before: str | None) -> list[Job]:
+    async def history(self, job_id: str) -> Sequence[HistoryEntry]:
+        await self.job(job_id)
+        return self._history[job_id]
+
+    @property
+    def trouble(self) -> str | None:
+        return self._trouble
+
+    async def jobs(
+        self, state: Collection[JobState] | None, limit: int, before: str | None, tags: Sequence[str] = ()
+    ) -> list[Job]:
         newest_first = list(reversed(self._jobs.values()))
         if before is not None:
             if before not in self._jobs:
                 raise InvalidRequest("cursor", "no such job")
             newest_first = newest_first[newest_first.index(self._jobs[before]) + 1 :]
-        return [job for job in newest_first if state is None or job.state in state][:limit]
+        found = [job for job in newest_first if state is None or job.state in state]
+        return [job for job in found if set(tags) <= set(job.evaluation.tags)][:limit]
 
     def queue_position(self, job_id: str) -> int | None:
         queued = self._ids(JobState.QUEUED)
@@ -92,6 +122,16 @@ class FakePool(Pool):
             cancelled=len(self._ids(JobState.CANCELLED)),
         )
 
+    def queue_size(self) -> int:
+        return len(self._ids(JobState.QUEUED))
+
+    def waiting(self, limit: int) -> list[WaitingView]:
+        queued = self._ids(JobState.QUEUED)[:limit]
+        return [
+            WaitingView(job_id=job_id, needs="1 GPU", reason="none is free", starts_in=float(position))
+            for position, job_id in enumerate(queued)
+        ]
+
     def eta_seconds(self, job_id: str) -> float | None:
         return 12.5 if self._jobs[job_id].state is JobState.RUNNING else None
 
@@ -100,7 +140,24 @@ class FakePool(Pool):
         return [WorkerView(worker=worker, pid=123, description="Llama", memory_bytes=1 << 30)]
 
     async def gpus(self) -> list[GpuView]:
-        return [GpuView(gpu=GPU, worker_id=None, free=True, reason=None)]
+        return [GpuView(gpu=GPU, worker_id=None, free=True, reason=None), self._second_gpu()]
+
+    def gpu_problem(self) -> str | None:
+        return None
+
+    async def release_gpu(self, uuid: str) -> GpuView:
+        """GPU-2 is quarantined until then."""
+        if uuid not in ("GPU-1", "GPU-2"):
+            raise GpuNotFound(uuid, ["GPU-1", "GPU-2"])
+        if uuid == "GPU-1" or not self._quarantined:
+            raise GpuNotQuarantined(f"GPU {uuid} is not quarantined: there is nothing to release")
+        self._quarantined = False
+        return self._second_gpu()
+
+    def _second_gpu(self) -> GpuView:
+        gpu = msgspec.structs.replace(GPU, uuid="GPU-2", index="1", visible_device="1")
+        reason = "It is quarantined: its memory is not back." if self._quarantined else None
+        return GpuView(gpu=gpu, worker_id=None, free=reason is None, reason=reason, quarantined=self._quarantined)
 
     async def catalogue(self) -> tuple[TaskEntry, ...]:
         return TASKS
@@ -112,8 +169,16 @@ class FakePool(Pool):
         """What happens to a job elsewhere; a result brings its scores and samples."""
         if result := changes.get("result"):
             changes = {"metrics": result.metrics, "samples": result.samples} | changes
-        self._jobs[job_id] = msgspec.structs.replace(self._jobs[job_id], **changes)
-        return self._jobs[job_id]
+        before, after = self._jobs[job_id], msgspec.structs.replace(self._jobs[job_id], **changes)
+        self._jobs[job_id] = after
+        if after.state is not before.state:
+            event = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}.get(after.state, after.state.value)
+            self._history[job_id].append(_entry(event, after))
+        return after
 
     def _ids(self, *states: JobState) -> tuple[str, ...]:
         return tuple(job.id for job in self._jobs.values() if job.state in states)
+
+
+def _entry(event: str, job: Job) -> HistoryEntry:
+    return HistoryEntry(at=datetime.now(UTC), event=event, state=job.state, attempt=job.attempt, cause=job.error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,14 +21,14 @@ def answer(worker: FakeWorker, chunk: Chunk) -> msg.Message:
     """The honest answer."""
     worker.chunks.append(chunk)
     if isinstance(chunk, msg.LoglikelihoodChunk):
-        scores = tuple((-score(context + continuation), False) for context, continuation in chunk.requests)
+        scores = tuple((-score(tokens), False) for tokens in chunk.sequences.unpack())
         return msg.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=scores, seconds=0.001)
     seeds = chunk.seeds or (0,) * len(chunk.prompts)
-    texts = tuple(f"{score(tokens)} {seed}" for tokens, seed in zip(chunk.prompts, seeds, strict=True))
+    texts = tuple(f"{score(tokens)} {seed}" for tokens, seed in zip(chunk.prompts.unpack(), seeds, strict=True))
     return msg.GenerationDone(chunk_id=chunk.chunk_id, texts=texts, seconds=0.001)
 
 
-def score(tokens: tuple[int, ...]) -> float:
+def score(tokens: Iterable[int]) -> float:
     """Some number that depends on every token."""
     return sum((i % 7 + 1) * token for i, token in enumerate(tokens)) / 100
 
@@ -67,14 +67,45 @@ class FakeWorker:
                 prefix_token_id=0,
                 dtype="float32",
                 attn_implementation="none",
+                route="plain",
+                route_reason="it has no model",
             )
             connection.send_bytes(msg.encode(welcome))
-            while reply := self._behaviour(self, msg.decode_to_worker_data(connection.recv_bytes())):
+            while True:
+                chunk = msg.decode_to_worker_data(connection.recv_bytes())
+                assert not isinstance(chunk, msg.Hello)
+                connection.send_bytes(msg.encode(msg.ChunkBegun(chunk_id=chunk.chunk_id)))
+                if (reply := self._behaviour(self, chunk)) is None:
+                    return
                 connection.send_bytes(msg.encode(reply))
 
 
 def unanswered(_: FakeWorker, chunk: Chunk) -> None:
     """Die with the first chunk."""
+
+
+def poisoned(*tokens: int) -> Behaviour:
+    """Die with any sequence that holds one of these."""
+
+    def behave(worker: FakeWorker, chunk: Chunk) -> msg.Message | None:
+        return None if _holds(chunk, tokens) else answer(worker, chunk)
+
+    return behave
+
+
+def failing_on(*tokens: int) -> Behaviour:
+    """Fail, politely, on any sequence that holds one of these."""
+
+    def behave(worker: FakeWorker, chunk: Chunk) -> msg.Message:
+        failed = msg.ChunkFailed(chunk_id=chunk.chunk_id, error="ValueError: no such word")
+        return failed if _holds(chunk, tokens) else answer(worker, chunk)
+
+    return behave
+
+
+def _holds(chunk: Chunk, tokens: Collection[int]) -> bool:
+    sequences = chunk.sequences if isinstance(chunk, msg.LoglikelihoodChunk) else chunk.prompts
+    return any(token in tokens for some in sequences.unpack() for token in some)
 
 
 def silent(_: FakeWorker, chunk: Chunk) -> None:

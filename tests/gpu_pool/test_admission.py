@@ -43,12 +43,19 @@ class OneTask:
 async def box(folder: Path, gpus: int = 0, cpu_workers: int = 2) -> Admission:
     settings = PoolSettings(data_dir=folder / "data", cpu_workers=cpu_workers, output_roots=(folder / "allowed",))
     leases = Leases(settings, Gpus(gpus))
-    await leases.look(())
+    await leases.look()
     return Admission(settings, cast(Desk, OneTask()), leases)
 
 
 def evaluation(**fields: object) -> Evaluation:
     return msgspec.structs.replace(Evaluation(model="hf", tasks=("arc_easy",)), **fields)
+
+
+async def test_a_job_from_before_makes_do_with_what_is_left(tmp_path: Path) -> None:
+    admission = await box(tmp_path, 1)
+    with pytest.raises(InvalidRequest):
+        admission.place(evaluation(num_gpus=4))
+    assert admission.place(evaluation(num_gpus=4), is_admitted=True) == Placement(device="cuda", max_replicas=1)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,7 @@ def evaluation(**fields: object) -> Evaluation:
         (2, {"device": "cpu"}, Placement(device="cpu", max_replicas=1)),
         (2, {"device": "cuda", "num_gpus": 2}, Placement(device="cuda", max_replicas=2)),
         (2, {"device": "cuda:1"}, Placement(device="cuda", max_replicas=1, slot_index="1")),
+        (2, {"device": "GPU-1"}, Placement(device="cuda", max_replicas=1, slot_id="GPU-1")),
     ],
 )
 async def test_where_a_job_may_run(tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement) -> None:

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import fake_children
+import msgspec
 import pytest
 
-from gpu_pool.cache import ResponseCache, answer_key
+from gpu_pool import cache_file
+from gpu_pool.cache import CachedModel, ResponseCache, answer_key
+from gpu_pool.cache_upkeep import cache_use, prune
 
 
 @pytest.fixture
@@ -52,6 +56,20 @@ def test_two_processes_write_at_once(cache: ResponseCache, path: Path) -> None:
     assert len(cache.lookup([f"{name}{i}".encode() for name in ("a", "b", "shared") for i in range(200)])) == 600
 
 
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    paths = [tmp_path / f"{i}.sqlite" for i in range(100)]
+    names, start = "abcd", context.Barrier(4)
+    writers = [context.Process(target=fake_children.write_to_new_files, args=(paths, name, start)) for name in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    for path in paths:
+        with closing(ResponseCache(path)) as cache:
+            assert cache.lookup([name.encode() for name in names]) == {name.encode(): name for name in names}
+
+
 def test_a_corrupt_file_is_moved_aside(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no database, not at all" * 100)
@@ -89,3 +107,130 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_not_the_job(tmp_path: P
     with closing(ResponseCache(tmp_path / "cache" / "responses.sqlite")) as cache:
         cache.store({b"a": "text"})
         assert cache.lookup([b"a"]) == {}
+
+
+# ---------------------------------------------------------------- claims
+
+
+def test_what_one_has_claimed_another_does_not_get(cache: ResponseCache, path: Path) -> None:
+    cache.store({b"known": "text"})
+    with closing(ResponseCache(path)) as other:
+        assert cache.reserve([b"known", b"a", b"b"]) == ({b"known": "text"}, set())
+        assert cache.reserve([b"a"]) == ({}, set())  # one's own claim is no obstacle
+        assert other.reserve([b"a", b"c"]) == ({}, {b"a"})
+        assert other.unclaimed([b"a", b"b", b"c", b"d"]) == {b"c", b"d"}
+        cache.store({b"a": "answer"})
+        cache.release([b"b", b"c"])  # c is the other one's
+        assert other.reserve([b"a", b"b"]) == ({b"a": "answer"}, set())
+        assert cache.reserve([b"b", b"c"]) == ({}, {b"b", b"c"})
+        other.leave(CachedModel("f", "name"), 0)
+        assert cache.reserve([b"b", b"c"]) == ({}, set())
+
+
+def test_claims_of_a_dead_process_are_void(cache: ResponseCache, path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=fake_children.claim_and_die, args=(path, [b"a", b"b"])
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM claims").fetchone() == (2,)
+    assert cache.unclaimed([b"a"]) == {b"a"}
+    assert cache.reserve([b"a"]) == ({}, set())
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_the_file_stays_within_its_bound_and_the_least_recently_used_goes(path: Path) -> None:
+    limit = 2 * 1024**2
+    with closing(ResponseCache(path, limit)) as cache:
+        cache.store({b"kept": "x", b"old": "x"}, CachedModel("old", "old"))
+        for i in range(40):
+            cache.store({b"%d-%d" % (i, j): "x" * 1000 for j in range(100)}, CachedModel(f"model {i}", ""))
+        assert cache.lookup([b"kept"]) == {}
+        assert len(cache.lookup([b"39-%d" % j for j in range(100)])) == 100
+        use = cache_use(path, limit)
+    assert path.stat().st_size <= 1.05 * limit  # and what the last batch needed
+    assert 500 <= use.entries < 4000
+    assert use.file_bytes >= path.stat().st_size
+
+
+def test_use_today_protects_what_is_old(path: Path) -> None:
+    with closing(ResponseCache(path)) as cache:
+        cache.store({b"used": "text"}, CachedModel("a", ""))
+        cache.store({b"unused": "text"}, CachedModel("b", ""))
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE batches SET day = day - 10")
+        assert cache.lookup([b"used"]) == {b"used": "text"}
+        assert prune(path, 10**9, older_than_days=5).entries == 1
+        assert cache.lookup([b"used", b"unused"]) == {b"used": "text"}
+
+
+def test_pruning_gives_space_back(path: Path) -> None:
+    with closing(ResponseCache(path)) as cache:
+        for model in ("a", "b"):
+            answers = {answer_key(model.encode(), b"%d" % i): "x" * 500 for i in range(5000)}
+            cache.store(answers, CachedModel(model, f"/models/{model}"))
+        cache.leave(CachedModel("b", "/models/b"), 7)
+        assert prune(path, 10**9).entries == 0
+        before = cache_use(path, 10**9).file_bytes
+        pruned = prune(path, 10**9, models=["a"])
+        assert pruned.entries == 5000
+        assert pruned.freed_bytes > 0.4 * before
+        assert path.stat().st_size < 0.6 * before
+        [model] = cache_use(path, 10**9).models
+        assert (model.fingerprint, model.name, model.entries, model.hits) == ("b", "/models/b", 5000, 7)
+        assert len(cache.lookup(list(answers))) == 5000
+        assert prune(path, 10**9).entries == 0
+        assert prune(path, 10**9, older_than_days=0).entries == 5000
+
+
+def test_an_older_file_is_taken_over(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE responses (key BLOB PRIMARY KEY, answer BLOB NOT NULL) WITHOUT ROWID")
+        rows = [(b"%d" % i, msgspec.msgpack.encode(f"text {i}")) for i in range(3000)]
+        connection.executemany("INSERT INTO responses VALUES (?, ?)", rows)
+    with closing(ResponseCache(path)) as cache:
+        assert len(cache.lookup([key for key, _ in rows])) == 3000
+        assert cache.lookup([b"7"]) == {b"7": "text 7"}
+        cache.store({b"new": "text"})
+        assert cache_use(path, 10**9).entries == 3001
+        assert prune(path, 10**9, older_than_days=0).entries == 3001
+
+
+# ---------------------------------------------------------------- trouble
+
+
+def test_a_lock_that_is_not_let_go_is_waited_for_once(
+    cache: ResponseCache, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_file, "PATIENCE_S", 0.5)
+    waits: list[float] = []
+    cache.store({b"before": "text"})
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        for i in range(20):
+            start = time.monotonic()
+            cache.store({b"%d" % i: "text"})
+            waits.append(time.monotonic() - start)
+        assert cache.lookup([b"before"]) == {b"before": "text"}
+        assert cache.reserve([b"x"]) == ({}, set())
+        holder.execute("ROLLBACK")
+    assert waits[0] >= 0.5
+    assert min(waits[1:]) < 0.5
+    assert caplog.text.count("could not be written") == 1
+    cache.store({b"after": "text"})
+    assert len(cache.lookup([b"%d" % i for i in range(20)])) == 20  # what could not be written came with it
+
+
+def test_a_full_disk_costs_the_cache_not_the_job(path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=fake_children.fill_small_disk, args=(path, 400_000))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    with closing(ResponseCache(path)) as cache:  # what was written before is sound
+        assert cache.lookup([b"0"]) == {b"0": "x" * 10_000}

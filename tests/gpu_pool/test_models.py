@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpu_pool.checkpoints import CAUSAL_MULTIMODAL_TYPES, check_config
+from gpu_pool.checkpoints import CAUSAL_MULTIMODAL_TYPES, ENCODER_DECODER_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.models import model_kinds, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
@@ -95,6 +95,9 @@ def test_a_kind_without_a_model_is_refused(pretrained: str | None) -> None:
         ("prefix_token_id", -1),
         ("chat_template_args", []),
         ("trust_remote_code", True),
+        ("load_in_8bit", "true"),
+        ("bnb_4bit_quant_type", "nf4"),
+        ("backend", "causal"),
         ("peft", "/no/such/adapter"),
         ("tokenizer", "/no/such/tokenizer"),
         ("subfolder", "nowhere"),
@@ -133,6 +136,26 @@ def test_attention_that_needs_a_package(checkpoint: Path, attention: str, monkey
     assert "not installed" in refused(str(checkpoint), {"attn_implementation": attention}).problem
     monkeypatch.setattr("gpu_pool.models.find_spec", lambda name: object())
     assert resolve(str(checkpoint), {"attn_implementation": attention}).attn_implementation == attention
+
+
+def test_quantised_weights_need_their_package(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"quant_method": "gptq", "bits": 4}
+    quantised = str(write_checkpoint(tmp_path / "quantised", {**LLAMA, "quantization_config": method}))
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "half"}
+    monkeypatch.setattr("gpu_pool.quantization.find_spec", lambda name: None)
+    assert "(optimum, gptqmodel)" in refused(quantised).problem
+    assert "(bitsandbytes)" in refused(str(checkpoint), four).problem
+    monkeypatch.setattr("gpu_pool.quantization.find_spec", lambda name: object())
+    assert resolve(quantised).pretrained == quantised
+    assert refused(quantised, four).field == "model_args.load_in_4bit"
+    expected = ModelArgs(pretrained=str(checkpoint), load_in_4bit=True, bnb_4bit_compute_dtype="float16")
+    assert resolve(str(checkpoint), four) == expected
+
+
+def test_an_encoder_decoder_is_accepted(tiny_t5: Path) -> None:
+    assert resolve(str(tiny_t5)).pretrained == str(tiny_t5)
 
 
 def test_an_adapter_is_no_model_and_a_model_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
@@ -181,9 +204,13 @@ def test_a_model_in_a_subfolder(tmp_path: Path) -> None:
         {"architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "modeling.X"}},
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}},
         {"architectures": ["SomethingNewForGeneration"]},
+        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
+        {"architectures": ["T5WithLMHeadModel"], "model_type": "t5", "is_encoder_decoder": True},
+        {"architectures": ["BartModel"], "model_type": "bart", "is_encoder_decoder": True},
+        {"architectures": ["MarianMTModel"], "model_type": "marian", "is_encoder_decoder": True},
     ],
 )
-def test_causal_language_models_are_accepted(config: dict[str, Any]) -> None:
+def test_language_models_are_accepted(config: dict[str, Any]) -> None:
     check_config(config, "model")
 
 
@@ -193,7 +220,9 @@ def test_causal_language_models_are_accepted(config: dict[str, Any]) -> None:
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "no causal language model"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
         ({"architectures": ["MistralModel"]}, "no causal language model"),
-        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"architectures": ["WhisperX"], "model_type": "whisper", "is_encoder_decoder": True}, "those that are: bart"),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "no language model"),
+        ({"architectures": ["BartForSequenceClassification"], "model_type": "bart"}, "no language model"),
         ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}, "not served yet"),
         ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "not served yet"),
     ],
@@ -209,6 +238,15 @@ def test_multimodal_types_are_those_that_transformers_loads_as_causal() -> None:
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     assert set(causal) >= CAUSAL_MULTIMODAL_TYPES
     assert set(causal) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= CAUSAL_MULTIMODAL_TYPES
+
+
+def test_encoder_decoder_types_are_those_that_transformers_loads_and_that_read_text() -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    known = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    reading = {name for name in known if name == "encoder-decoder" or AutoConfig.for_model(name).is_encoder_decoder}
+    assert reading == ENCODER_DECODER_TYPES
 
 
 def test_local_models_need_no_hub(checkpoint: Path) -> None:

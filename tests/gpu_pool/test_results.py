@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,28 @@ def test_jobs_in_one_folder_have_files_of_their_own(tmp_path: Path) -> None:
     assert set(tmp_path.rglob("*.*")) == paths  # no temporary file stays
 
 
+KILLED_ATTEMPT = """
+import os, sys
+from datetime import datetime
+from pathlib import Path
+from gpu_pool.results import ResultFiles
+
+files = ResultFiles(Path(sys.argv[1]), "m", datetime.fromisoformat(sys.argv[2]))
+files.write_results({"attempt": 1})
+files.write_samples("task", (os.kill(os.getpid(), 9) for _ in range(1)))
+"""
+
+
+def test_an_attempt_replaces_what_the_one_before_it_left(tmp_path: Path) -> None:
+    submitted_at = datetime(2026, 11, 24, 20, 15, 0, 5, tzinfo=UTC)
+    subprocess.run([sys.executable, "-c", KILLED_ATTEMPT, tmp_path, submitted_at.isoformat()], check=False)
+    assert len(list(tmp_path.rglob("*.*"))) == 2  # its results and the beginning of its samples
+    files = ResultFiles(tmp_path, "m", submitted_at)
+    results, samples = files.write_results({"attempt": 2}), files.write_samples("task", [SAMPLE])
+    assert set(tmp_path.rglob("*.*")) == {results, samples}
+    assert json.loads(results.read_text()) == {"attempt": 2}
+
+
 def test_samples_are_what_lm_eval_writes(tmp_path: Path) -> None:
     path = ResultFiles(tmp_path, "m").write_samples("task", [SAMPLE])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
@@ -65,6 +90,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         files.write_samples("task", broken())
     except RuntimeError:
         assert path.read_bytes() == before
+        assert list(tmp_path.rglob("*.*")) == [path]
 
 
 def test_plain_metrics() -> None:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from fake_pool import FakePool
 from live_server import live_server
 
+from gpu_pool.cache import CachedModel, ResponseCache, cache_path
 from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
 from server import cli
 
@@ -129,6 +131,14 @@ def test_cancel(run: Run, pool: FakePool) -> None:
     assert pool._jobs[job_id].state is JobState.CANCELLED
     again = run("cancel", job_id)
     assert (again.returncode, again.stderr) == (1, "error: Job already finished or cancelled\n")
+
+
+def test_the_cache_is_shown_and_pruned(run: Run, pool: FakePool) -> None:
+    with closing(ResponseCache(cache_path(pool.folder))) as cache:
+        cache.store({b"a": "text"}, CachedModel("ab" * 32, "/models/one"))
+    assert "/models/one" in run("cache", "stats").stdout
+    assert run("cache", "prune", "--older-than-days", "0").stdout.startswith("1 answers deleted")
+    assert json.loads(run("cache", "stats", "--json").stdout)["entries"] == 0
 
 
 def test_an_error_is_one_line_with_the_field(run: Run) -> None:

@@ -212,6 +212,7 @@ async def test_every_field_reaches_the_pool(api: Any, fake_pool: FakePool):
         "predict_only": True,
         "num_gpus": 2,
         "output_dir": "/out",
+        "deterministic": True,
         "use_cache": False,
         "apply_chat_template": "tool_use",
         "system_instruction": "Be brief.",
@@ -221,9 +222,15 @@ async def test_every_field_reaches_the_pool(api: Any, fake_pool: FakePool):
         "torch_random_seed": 2,
         "fewshot_random_seed": 3,
         "bootstrap_iters": 10,
+        "priority": -3,
+        "timeout_s": 60.5,
+        "max_retries": 1,
+        "max_error_share": 0.25,
+        "tags": ["nightly", "run=7"],
+        "idempotency_key": "step 100",
     }
     evaluation = await _evaluation(api, fake_pool, **fields)
-    assert evaluation == Evaluation(**{**fields, "tasks": ("piqa", "mmlu")})
+    assert evaluation == Evaluation(**{**fields, "tasks": ("piqa", "mmlu"), "tags": ("nightly", "run=7")})
     assert set(fields) == set(Evaluation.__struct_fields__)
 
 

@@ -51,7 +51,7 @@ async def test_a_queued_job(api: Any):
 async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
     job_id = await submit(api)
     progress = Progress(
-        phase=Phase.EVALUATING, tasks={"piqa": TaskProgress(done=3, total=8)}, cached=1, workers={"w1": 2}
+        phase=Phase.EVALUATING, tasks={"piqa": TaskProgress(done=3, total=8, errored=1)}, cached=1, workers={"w1": 2}
     )
     fake_pool.change(
         job_id, state=JobState.RUNNING, started_at=datetime.now(UTC), progress=progress, model=SPEC, attempt=1
@@ -63,7 +63,8 @@ async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
         "done": 3,
         "total": 8,
         "cached": 1,
-        "tasks": {"piqa": {"done": 3, "total": 8}},
+        "errored": 1,
+        "tasks": {"piqa": {"done": 3, "total": 8, "errored": 1}},
         "workers": {"w1": 2},
         "eta_seconds": 12.5,
     }
@@ -80,6 +81,16 @@ async def test_a_completed_job_has_files_and_scores(api: Any, fake_pool: FakePoo
     assert job["status"] == "completed"
     assert job["result"] == {"tiny": {"results": "/r.json", "samples": ["/s.jsonl"]}}
     assert job["metrics"] == {"piqa": {"acc,none": 0.5, "acc_stderr,none": None}}
+
+
+async def test_an_ended_job_shows_the_same_in_every_list_until_it_changes(api: Any, fake_pool: FakePool):
+    job_id = await submit(api)
+    fake_pool.change(job_id, state=JobState.FAILED, error="first")
+    for error in ("first", "first", "second"):
+        fake_pool.change(job_id, error=error)
+        [listed] = (await api.get("/jobs")).json()["jobs"]
+        assert listed == (await api.get(f"/jobs/{job_id}")).json()
+        assert listed["error"] == error
 
 
 async def test_no_samples_no_paths(api: Any, fake_pool: FakePool):
@@ -172,6 +183,23 @@ async def test_sample_pages(api: Any, fake_pool: FakePool):
     assert page["samples"] == [{"doc_id": 5, "acc": None}, {"doc_id": 6, "acc": None}]
     beyond = (await api.get(f"/jobs/{job_id}/samples", params={"offset": 100})).json()
     assert (beyond["samples"], beyond["total"]) == ([], 7)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('{"x": [1.0, "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]}', [1.0, "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]),
+        ('{"x": [NaN, -Infinity, 1e400]}', [None, None, None]),
+        (r'{"x": "half a character: \ud83d"}', "half a character: ?"),
+        (r'{"x": "a whole one: \ud83d\ude00"}', "a whole one: \N{GRINNING FACE}"),
+    ],
+)
+async def test_samples_beyond_json_are_shown(api: Any, fake_pool: FakePool, line: str, shown: object):
+    job_id = await with_samples(api, fake_pool, ["piqa"], 1)
+    (fake_pool.folder / "piqa.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    response = await api.get(f"/jobs/{job_id}/samples")
+    assert response.status_code == 200
+    assert response.json()["samples"] == [{"x": shown}]
 
 
 @pytest.mark.parametrize("query", ["", "?task=nope"])

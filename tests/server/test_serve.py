@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
+from evalpool_server import failing_serve
 
 from server.serve import _listen
-
-ROOT = Path(__file__).parents[2]
-
-
-def failing_serve(*arguments: object) -> str:
-    """What `evalpool serve` says when it cannot start."""
-    command = [sys.executable, "-m", "server", "serve", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode not in (0, None)
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 def test_it_says_where_and_stops_politely(serve: Any):

@@ -21,7 +21,12 @@ async def test_queue_and_health_agree(api: Any, fake_pool: FakePool):
     fake_pool.change(first, state=JobState.RUNNING)
     fake_pool.change(second, state=JobState.COMPLETED)
     await api.delete(f"/jobs/{third}")
-    assert (await api.get("/queue")).json() == {
+    queue = (await api.get("/queue")).json()
+    (wait,) = queue.pop("waiting")
+    assert (wait["job_id"], wait["needs"], wait["reason"]) == (fourth, "1 GPU", "none is free")
+    assert datetime.fromisoformat(wait["expected_start"]).tzinfo is not None
+    assert (await api.get("/queue?explain=0")).json()["waiting"] == []
+    assert queue == {
         "queue_size": 1,
         "running_job": first,
         "queued_jobs": [fourth],
@@ -32,7 +37,7 @@ async def test_queue_and_health_agree(api: Any, fake_pool: FakePool):
     }
     health = (await api.get("/health")).json()
     assert (list(health), health["status"], health["queue_size"]) == (
-        ["status", "timestamp", "queue_size"],
+        ["status", "timestamp", "queue_size", "trouble"],
         "healthy",
         1,
     )
@@ -51,6 +56,20 @@ async def test_box(api: Any):
     assert (gpu["uuid"], gpu["free"], gpu["worker_id"], gpu["reason"]) == ("GPU-1", True, None, None)
     worker = (await api.get("/workers")).json()["workers"][0]
     assert (worker["worker_id"], worker["state"], worker["pid"], worker["jobs"]) == ("w1", "busy", 123, ["j"])
+
+
+async def test_a_quarantined_gpu_is_released_once(api: Any):
+    shown = (await api.get("/gpus")).json()
+    assert (shown["held"], shown["max_gpus"], shown["problem"]) == (0, 2, None)
+    assert [gpu["quarantined"] for gpu in shown["gpus"]] == [False, True]
+    released = await api.post("/gpus/GPU-2/release")
+    assert (released.status_code, released.json()["free"], released.json()["quarantined"]) == (200, True, False)
+    again = await api.post("/gpus/GPU-2/release")
+    assert again.status_code == 409
+    assert "not quarantined" in again.json()["detail"]
+    unknown = await api.post("/gpus/GPU-9/release")
+    assert unknown.status_code == 404
+    assert unknown.json()["detail"] == "There is no GPU GPU-9; there are GPU-1, GPU-2"
 
 
 @pytest.mark.parametrize(

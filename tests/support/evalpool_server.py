@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-import httpx
+from local_server import PROGRAM, evalpool_command, start
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 60.0  # a server answers in about one; a loaded machine may be slow
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 STOP_SECONDS = 15.0  # SIGTERM to exit, as the design promises it
 
 
@@ -51,6 +51,11 @@ class Server(NamedTuple):
         self.process.wait()
         self._await_end(started)
 
+    def bury(self) -> None:
+        """Wait for a server that has been killed; asserts that nothing that it started outlives it."""
+        self.process.wait(STOP_SECONDS)
+        self._await_end(self.processes())
+
     def _await_end(self, pids: list[int]) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         for pid in pids:
@@ -68,50 +73,37 @@ def _mentions(environ: Path, token: str) -> bool:
         return False
 
 
+def failing_serve(*arguments: object) -> str:
+    """What `evalpool serve` says when it cannot start."""
+    command = [sys.executable, "-m", "server", "serve", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 Serve = Callable[..., Server]
 
 
 @contextmanager
-def run_server(data_dir: Path, *arguments: object) -> Generator[Server]:
-    """A real server on a free loopback port, for as long as the context lasts."""
+def run_server(
+    data_dir: Path, *arguments: object, program: Sequence[object] = PROGRAM, variables: Mapping[str, str] = NO_VARIABLES
+) -> Generator[Server]:
+    """A real server on a free loopback port, for as long as the context lasts.
+
+    `program` are the words before `serve` on its command line; `variables` are added to its environment.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
-    log = data_dir.with_name(f"{data_dir.name}.log")
-    port, token = free_port(), uuid.uuid4().hex
-    command = [sys.executable, "-m", "server", "serve", "--port", port, "--data-dir", data_dir, *arguments]
+    log, token = data_dir.with_name(f"{data_dir.name}.log"), uuid.uuid4().hex
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EVALPOOL_")}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env={**environ, "STARTED_BY_TEST": token},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    server = Server(f"http://127.0.0.1:{port}", data_dir, process, log, token)
+    command = evalpool_command(data_dir, *arguments, program=program)
+    started = start(command, log, cwd=ROOT, env={**environ, **variables, "STARTED_BY_TEST": token})
+    server = Server(started.url, data_dir, started.process, log, token)
     try:
-        _await_health(server)
         yield server
-        if process.poll() is None:
+        if server.process.poll() is None:
             server.stop()
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def _await_health(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.process.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health").status_code == httpx.codes.OK:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"the server did not start:\n{server.log.read_text()}")
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()

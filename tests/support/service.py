@@ -6,7 +6,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,7 +27,6 @@ dataset_kwargs:
 test_split: test
 """
 CHOICE = """
-task: quick_choice
 output_type: multiple_choice
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_choice: ["yes", "no"]
@@ -36,7 +35,6 @@ metric_list:
   - metric: acc
 """
 STORY = """
-task: long_story
 output_type: generate_until
 doc_to_text: "Tell me: {{question}}"
 doc_to_target: "x"
@@ -51,12 +49,17 @@ metric_list:
 
 def write_tasks(folder: Path) -> Path:
     """`quick_choice`: as many requests as twice the limit, each a moment. `long_story`: its limit sets the seconds."""
+    return write_task_files(folder, {"quick_choice": CHOICE, "long_story": STORY}, DOCUMENTS)
+
+
+def write_task_files(folder: Path, bodies: Mapping[str, str], documents: int) -> Path:
+    """Tasks of these names and YAML bodies on questions of our own: fields `question`, and `gold`, which is 0 or 1."""
     folder.mkdir(exist_ok=True)
     data = folder / "questions.jsonl"
-    rows = ({"question": f"is {number} a lucky number?", "gold": number % 2} for number in range(DOCUMENTS))
+    rows = ({"question": f"is {number} a lucky number?", "gold": number % 2} for number in range(documents))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("quick_choice", CHOICE), ("long_story", STORY)):
-        (folder / f"{name}.yaml").write_text(text + COMMON.format(data=data))
+    for name, body in bodies.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}{body}{COMMON.format(data=data)}")
     return folder
 
 

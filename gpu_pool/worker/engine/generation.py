@@ -4,164 +4,178 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
+import msgspec
 import torch
-import transformers
 
 from gpu_pool.messages import GenerationChunk, GenerationOptions
-from gpu_pool.worker.engine.batching import greedy_batches, run_halving
-from gpu_pool.worker.engine.loading import LoadedModel
-from gpu_pool.worker.engine.padding import Company, pad_left
-from gpu_pool.worker.engine.sampling import seeded_sampling
-from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
+from gpu_pool.worker.engine import plain_generation, tree_generation
+from gpu_pool.worker.engine.choosing import Chooser, make_chooser
+from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-_COUNT_PADDING = (
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "sequence_bias",
-)
-"""Options under which transformers looks at padding as if it were text: then only equal lengths share a batch."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One row to be generated."""
-
-    index: int
-    tokens: tuple[int, ...]
-    seed: int
+Texts = tuple[int, tuple[str, ...]]
+"""(chunk_id, texts in request order)."""
 
 
 def generate(loaded: LoadedModel, chunk: GenerationChunk, should_stop: Callable[[], bool]) -> tuple[str, ...]:
-    """Texts in request order; `should_stop` is asked at every token.
+    """The texts of one chunk alone; as `generate_chunks`."""
+    [(_, texts)] = generate_chunks(loaded, chunk, should_stop, lambda: None)
+    return texts
+
+
+def generate_chunks(
+    loaded: LoadedModel,
+    chunk: GenerationChunk,
+    should_stop: Callable[[], bool],
+    take_alike: Callable[[], GenerationChunk | None],
+) -> Iterator[Texts]:
+    """Each chunk's texts, as it ends: of `chunk` and of those that join it.
+
+    `should_stop` is asked at every token. `take_alike` is asked for a chunk with the options of `chunk` whenever there
+    is room for more prompts.
 
     Raises:
         Cancelled: `should_stop` said so.
         ValueError: a request that cannot be continued, or options that transformers refuses.
     """
-    loaded.check_tokens(chunk.prompts)
-    prompts = _plan_prompts(loaded, chunk)
-    texts: dict[int, str] = {}
+    following: GenerationChunk | None = chunk
+    while following is not None:
+        sequences = _check(loaded, following)
+        if following.deterministic:
+            following = msgspec.structs.replace(following, batch_size=1)
+        if loaded.is_encoder_decoder:
+            texts = continue_prompts(loaded, sequences, following, should_stop)
+        else:
+            prompts = _plan_prompts(loaded, following, sequences)
+            chooser = make_chooser(loaded.base_model, following.options)
+            along = _along_tree(loaded, prompts, following.options) if chooser else []
+            taken = {prompt.index for prompt in along}
+            others = [prompt for prompt in prompts if prompt.index not in taken]
+            texts = plain_generation.generate_rows(loaded, others, following, should_stop) if others else {}
+            if chooser and along:
+                stream = _Stream(loaded, following, chooser, should_stop, take_alike)
+                yield from stream.run(prompts, texts)
+                following = stream.postponed
+                continue
+        yield following.chunk_id, tuple(texts[index] for index in range(len(sequences)))
+        following = None
 
-    def run(batch: list[Prompt]) -> list[tuple[int, str]]:
-        return _generate_batch(loaded, batch, chunk.options, should_stop)
 
-    for batch in greedy_batches(prompts, _fits(loaded, chunk)):
-        texts.update(run_halving(run, batch))
-    return tuple(texts[index] for index in range(len(prompts)))
+class _Stream:
+    """Chunks that are continued together along the token tree."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        first: GenerationChunk,
+        chooser: Chooser,
+        should_stop: Callable[[], bool],
+        take_alike: Callable[[], GenerationChunk | None],
+    ) -> None:
+        self._loaded = loaded
+        self._first = first
+        self._chooser = chooser
+        self._should_stop = should_stop
+        self._take_alike = take_alike
+        self._prompts: dict[int, list[Prompt]] = {}
+        """Of each chunk on its way."""
+        self._texts: dict[int, dict[int, str]] = {}
+        self._rows = 0
+        self.postponed: GenerationChunk | None = None
+        """One that was taken and could not join."""
+
+    def run(self, prompts: list[Prompt], texts: dict[int, str]) -> Iterator[Texts]:
+        """The first chunk, of which some `texts` may be known, and those that join it.
+
+        With as many rows as memory allows, at most as many as asked for: half as many each time that it does not.
+        """
+        self._add(prompts, texts)
+        most = self._loaded.limits.generated_rows
+        self._rows = min(most, self._first.batch_size or most)
+        while left := self._left():
+            tried = self._loaded.limits.scored_tokens
+            try:
+                yield from self._continue(left)
+                return
+            except torch.OutOfMemoryError:
+                if self._rows == 1 and self._loaded.limits.scored_tokens >= tried:
+                    raise
+            self._loaded.prefix_cache.clear()
+            self._loaded.grid_cache.clear()
+            torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
+            self._rows = max(1, min(self._rows, len(left)) // 2)
+
+    def _continue(self, prompts: Sequence[Prompt]) -> Iterator[Texts]:
+        ended = tree_generation.continue_rows(
+            self._loaded,
+            prompts,
+            self._first.options,
+            self._chooser,
+            self._rows,
+            self._should_stop,
+            self._more,
+            deterministic=self._first.deterministic,
+        )
+        for prompt, text in ended:
+            texts = self._texts[prompt.chunk_id]
+            texts[prompt.index] = text
+            if len(texts) == len(self._prompts[prompt.chunk_id]):
+                del self._prompts[prompt.chunk_id], self._texts[prompt.chunk_id]
+                yield prompt.chunk_id, tuple(texts[index] for index in range(len(texts)))
+
+    def _more(self) -> Sequence[Prompt]:
+        """The prompts of another chunk, if there is one and it can be continued beside the others."""
+        if self.postponed is not None or self._first.deterministic or (chunk := self._take_alike()) is None:
+            return ()
+        self.postponed = chunk
+        try:
+            prompts = _plan_prompts(self._loaded, chunk, _check(self._loaded, chunk))
+        except ValueError:  # it fails alone, when the others have ended
+            return ()
+        if len(_along_tree(self._loaded, prompts, chunk.options)) < len(prompts):
+            return ()
+        self.postponed = None
+        self._add(prompts, {})
+        return prompts
+
+    def _add(self, prompts: list[Prompt], texts: dict[int, str]) -> None:
+        chunk_id = prompts[0].chunk_id
+        self._prompts[chunk_id], self._texts[chunk_id] = prompts, texts
+
+    def _left(self) -> list[Prompt]:
+        """Prompts without a text."""
+        every = chain.from_iterable(self._prompts.values())
+        return [prompt for prompt in every if prompt.index not in self._texts[prompt.chunk_id]]
 
 
-def _plan_prompts(loaded: LoadedModel, chunk: GenerationChunk) -> list[Prompt]:
-    """Rows, longest first, cut on the left so that the new tokens fit; an empty prompt starts from the prefix token."""
+def _check(loaded: LoadedModel, chunk: GenerationChunk) -> list[tuple[int, ...]]:
+    sequences = list(map(tuple, chunk.prompts.unpack()))
+    loaded.check_tokens(sequences)
+    return sequences
+
+
+def _along_tree(loaded: LoadedModel, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Prompt]:
+    return [prompt for prompt in prompts if loaded.goes_along_tree(len(prompt.tokens) + options.max_gen_toks)]
+
+
+def _plan_prompts(loaded: LoadedModel, chunk: GenerationChunk, sequences: Sequence[tuple[int, ...]]) -> list[Prompt]:
+    """Prompts cut on the left so that the new tokens fit; an empty prompt starts from the prefix token."""
     room = loaded.max_length - chunk.options.max_gen_toks
     if room <= 0:
         raise ValueError(
             f"max_gen_toks ({chunk.options.max_gen_toks}) must be less than the context length ({loaded.max_length})"
         )
-    if cut := sum(len(tokens) > room for tokens in chunk.prompts):
+    if cut := sum(len(tokens) > room for tokens in sequences):
         logger.warning("%d prompts are cut on the left to their last %d tokens", cut, room)
-    seeds = chunk.seeds or (0,) * len(chunk.prompts)
-    prompts = [
-        Prompt(index=index, tokens=tokens[-room:] or (loaded.prefix_token_id,), seed=seed)
-        for index, (tokens, seed) in enumerate(zip(chunk.prompts, seeds, strict=True))
-    ]
-    return sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.tokens))
-
-
-def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
-    """Whether one more prompt, none longer than the first, may be generated together with the others."""
-    limits, options = loaded.limits, chunk.options
-    most_rows = chunk.batch_size or limits.generated_rows
-    company = _company(loaded, options)
-
-    def fits(batch: list[Prompt], prompt: Prompt) -> bool:
-        count, width = len(batch) + 1, len(batch[0].tokens)
-        if company is Company.NONE or (company is Company.EQUAL_LENGTH and len(prompt.tokens) != width):
-            return False
-        if count > most_rows:
-            return False
-        held = count * _beams(options) * (width + options.max_gen_toks)
-        return bool(chunk.batch_size) or held <= limits.generated_tokens
-
-    return fits
-
-
-def _company(loaded: LoadedModel, options: GenerationOptions) -> Company:
-    """What both the model and the options allow."""
-    if _beams(options) > 1 and options.do_sample:
-        return Company.NONE  # their draws come from one generator for the whole batch
-    defaults = loaded.model.generation_config
-    if any(options.kwargs.get(name, getattr(defaults, name, None)) for name in _COUNT_PADDING):
-        return Company.NONE if loaded.company is Company.NONE else Company.EQUAL_LENGTH
-    return loaded.company
-
-
-def _beams(options: GenerationOptions) -> int:
-    return int(options.kwargs.get("num_beams") or 1)
-
-
-@torch.inference_mode()
-def _generate_batch(
-    loaded: LoadedModel, batch: list[Prompt], options: GenerationOptions, should_stop: Callable[[], bool]
-) -> list[tuple[int, str]]:
-    """(index, text) of each prompt of one batch."""
-    ids, mask = pad_left([prompt.tokens for prompt in batch], loaded.device)
-    rows, width = ids.shape
-    until = stop_strings(options.until, loaded.tokenizer)
-    stopping = StopAtStrings(loaded.tokenizer, until, (rows, width), should_stop)
-    kwargs = _generate_kwargs(options, width)
-    if kwargs.get("do_sample"):
-        kwargs |= _sampling_kwargs(options, batch)
-    output = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        stopping_criteria=transformers.StoppingCriteriaList([stopping]),
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        use_cache=True,
-        **kwargs,
-    )
-    lengths = stopping.lengths if _beams(options) == 1 else [None] * rows  # a beam's end is its own
-    eos = _eos_ids(loaded.model, kwargs)
+    seeds = chunk.seeds or (0,) * len(sequences)
     return [
-        (
-            prompt.index,
-            finish_text(_until_eos(tokens[width:][:length], eos), loaded.tokenizer, until, loaded.think_end_token),
-        )
-        for prompt, tokens, length in zip(batch, output.tolist(), lengths, strict=True)
+        Prompt(chunk_id=chunk.chunk_id, index=index, tokens=tokens[-room:] or (loaded.prefix_token_id,), seed=seed)
+        for index, (tokens, seed) in enumerate(zip(sequences, seeds, strict=True))
     ]
-
-
-def _generate_kwargs(options: GenerationOptions, width: int) -> dict[str, Any]:
-    """What lm-eval's HF backend passes to generate: no temperature means greedy unless `do_sample` says otherwise."""
-    kwargs: dict[str, Any] = {"temperature": 0.0, "max_length": width + options.max_gen_toks, **options.kwargs}
-    kwargs["do_sample"] = options.do_sample
-    if not options.do_sample and kwargs["temperature"] == 0.0:
-        del kwargs["temperature"]
-    return kwargs
-
-
-def _sampling_kwargs(options: GenerationOptions, batch: list[Prompt]) -> dict[str, Any]:
-    if _beams(options) > 1:
-        torch.manual_seed(batch[0].seed)
-        return {}
-    return {"custom_generate": seeded_sampling([prompt.seed for prompt in batch])}
-
-
-def _eos_ids(model: Any, kwargs: dict[str, Any]) -> set[int]:
-    """The tokens at which generate ends a row."""
-    eos = kwargs.get("eos_token_id", model.generation_config.eos_token_id)
-    return set(eos) if isinstance(eos, list | tuple) else {eos} - {None}
-
-
-def _until_eos(tokens: list[int], eos: set[int]) -> list[int]:
-    """A row without the padding that follows its end."""
-    end = next((index for index, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[: end + 1]

@@ -40,6 +40,10 @@ class Company(enum.Enum):
     EQUAL_LENGTH = "equal length"  # some recurrent models let padding into their state, attention mask or not
     NONE = "none"  # and some mix the rows of a batch up
 
+    def allows(self, width: int, length: int) -> bool:
+        """Whether prompts of these lengths may meet."""
+        return self is Company.ANY_LENGTH or (self is Company.EQUAL_LENGTH and width == length)
+
 
 @torch.inference_mode()
 def probe_company(model: Any) -> Company:

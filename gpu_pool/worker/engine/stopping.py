@@ -23,6 +23,22 @@ def stop_strings(until: Sequence[str], tokenizer: Any) -> list[str]:
     return list(until) if eos in until else [*until, eos]
 
 
+class StopFinder:
+    """Looks for stop strings in the text of a row's last tokens."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
+        self.strings = stop_strings(until, tokenizer)
+        self._tokenizer = tokenizer
+        longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.strings), default=0)
+        self.lookback = longest + _LOOKBACK_MARGIN
+        """Tokens of a row that may hold a stop string which its last one completes."""
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether a stop string stands in the last of a row's new `tokens`."""
+        text = self._tokenizer.decode(tokens[-self.lookback :])
+        return any(stop in text for stop in self.strings)
+
+
 class StopAtStrings(transformers.StoppingCriteria):
     """Ends a row once the text of its last tokens contains a stop string, and everything once it is cancelled."""
 
@@ -30,12 +46,9 @@ class StopAtStrings(transformers.StoppingCriteria):
         self, tokenizer: Any, until: list[str], shape: tuple[int, int], should_stop: Callable[[], bool]
     ) -> None:
         """`shape` is that of the padded prompts: (rows, width)."""
-        self._tokenizer = tokenizer
-        self._until = until
+        self._finder = StopFinder(tokenizer, until)
         self._rows, self._width = shape
         self._should_stop = should_stop
-        longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in until), default=0)
-        self._lookback = longest + _LOOKBACK_MARGIN
         self.lengths: list[int | None] = [None] * self._rows
         """New tokens of each row up to its stop string; None while it has none."""
 
@@ -49,15 +62,11 @@ class StopAtStrings(transformers.StoppingCriteria):
             raise Cancelled
         beams = input_ids.shape[0] // self._rows
         generated = input_ids[::beams, self._width :]
-        for row, tail in enumerate(generated[:, -self._lookback :].tolist()):
-            if self.lengths[row] is None and self._contains_stop(tail):
+        for row, tail in enumerate(generated[:, -self._finder.lookback :].tolist()):
+            if self.lengths[row] is None and self._finder.ends(tail):
                 self.lengths[row] = generated.shape[1]
         done = torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
         return done.repeat_interleave(beams)
-
-    def _contains_stop(self, tail: list[int]) -> bool:
-        text = self._tokenizer.decode(tail)
-        return any(stop in text for stop in self._until)
 
 
 def finish_text(tokens: list[int], tokenizer: Any, until: Sequence[str], think_end_token: str | int | None) -> str:

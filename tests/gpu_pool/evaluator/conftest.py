@@ -80,10 +80,30 @@ GROUP = {
     "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
 }
 
+HELD = """
+task: local_held
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/held.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: !function held.text
+doc_to_target: " yes"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+HELD_CODE = """
+def text(doc):
+    if doc["wait"]:
+        open(doc["wait"]).close()  # a FIFO: returns when another process opens it to write
+    return f"Is {doc['number']} a number?"
+"""
+
 
 @pytest.fixture(scope="session")
 def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An include folder with one task of every kind (TASKS) and a group, over twelve made-up documents."""
+    """An include folder with one task of every kind (TASKS) and a group, over twelve made-up documents.
+
+    And `local_held`, of 100 documents, the last of which cannot be rendered before someone writes to `held.fifo`.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     documents = folder / "documents.jsonl"
     documents.write_text("".join(json.dumps(_document(i)) + "\n" for i in range(12)))
@@ -97,6 +117,11 @@ def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))  # JSON is YAML
     (folder / "local_group.yaml").write_text(json.dumps(GROUP))
+    os.mkfifo(folder / "held.fifo")
+    held = [{"number": i, "wait": str(folder / "held.fifo") if i == 99 else ""} for i in range(100)]
+    (folder / "held.jsonl").write_text("".join(json.dumps(document) + "\n" for document in held))
+    (folder / "local_held.yaml").write_text(HELD.replace("FOLDER", str(folder)))
+    (folder / "held.py").write_text(HELD_CODE)
     return folder
 
 

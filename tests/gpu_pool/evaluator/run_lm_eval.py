@@ -22,7 +22,7 @@ def main(request: dict, folder: Path) -> None:
             model="hf",
             model_args={"pretrained": request["model"], "dtype": "float32"},
             device="cpu",
-            batch_size=4,
+            batch_size=1,  # its batches change what it lets an encoder-decoder generate
             task_manager=manager,
             evaluation_tracker=tracker,
             bootstrap_iters=request["iterations"],

@@ -7,11 +7,22 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from fake_worker import Behaviour, FakeWorker, answer, failing, score, silent, unanswered
+from fake_worker import (
+    Behaviour,
+    Chunk,
+    FakeWorker,
+    answer,
+    failing,
+    failing_on,
+    poisoned,
+    score,
+    silent,
+    unanswered,
+)
 
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.messages import GenerationOptions, LoglikelihoodDone
+from gpu_pool.messages import GenerationOptions, LoglikelihoodDone, Message
 
 TIMEOUT_S = 30.0  # only for a test that fails
 Events = queue.Queue[tuple[str, list[Unit]]]
@@ -25,10 +36,13 @@ def events() -> Events:
 
 @pytest.fixture
 def dispatcher(events: Events) -> Iterator[Dispatcher]:
-    def report(what: str, units: Sequence[Unit]) -> None:
-        events.put((what, list(units)))
+    def answered(worker_id: str, units: Sequence[Unit]) -> None:
+        events.put((worker_id, list(units)))
 
-    with closing(Dispatcher("job", None, report, report)) as dispatcher:
+    def errored(units: Sequence[Unit]) -> None:
+        events.put(("error", list(units)))
+
+    with closing(Dispatcher("job", None, answered, errored, lambda error: events.put((error, [])))) as dispatcher:
         yield dispatcher
 
 
@@ -58,8 +72,19 @@ def collect(events: Events, count: int) -> dict[str, list[Unit]]:
     return found
 
 
+def waiting_for(others: threading.Barrier) -> Behaviour:
+    """Answer once all `others` have a chunk."""
+
+    def behave(worker: FakeWorker, chunk: Chunk) -> Message:
+        if not worker.chunks:
+            others.wait(TIMEOUT_S)
+        return answer(worker, chunk)
+
+    return behave
+
+
 def assert_answered(units: Sequence[Unit]) -> None:
-    assert [unit.answer for unit in units] == [(-score(unit.prompt + unit.continuation), False) for unit in units]
+    assert [unit.answer for unit in units] == [(-score([*unit.prompt, *unit.continuation]), False) for unit in units]
 
 
 def test_every_unit_is_answered_once(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
@@ -68,20 +93,14 @@ def test_every_unit_is_answered_once(dispatcher: Dispatcher, events: Events, sta
     worker = start_worker("a")
     assert len(set(collect(events, 500)["a"])) == 500
     assert_answered(units)
-    assert sum(len(chunk.requests) for chunk in worker.chunks) == 500
+    assert sum(len(chunk.sequences) for chunk in worker.chunks) == 500
     assert len(worker.chunks) > 2
 
 
 def test_both_workers_get_their_share(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
     together = threading.Barrier(3)
-
-    def wait_for_the_other(worker: FakeWorker, chunk: object) -> object:
-        if not worker.chunks:
-            together.wait(TIMEOUT_S)
-        return answer(worker, chunk)
-
-    start_worker("a", wait_for_the_other)
-    start_worker("b", wait_for_the_other)
+    start_worker("a", waiting_for(together))
+    start_worker("b", waiting_for(together))
     units = make_units(8)
     dispatcher.submit(units)
     together.wait(TIMEOUT_S)  # both hold a chunk: neither has taken all of a small job
@@ -116,6 +135,38 @@ def test_a_detached_worker_is_not_waited_for(dispatcher: Dispatcher, events: Eve
     assert set(collect(events, 10)) == {"b"}
 
 
+def test_a_worker_that_is_given_back_answers_what_it_was_asked_and_no_more(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker
+) -> None:
+    has_chunk, may_answer, given_back = threading.Event(), threading.Event(), threading.Event()
+
+    def late(worker: FakeWorker, chunk: Chunk) -> Message:
+        has_chunk.set()
+        assert may_answer.wait(TIMEOUT_S)
+        return answer(worker, chunk)
+
+    units = make_units(500)
+    dispatcher.submit(units)
+    giving = start_worker("a", late)
+    assert has_chunk.wait(TIMEOUT_S)
+    dispatcher.detach("a", at_once=False, then=given_back.set)
+    assert not given_back.is_set()
+    may_answer.set()
+    assert given_back.wait(TIMEOUT_S)
+    start_worker("b")
+    answered = collect(events, 500)
+    assert len(answered["a"]) == sum(len(chunk.sequences) for chunk in giving.chunks)
+    assert 1 <= len(giving.chunks) <= 2
+    assert len(answered["a"]) + len(answered["b"]) == 500
+    assert_answered(units)
+
+
+def test_giving_back_a_worker_that_is_gone_is_said_at_once(dispatcher: Dispatcher) -> None:
+    given_back = threading.Event()
+    dispatcher.detach("nobody", at_once=False, then=given_back.set)
+    assert given_back.is_set()
+
+
 def test_an_address_nobody_listens_at(
     dispatcher: Dispatcher, events: Events, start_worker: StartWorker, tmp_path: Path
 ) -> None:
@@ -125,11 +176,131 @@ def test_an_address_nobody_listens_at(
     assert set(collect(events, 1)) == {"b"}
 
 
-def test_failed_chunk(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
+def test_requests_that_cannot_be_computed(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
     units = make_units(2)
     dispatcher.submit(units)
     start_worker("a", failing)
-    assert events.get(timeout=TIMEOUT_S) == ("out of memory", units)
+    assert collect(events, 2) == {"error": units}
+    assert [unit.error for unit in units] == ["out of memory"] * 2
+
+
+def test_the_one_that_cannot_be_computed_is_found(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker
+) -> None:
+    units = make_units(300)
+    dispatcher.submit(units)
+    start_worker("a", failing_on(300))  # the last unit's continuation
+    found = collect(events, 300)
+    assert found["error"] == [units[-1]]
+    assert units[-1].error == "ValueError: no such word"
+    assert_answered(units[:-1])
+
+
+def die_one_after_another(
+    dispatcher: Dispatcher, start_worker: StartWorker, behaviour: Behaviour, cause: str | None, most: int
+) -> list[FakeWorker]:
+    """Workers that take over from each other, as the server replaces what died; `cause` is what it says of each."""
+    workers: list[FakeWorker] = []
+    died = threading.Semaphore(0)
+
+    def behave(worker: FakeWorker, chunk: Chunk) -> Message | None:
+        reply = behaviour(worker, chunk)
+        if reply is None:
+            died.release()
+        return reply
+
+    def replace() -> None:
+        for number in range(most):
+            workers.append(start_worker(f"w{number}", behave))
+            died.acquire()
+            if cause:
+                dispatcher.detach(f"w{number}", cause=cause)
+
+    threading.Thread(target=replace, daemon=True).start()
+    return workers
+
+
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [
+        ("killed by SIGSEGV", "its worker process ended: killed by SIGSEGV"),
+        (None, "its worker process ended: it closed the connection"),
+    ],
+)
+def test_the_request_that_kills_is_found(
+    cause: str | None,
+    error: str,
+    dispatcher: Dispatcher,
+    events: Events,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpu_pool.evaluator.dispatch.CAUSE_SECONDS", 0.1 if cause is None else TIMEOUT_S)
+    units = make_units(300)
+    dispatcher.submit(units)
+    workers = die_one_after_another(dispatcher, start_worker, poisoned(300), cause, 20)
+    found = collect(events, 300)
+    assert found["error"] == [units[-1]]
+    assert units[-1].error == error
+    assert_answered(units[:-1])
+    assert len(workers) <= 14
+    sizes = [len(chunk.sequences) for worker in workers[1:] for chunk in worker.chunks]
+    assert sum(sizes) <= 300, "what was answered is not asked again"
+
+
+def test_what_waits_behind_a_request_that_kills_is_not_suspected(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker
+) -> None:
+    both = threading.Semaphore(0)
+
+    def die_with_two(worker: FakeWorker, chunk: Chunk) -> None:
+        assert both.acquire(timeout=TIMEOUT_S)  # another one is in flight, too
+
+    worker = start_worker("a", die_with_two)
+    dispatcher.submit(make_units(300))
+    link = dispatcher._links["a"]
+    while len(link.in_flight) < 2 or not link.begun:
+        threading.Event().wait(0.001)
+    first, second = link.in_flight.values()
+    both.release()
+    link.join()
+    suspect = dispatcher._suspects.take()
+    assert suspect is not None
+    assert suspect.units == first.units
+    assert not dispatcher._suspects
+    start_worker("b")
+    rest = collect(events, 300 - len(first.units))["b"]
+    assert set(second.units) <= set(rest)
+    assert not worker.chunks
+
+
+def test_suspects_are_asked_alone(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
+    in_flight: list[int] = []
+
+    def look(worker: FakeWorker, chunk: Chunk) -> Message:
+        in_flight.append(len(dispatcher._links["b"].in_flight))
+        return answer(worker, chunk)
+
+    dispatcher.submit(make_units(300))
+    start_worker("a", unanswered)
+    link = dispatcher._links["a"]
+    link.join()
+    assert len(dispatcher._suspects) == 1
+    start_worker("b", look)
+    collect(events, 300)
+    assert in_flight[0] == 1
+
+
+def test_a_worker_that_says_nothing_is_reported(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_pool.evaluator.worker_link.SILENCE_SECONDS", 0.01)
+    silence: queue.Queue[str] = queue.Queue()
+    dispatcher = Dispatcher("job", None, lambda *_: None, lambda _: None, lambda _: None, silence.put)
+    with closing(dispatcher), closing(FakeWorker("a", tmp_path / "a", silent)) as worker:
+        dispatcher.submit(make_units(1))
+        dispatcher.attach("a", str(worker.address))
+        assert [silence.get(timeout=TIMEOUT_S) for _ in range(3)] == ["a"] * 3
 
 
 def test_too_few_answers_are_a_failure(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
@@ -149,3 +320,15 @@ def test_kinds_do_not_share_chunks(dispatcher: Dispatcher, events: Events, start
     assert [type(chunk).__name__ for chunk in worker.chunks] == ["LoglikelihoodChunk", *["GenerationChunk"] * 2]
     assert [chunk.options for chunk in worker.chunks[1:]] == [short, long]
     assert [chunk.seeds for chunk in worker.chunks[1:]] == [(), (0,)]
+
+
+def test_several_workers_begin_with_long_generation(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker
+) -> None:
+    both = waiting_for(threading.Barrier(2))
+    workers = [start_worker("a", both), start_worker("b", both)]
+    options = GenerationOptions(max_gen_toks=300)
+    prompts = [Unit(prompt=(i,), options=options, kind="long", key=b"%d" % i) for i in range(100)]
+    dispatcher.submit(make_units(100) + prompts)
+    collect(events, 200)
+    assert [type(worker.chunks[0]).__name__ for worker in workers] == ["GenerationChunk"] * 2

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import statistics
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_worker import Behaviour, FakeWorker, answer, failing, silent
+from fake_worker import Behaviour, Chunk, FakeWorker, answer, failing, silent
 
 from gpu_pool import messages as msg
+from gpu_pool.records import TaskProgress
 
 CHOICE_REQUESTS = 3 * 12
 
@@ -43,21 +47,36 @@ def start_worker(tmp_path: Path) -> Iterator:
 def test_a_task_is_published_while_another_runs(evaluator, job_id, start_worker) -> None:
     release = threading.Event()
 
-    def hold_generation(worker: FakeWorker, chunk: object) -> msg.Message:
-        if isinstance(chunk, msg.GenerationChunk):
+    def hold_scoring(worker: FakeWorker, chunk: object) -> msg.Message:
+        if isinstance(chunk, msg.LoglikelihoodChunk):
             release.wait()
         return answer(worker, chunk)
 
-    evaluator.start(job_id, tasks=("local_choice", "local_generation"), use_cache=False)
-    evaluator.attach(job_id, "w", start_worker(hold_generation))
+    evaluator.start(job_id, tasks=("local_generation", "local_choice"), use_cache=False)
+    evaluator.attach(job_id, "w", start_worker(hold_scoring))
     first = evaluator.receive()
     assert isinstance(first, msg.TaskDone)
-    assert first.task == "local_choice"
-    assert len(Path(first.samples_path).read_text().splitlines()) == 12
+    assert first.task == "local_generation"
+    assert len(Path(first.samples_path).read_text().splitlines()) == 12 * 2  # documents, filters
     release.set()
     *_, done = evaluator.finish()
     assert isinstance(done, msg.JobDone)
     assert done.progress.workers == {"w": CHOICE_REQUESTS + 24}
+
+
+def test_the_first_requests_are_answered_while_others_are_built(
+    evaluator, job_id, start_worker, local_tasks: Path
+) -> None:
+    def let_go(worker: FakeWorker, chunk: object) -> msg.Message:
+        if not worker.chunks:
+            (local_tasks / "held.fifo").open("w").close()
+        return answer(worker, chunk)
+
+    evaluator.start(job_id, tasks=("local_held",), use_cache=False)
+    evaluator.attach(job_id, "w", start_worker(let_go))
+    *_, done = evaluator.finish()
+    assert done.progress.tasks["local_held"] == TaskProgress(done=100, total=100)
+    assert len(Path(done.result.samples["local_held"]).read_text().splitlines()) == 100
 
 
 def test_a_lost_worker_costs_nothing(evaluator, job_id, start_worker) -> None:
@@ -79,8 +98,86 @@ def test_a_lost_worker_costs_nothing(evaluator, job_id, start_worker) -> None:
 def test_a_failure_names_the_task_and_leaves_the_evaluator_ready(evaluator, job_id, start_worker) -> None:
     job_dir = evaluator.start(job_id, tasks=("local_choice",), use_cache=False)
     evaluator.attach(job_id, "w", start_worker(failing))
-    assert evaluator.finish() == [msg.JobFailed(job_id=job_id, error="local_choice: out of memory")]
+    (failed,) = evaluator.finish()
+    assert isinstance(failed, msg.JobFailed)
+    assert re.fullmatch(
+        r"local_choice: 1 of 36 requests( so far)? ended in an error \(2.78%, more than max_error_share 0 allows\): "
+        r"out of memory \(1\)",
+        failed.error,
+    )
     assert "Traceback" in (job_dir / "job.log").read_text()
+
+
+def failing_on_the_first(worker: FakeWorker, chunk: Chunk) -> msg.Message:
+    """Fail, politely, whenever the first sequence that this worker has seen is asked for."""
+    sequences = [
+        tuple(tokens) for tokens in (chunk.sequences if hasattr(chunk, "sequences") else chunk.prompts).unpack()
+    ]
+    worker.first = getattr(worker, "first", sequences[0])
+    if worker.first in sequences:
+        return msg.ChunkFailed(chunk_id=chunk.chunk_id, error="RuntimeError: a bad number")
+    return answer(worker, chunk)
+
+
+def test_a_job_within_its_error_share_completes_and_says_what_is_missing(evaluator, job_id, start_worker) -> None:
+    ours = {"tasks": ("local_choice", "local_generation"), "system_instruction": job_id}  # not cached by other tests
+    evaluator.start(job_id, max_error_share=0.1, **ours)
+    evaluator.attach(job_id, "w", start_worker(failing_on_the_first))
+    *_, done = evaluator.finish()
+    assert isinstance(done, msg.JobDone)
+    assert done.result.errored == {"local_choice": 1}
+    assert done.progress.tasks["local_choice"] == TaskProgress(done=36, total=36, errored=1)
+    assert done.progress.tasks["local_generation"].errored == 0
+
+    results = json.loads(Path(done.result.results_path).read_text())
+    assert results["evalpool"]["errors"] == {
+        "errored": 1,
+        "max_error_share": 0.1,
+        "tasks": {
+            "local_choice": {
+                "answered": 35,
+                "errored_excluded": 1,
+                "documents_excluded": 1,
+                "causes": {"RuntimeError: a bad number": 1},
+            },
+            "local_generation": {"answered": 24, "errored_excluded": 0, "documents_excluded": 0, "causes": {}},
+        },
+    }
+    assert results["n-samples"]["local_choice"] == {"original": 12, "effective": 11}
+    samples = [json.loads(line) for line in Path(done.result.samples["local_choice"]).read_text().splitlines()]
+    assert len(samples) == 12
+    (errored,) = [sample for sample in samples if "evalpool_error" in sample]
+    assert errored["evalpool_error"] == "RuntimeError: a bad number"
+    assert "acc" not in errored
+    scored = [sample["acc"] for sample in samples if sample is not errored]
+    assert results["results"]["local_choice"]["acc,none"] == statistics.mean(scored)
+
+    evaluator.start(f"{job_id}-again", **ours)
+    evaluator.attach(f"{job_id}-again", "w", start_worker())
+    *_, again = evaluator.finish()
+    assert again.progress.workers == {"w": 1}, "what ended in an error is not cached, all else is"
+    assert again.result.errored == {}
+
+
+def test_a_task_without_any_answer_has_no_scores(evaluator, job_id, start_worker) -> None:
+    evaluator.start(job_id, tasks=("local_group",), use_cache=False, limit=2, max_error_share=1.0)
+    evaluator.attach(job_id, "w", start_worker(failing))
+    *_, done = evaluator.finish()
+    assert isinstance(done, msg.JobDone)
+    assert sum(done.result.errored.values()) == done.progress.total == done.progress.errored
+    assert not any("," in key for metrics in done.result.metrics.values() for key in metrics)
+    samples = [json.loads(line) for line in Path(done.result.samples["local_choice"]).read_text().splitlines()]
+    assert [sample["evalpool_error"] for sample in samples] == ["out of memory"] * 2
+
+
+def test_an_error_share_is_judged_when_all_requests_are_known(evaluator, job_id, start_worker) -> None:
+    evaluator.start(job_id, tasks=("local_choice",), use_cache=False, max_error_share=0.02)
+    evaluator.attach(job_id, "w", start_worker(failing_on_the_first))
+    (failed,) = evaluator.finish()
+    assert failed.error == (
+        "local_choice: 1 of 36 requests ended in an error (2.78%, more than max_error_share 0.02 allows): "
+        "RuntimeError: a bad number (1)"
+    )
 
 
 def test_a_job_that_cannot_be_built(evaluator, job_id, start_worker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ TRACKED = (
 )
 
 
+@pytest.fixture(scope="module", params=["tiny_model", "tiny_t5"])
+def model(request: pytest.FixtureRequest, spec_of: Callable[[Path], ModelSpec]) -> ModelSpec:
+    """A causal model and an encoder-decoder, in fp32."""
+    return spec_of(request.getfixturevalue(request.param))
+
+
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, local_tasks: Path) -> Path:
+def references(tmp_path_factory: pytest.TempPathFactory, model: ModelSpec, local_tasks: Path) -> Path:
     """A folder for each of OPTIONS with the files of lm-eval's own run, made by one process."""
     folder = tmp_path_factory.mktemp("lm-eval")
     script = Path(__file__).with_name("run_lm_eval.py")
-    request = {"model": str(tiny_model), "tasks": str(local_tasks), "iterations": ITERATIONS, "options": OPTIONS}
+    request = {"model": model.args.pretrained, "tasks": str(local_tasks), "iterations": ITERATIONS, "options": OPTIONS}
     command = [sys.executable, script, json.dumps(request), folder]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return folder

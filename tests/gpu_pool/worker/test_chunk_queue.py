@@ -1,4 +1,5 @@
 import pytest
+from chunks import generating, scoring
 
 from gpu_pool.messages import FromWorkerData, LoglikelihoodChunk
 from gpu_pool.worker.chunk_queue import ChunkQueue, Client
@@ -17,7 +18,7 @@ class Connection:
 
 
 def chunk(chunk_id: int) -> LoglikelihoodChunk:
-    return LoglikelihoodChunk(chunk_id=chunk_id, requests=(((1,), (2,)),))
+    return scoring([((1,), (2,))], chunk_id)
 
 
 @pytest.fixture
@@ -51,6 +52,41 @@ def test_clients_take_turns(queue):
     join(queue, "b", 11)
     join(queue, "c", 21, 22)
     assert drain(queue, 6) == [1, 11, 21, 2, 22, 3]
+
+
+def test_chunks_that_are_alike_are_taken_together(queue):
+    client = join(queue, "a").client
+    chunks = [generating([(5,)], number, max_gen_toks=4) for number in (1, 2, 3)]
+    for one in (*chunks, generating([(5,)], 4, max_gen_toks=5)):
+        queue.put(client, one)
+    assert queue.take() == (client, chunks[0])
+    assert [queue.take_alike(client, chunks[0]) for _ in range(3)] == [*chunks[1:], None]
+    queue.finish()
+    assert queue.take()[1].chunk_id == 4
+    assert queue.take_alike(client, chunks[0]) is None
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": 2}, {"deterministic": True}, {"until": ("x",)}])
+def test_other_chunks_are_not_taken_together(fields, queue):
+    client = join(queue, "a").client
+    first = generating([(5,)], 1)
+    for other in (first, generating([(5,)], 2, **fields)):
+        queue.put(client, other)
+    queue.take()
+    assert queue.take_alike(client, first) is None
+
+
+def test_nobody_is_passed_over_for_a_chunk_that_is_alike(queue):
+    client = join(queue, "a").client
+    chunks = [generating([(5,)], number) for number in (1, 2, 3)]
+    for one in chunks:
+        queue.put(client, one)
+    queue.take()
+    join(queue, "b", 11)
+    assert queue.take_alike(client, chunks[0]) == chunks[1]  # its turn came before that of b
+    assert queue.take_alike(client, chunks[0]) is None
+    queue.finish()
+    assert drain(queue, 2) == [11, 3]
 
 
 def test_chunks_of_a_client_that_left_are_forgotten(queue):

@@ -2,127 +2,36 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import select
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chunks import generating, scoring
+from worker_process import ENDLESS, PATIENCE_SECONDS, SCORE, Process, WorkerProcess, received, worker_start
 
-from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.messages import (
+    ChunkBegun,
     ChunkFailed,
     DropJob,
     Dropped,
-    GenerationChunk,
     GenerationDone,
-    GenerationOptions,
-    Hello,
     LoadFailed,
-    LoglikelihoodChunk,
     LoglikelihoodDone,
-    Message,
     Shutdown,
     Welcome,
     WorkerReady,
-    WorkerStart,
-    decode_from_worker,
     decode_from_worker_data,
     encode,
 )
-from gpu_pool.records import ModelArgs, ModelSpec
-from gpu_pool.worker.entry import worker_main
-
-PATIENCE_SECONDS = 60.0  # a test that waits longer hangs
-SCORE = LoglikelihoodChunk(chunk_id=1, requests=(((5, 6, 7), (8,)), ((5, 6), (9, 10))))
-ENDLESS = GenerationChunk(
-    chunk_id=2, prompts=((5, 6),) * 5000, options=GenerationOptions(max_gen_toks=200), batch_size=1
-)
-"""Minutes of work."""
-
-
-def received(connection: Connection, decode: Callable[[bytes], Any]) -> Any:
-    assert connection.poll(PATIENCE_SECONDS), "no message in time"
-    return decode(connection.recv_bytes())
-
-
-class Evaluator:
-    """A data channel, from the evaluator's side."""
-
-    def __init__(self, socket_path: str, job_id: str) -> None:
-        connected = socket.socket(socket.AF_UNIX)
-        connected.connect(socket_path)
-        self.connection = Connection(connected.detach())
-        self.send(Hello(job_id=job_id))
-        self.welcome = self.receive()
-
-    def send(self, message: Message) -> None:
-        self.connection.send_bytes(encode(message))
-
-    def receive(self) -> Any:
-        return received(self.connection, decode_from_worker_data)
-
-    def is_closed(self) -> bool:
-        """Waits for the worker to close the connection."""
-        try:
-            assert self.connection.poll(PATIENCE_SECONDS)
-            return not self.connection.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            return True
-
-
-class WorkerProcess:
-    """One spawned worker, from the server's side."""
-
-    def __init__(self, start: WorkerStart) -> None:
-        self.start = start
-        context = multiprocessing.get_context("spawn")
-        self.control, theirs = context.Pipe(duplex=True)
-        self.process = context.Process(target=worker_main, args=(theirs, start, os.getpid()))
-        self.process.start()
-        theirs.close()
-
-    def tell(self, message: Message) -> None:
-        self.control.send_bytes(encode(message))
-
-    def receive(self) -> Any:
-        return received(self.control, decode_from_worker)
-
-    def connect(self, job_id: str = "job") -> Evaluator:
-        return Evaluator(self.start.socket_path, job_id)
-
-    def exit_code(self) -> int | None:
-        self.process.join(PATIENCE_SECONDS)
-        return self.process.exitcode
-
-    def close(self) -> None:
-        self.control.close()
-        self.process.join(PATIENCE_SECONDS)
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-
-
-def worker_start(folder: Path, pretrained: Path, fingerprint: str | None = None, **fields: Any) -> WorkerStart:
-    args = ModelArgs(pretrained=str(pretrained))
-    memo = folder / "fingerprints.json"
-    return WorkerStart(
-        worker_id="w1",
-        spec=ModelSpec(kind="hf", args=args, fingerprint=fingerprint or fingerprint_model(args, memo)),
-        socket_path=str(folder / "w1.sock"),
-        log_path=str(folder / "w1.log"),
-        data_dir=str(folder),
-        **fields,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -134,30 +43,41 @@ def worker(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> Iterato
     process.close()
 
 
-@pytest.fixture
-def spawn_worker() -> Iterator[Callable[[WorkerStart], WorkerProcess]]:
-    """Start a worker of the test's own."""
-    started: list[WorkerProcess] = []
-
-    def spawn(start: WorkerStart) -> WorkerProcess:
-        started.append(WorkerProcess(start))
-        return started[-1]
-
-    yield spawn
-    for process in started:
-        process.close()
-
-
 def test_welcome_says_what_evaluators_need(worker):
-    assert worker.connect().welcome == Welcome(
-        worker_id="w1", max_length=256, prefix_token_id=1, dtype="float32", attn_implementation="sdpa"
+    welcome = worker.connect().welcome
+    assert welcome == Welcome(
+        worker_id="w1",
+        max_length=256,
+        prefix_token_id=1,
+        dtype="float32",
+        attn_implementation="sdpa",
+        route="tree",
+        route_reason=welcome.route_reason,
     )
+    assert welcome.route_reason.startswith("self-check: logits differ by")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mpt", "MptForCausalLM does not call transformers' attention interface"),
+        ("llama4_text", "it has layers of other kinds: chunked_attention"),
+        ("t5", "T5ForConditionalGeneration does not call transformers' attention interface"),
+    ],
+)
+def test_welcome_says_why_a_model_is_computed_plainly(name, reason, checkpoint, tmp_path, spawn_worker):
+    process = spawn_worker(worker_start(tmp_path, checkpoint(name)))
+    ready = process.receive()
+    welcome = process.connect().welcome
+    assert (welcome.route, welcome.route_reason) == ("plain", reason)
+    assert ready.description.endswith(f"float32, {welcome.attn_implementation} attention; plain route: {reason}")
+    assert f"engine: plain route: {reason}\n" in Path(process.start.log_path).read_text()
 
 
 def test_answers_both_kinds_of_chunk(worker):
     evaluator = worker.connect()
     evaluator.send(SCORE)
-    evaluator.send(GenerationChunk(chunk_id=7, prompts=((5, 6),), options=GenerationOptions(max_gen_toks=4)))
+    evaluator.send(generating([(5, 6)], 7, max_gen_toks=4))
     scored, generated = evaluator.receive(), evaluator.receive()
     assert isinstance(scored, LoglikelihoodDone)
     assert len(scored.answers) == 2
@@ -168,21 +88,20 @@ def test_answers_both_kinds_of_chunk(worker):
 
 def test_evaluators_take_turns(worker):
     first, second = worker.connect("a"), worker.connect("b")
-    for chunk_id in range(50):
-        prompts = ((5, 6),) * 2
-        first.send(GenerationChunk(chunk_id=chunk_id, prompts=prompts, options=GenerationOptions(max_gen_toks=16)))
+    for chunk_id in range(10):  # each takes far longer than a message
+        first.send(generating([(5, 6)] * 10, chunk_id, max_gen_toks=30, batch_size=1))
     second.send(SCORE)
     order = []
-    while len(order) < 51:
+    while len(order) < 11:
         for connection in wait([first.connection, second.connection], PATIENCE_SECONDS):
-            decode_from_worker_data(connection.recv_bytes())
-            order.append(connection is second.connection)
-    assert order.index(True) < 49
+            if not isinstance(decode_from_worker_data(connection.recv_bytes()), ChunkBegun):
+                order.append(connection is second.connection)
+    assert order.index(True) < 9
 
 
 def test_failing_chunk_leaves_the_worker_alive(worker):
     evaluator = worker.connect()
-    evaluator.send(LoglikelihoodChunk(chunk_id=3, requests=(((100_000,), (1,)),)))
+    evaluator.send(scoring([((100_000,), (1,))], 3))
     evaluator.send(SCORE)
     failed = evaluator.receive()
     assert isinstance(failed, ChunkFailed)
@@ -306,11 +225,9 @@ def test_dies_with_its_parent(checkpoint, tmp_path):
     )
     with parent:
         assert parent.stdout is not None
-        descriptor = os.pidfd_open(int(parent.stdout.readline()))
+        worker = Process(int(parent.stdout.readline()))
         parent.send_signal(signal.SIGKILL)
-    ended, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
-    os.close(descriptor)
-    assert ended
+    assert worker.has_ended()
 
 
 def test_spawn_target_imports_nothing_heavy():

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_models import load_fresh
 
-from gpu_pool.records import ModelArgs, ModelSpec
-from gpu_pool.worker.engine.loading import LoadedModel, load_model
+from gpu_pool.worker.engine import sharing
+from gpu_pool.worker.engine.loaded_model import LoadedModel
 
 Load = Callable[..., LoadedModel]
 Reference = Callable[..., Any]
 
 
-@functools.cache
-def _load(args: ModelArgs) -> LoadedModel:
-    return load_model(ModelSpec(kind="hf", args=args, fingerprint=""), allow_remote_code=False)
+_load = functools.cache(load_fresh)
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def _reference(pretrained: str, batch_size: int, options: tuple[tuple[str, Any],
 @pytest.fixture(scope="session")
 def load() -> Load:
     """`load(folder, max_length=64)`: our engine's model in fp32."""
-    return lambda folder, **args: _load(ModelArgs(pretrained=str(folder), **{"dtype": "float32", **args}))
+    return lambda folder, **args: _load(folder, **{"dtype": "float32", **args})
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +42,15 @@ def reference() -> Reference:
         return _reference(str(folder), batch_size, tuple(options.items()))
 
     return make
+
+
+@pytest.fixture
+def copied(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint that the test may change."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def share_as_long_prompts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts of tests are short: what they share would all be copied."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 32)

@@ -1,68 +1,18 @@
+"""Texts of decoder-only models against lm-eval's HF backend."""
+
 from typing import Any
 
 import pytest
+from chunks import generating
+from engine_probes import never
+from lm_eval_answers import PROMPTS, lm_eval_texts, texts
 
-from gpu_pool.messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import Cancelled
 from gpu_pool.worker.engine.generation import generate
 
-PROMPTS = [
-    "Question: what is the capital of France?",
-    "Paris",
-    "the city of Paris, of course, and which of these is it? " * 3,
-    "A",
-    "which of these is it?\nAnswer:",
-    "Answer: the city",
-    "0123456789",
-    "of course of course",
-    "is it, is it, is it?",
-]
-
-
-def never() -> bool:
-    return False
-
-
-def texts(
-    loaded: Any,
-    prompts: list[str],
-    batch_size: int | None = None,
-    seeds: tuple[int, ...] = (),
-    **options: Any,
-) -> tuple[str, ...]:
-    """Our answers."""
-    chunk = GenerationChunk(
-        chunk_id=1,
-        prompts=tuple(tuple(loaded.tokenizer.encode(prompt)) for prompt in prompts),
-        options=GenerationOptions(**options),
-        seeds=seeds,
-        batch_size=batch_size,
-    )
-    return generate(loaded, chunk, never)
-
-
-def expected(reference: Any, prompts: list[str], **gen_kwargs: Any) -> tuple[str, ...]:
-    """lm-eval's answers."""
-    from lm_eval.api.instance import Instance
-
-    requests = [
-        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(gen_kwargs)), idx=index)
-        for index, prompt in enumerate(prompts)
-    ]
-    return tuple(reference.generate_until(requests, disable_tqdm=True))
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, None])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mistral", "mamba", "rwkv"])
-def test_equals_lm_eval(model_type, batch_size, checkpoint, load, reference):
-    theirs = expected(reference(checkpoint(model_type)), PROMPTS, max_gen_toks=24)
-    ours = texts(load(checkpoint(model_type)), PROMPTS, batch_size, max_gen_toks=24)
-    assert ours == theirs
-    assert len(set(ours)) > 3
-
 
 def test_equals_lm_eval_in_batches(checkpoint, load, reference):
-    theirs = expected(reference(checkpoint("llama"), batch_size=7), PROMPTS, max_gen_toks=24)
+    theirs = lm_eval_texts(reference(checkpoint("llama"), batch_size=7), PROMPTS, max_gen_toks=24)
     assert texts(load(checkpoint("llama")), PROMPTS, max_gen_toks=24) == theirs
 
 
@@ -71,7 +21,7 @@ def test_stop_strings(batch_size, checkpoint, load, reference):
     folder = checkpoint("llama")
     unstopped = texts(load(folder), PROMPTS, max_gen_toks=24)
     until = [text[5:7] for text in unstopped[:3]]
-    theirs = expected(reference(folder), PROMPTS, max_gen_toks=24, until=list(until))
+    theirs = lm_eval_texts(reference(folder), PROMPTS, max_gen_toks=24, until=list(until))
     ours = texts(load(folder), PROMPTS, batch_size, max_gen_toks=24, until=tuple(until))
     assert ours == theirs
     assert ours != unstopped
@@ -89,14 +39,14 @@ def test_generation_ends_with_the_last_stop_string(checkpoint, load):
 
 def test_long_prompts_lose_their_beginning(checkpoint, load, reference):
     folder = checkpoint("llama")
-    theirs = expected(reference(folder, max_length=40), PROMPTS, max_gen_toks=24)
+    theirs = lm_eval_texts(reference(folder, max_length=40), PROMPTS, max_gen_toks=24)
     assert texts(load(folder, max_length=40), PROMPTS, max_gen_toks=24) == theirs
 
 
 def test_end_of_sequence_token_ends_a_text(checkpoint, load, reference):
     folder = checkpoint("llama")
     first = load(folder).tokenizer.encode(texts(load(folder), PROMPTS[:1], max_gen_toks=24)[0][4:])[0]
-    theirs = expected(reference(folder), PROMPTS, max_gen_toks=24, eos_token_id=first)
+    theirs = lm_eval_texts(reference(folder), PROMPTS, max_gen_toks=24, eos_token_id=first)
     ours = texts(load(folder), PROMPTS, max_gen_toks=24, kwargs={"eos_token_id": first})
     assert ours == theirs
 
@@ -108,7 +58,7 @@ def test_end_of_sequence_token_ends_a_text(checkpoint, load, reference):
 def test_options_equal_lm_eval_one_at_a_time(kwargs, checkpoint, load, reference):
     folder = checkpoint("llama")
     prompts = [prompt[:40] for prompt in PROMPTS]
-    theirs = expected(reference(folder), prompts, max_gen_toks=24, until=["e"], **kwargs)
+    theirs = lm_eval_texts(reference(folder), prompts, max_gen_toks=24, until=["e"], **kwargs)
     assert texts(load(folder), prompts, max_gen_toks=24, until=("e",), kwargs=kwargs) == theirs
 
 
@@ -116,11 +66,11 @@ def test_think_end_token(checkpoint, load, reference):
     folder = checkpoint("llama")
     text = texts(load(folder), PROMPTS[:1], max_gen_toks=24)[0]
     by_text = {"think_end_token": text[6:8]}
-    assert texts(load(folder, **by_text), PROMPTS, max_gen_toks=24) == expected(
+    assert texts(load(folder, **by_text), PROMPTS, max_gen_toks=24) == lm_eval_texts(
         reference(folder, **by_text), PROMPTS, max_gen_toks=24
     )
     by_id = {"think_end_token": str(load(folder).tokenizer.encode(text[6:])[0])}
-    assert texts(load(folder, **by_id), PROMPTS, max_gen_toks=24) == expected(
+    assert texts(load(folder, **by_id), PROMPTS, max_gen_toks=24) == lm_eval_texts(
         reference(folder, **by_id), PROMPTS, max_gen_toks=24
     )
 
@@ -170,15 +120,13 @@ def test_no_room_for_the_prompt_is_refused(checkpoint, load):
 
 def test_empty_prompt_starts_from_the_prefix_token(checkpoint, load):
     loaded = load(checkpoint("llama"))
-    prefix = GenerationChunk(
-        chunk_id=1, prompts=((loaded.prefix_token_id,),), options=GenerationOptions(max_gen_toks=8)
-    )
+    prefix = generating([(loaded.prefix_token_id,)], max_gen_toks=8)
     assert texts(loaded, [""], max_gen_toks=8) == generate(loaded, prefix, never)
 
 
 def test_cancelled_at_the_next_token(checkpoint, load):
     asked = iter([False, False, True])
-    chunk = GenerationChunk(chunk_id=1, prompts=((5, 6),), options=GenerationOptions(max_gen_toks=100))
+    chunk = generating([(5, 6)], max_gen_toks=100)
     with pytest.raises(Cancelled):
         generate(load(checkpoint("llama")), chunk, lambda: next(asked))
 
@@ -191,5 +139,5 @@ def test_real_model_equals_lm_eval(batch_size, smollm2, load, reference):
         "Question: How many legs does a spider have?\nAnswer:",
         "Once upon a time there was a small dog who lived near a big river. One day",
     ]
-    theirs = expected(reference(smollm2), prompts, max_gen_toks=16, until=["\n\n"])
+    theirs = lm_eval_texts(reference(smollm2), prompts, max_gen_toks=16, until=["\n\n"])
     assert texts(load(smollm2), prompts, batch_size, max_gen_toks=16, until=("\n\n",)) == theirs

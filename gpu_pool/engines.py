@@ -1,0 +1,120 @@
+"""The two databases: SQLite in a file and PostgreSQL by URL, made alike: how to connect, and what an error means."""
+
+from __future__ import annotations
+
+import importlib.util
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from gpu_pool.errors import PoolError
+from gpu_pool.file_lock import alone
+
+LOCK_WAIT_MS = 1000
+"""One try waits so long for what another process holds (a backup, a person with a shell); then others have a turn."""
+CONNECT_WAIT_SECONDS = 5
+READS = "reads"
+"""Execution option of a connection that only reads: it needs no write lock."""
+
+_SQLITE_TROUBLE = {
+    sqlite3.SQLITE_BUSY: "another process has it locked",
+    sqlite3.SQLITE_LOCKED: "another process has it locked",
+    sqlite3.SQLITE_FULL: "its disk is full",
+    sqlite3.SQLITE_IOERR: "its disk cannot be read or written",
+    sqlite3.SQLITE_CANTOPEN: "its file cannot be opened",
+    sqlite3.SQLITE_READONLY: "its file cannot be written",
+}
+_POSTGRES_TROUBLE = {
+    "53100": "its disk is full",
+    "55P03": "another process has it locked",
+    "57P01": "it was shut down",
+    "57P02": "it was shut down",
+    "57P03": "it is starting or shutting down",
+}
+
+
+def database_url(database: Path | str) -> sa.URL:
+    """The URL of a SQLite file, or the one that is written; raises PoolError for one that cannot be used."""
+    if isinstance(database, Path):
+        return sa.URL.create("sqlite", database=str(database.absolute()))
+    try:
+        url = sa.make_url(database)
+    except ArgumentError:
+        raise PoolError("database: must be a URL such as postgresql://user@host/name") from None
+    match url.get_backend_name():
+        case "sqlite" if url.database:
+            return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
+        case "postgresql":
+            if importlib.util.find_spec("psycopg") is None:
+                raise PoolError("database: PostgreSQL needs the package psycopg: pip install 'evalpool[postgres]'")
+            return url.set(drivername="postgresql+psycopg")
+        case _:
+            raise PoolError("database: must be postgresql://… or sqlite:///FILE")
+
+
+def sqlite_file(url: sa.URL) -> Path | None:
+    """The file of a SQLite database."""
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+
+
+def make_engine(url: sa.URL) -> sa.Engine:
+    """An engine with one connection. Nothing is opened yet."""
+    if path := sqlite_file(url):
+        return _sqlite_engine(url, path)
+    query = {"options": f"-c lock_timeout={LOCK_WAIT_MS}", "connect_timeout": str(CONNECT_WAIT_SECONDS)} | url.query
+    return _engine(url.set(query=query))
+
+
+def trouble(error: BaseException) -> str | None:
+    """Why the database cannot be used now, in words; None when the error is no such trouble but a mistake."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(original, sqlite3.Error):
+        code: int | None = getattr(original, "sqlite_errorcode", None)
+        return None if code is None else _SQLITE_TROUBLE.get(code & 0xFF)  # the lower byte is the primary code
+    if type(original).__module__.partition(".")[0] != "psycopg":
+        return None
+    state: str | None = getattr(original, "sqlstate", None)
+    operational = "OperationalError" in {base.__name__ for base in type(original).__mro__}
+    if operational or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        first_line = str(original).strip().partition("\n")[0]
+        return _POSTGRES_TROUBLE.get(state or "", first_line or "the connection was lost")
+    return None
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    return sa.create_engine(
+        url,
+        pool_size=1,
+        max_overflow=0,
+        json_serializer=lambda value: msgspec.json.encode(value).decode(),  # pyright: ignore[reportUnknownLambdaType]
+        json_deserializer=msgspec.json.decode,
+    )
+
+
+def _sqlite_engine(url: sa.URL, path: Path) -> sa.Engine:
+    engine = _engine(url)
+
+    def configure(connection: DBAPIConnection, record: object) -> None:
+        connection.isolation_level = None  # the driver's own BEGIN would leave DDL outside the transaction
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_MS}")
+        with alone(path):  # SQLite does not wait for its turn to change the journal of a new file
+            cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    event.listen(engine, "connect", configure)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    options: Any = connection.get_execution_options()
+    connection.exec_driver_sql("BEGIN" if options.get(READS) else "BEGIN IMMEDIATE")

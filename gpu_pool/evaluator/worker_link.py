@@ -1,0 +1,166 @@
+"""The connection to one worker: at most two chunks in flight on it, a thread that sends them and takes the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, assert_never
+
+import msgspec
+
+from gpu_pool.evaluator.prefix_line import Chunk, unit_bytes
+from gpu_pool.evaluator.suspects import Suspect
+from gpu_pool.messages import (
+    MAX_MESSAGE_BYTES,
+    ChunkBegun,
+    ChunkFailed,
+    GenerationChunk,
+    GenerationDone,
+    Hello,
+    LoglikelihoodChunk,
+    LoglikelihoodDone,
+    Message,
+    Welcome,
+    decode_from_worker_data,
+    encode,
+)
+from gpu_pool.token_sequences import TokenSequences
+
+if TYPE_CHECKING:
+    from gpu_pool.cache import Answer
+    from gpu_pool.evaluator.dispatch import Dispatcher
+    from gpu_pool.evaluator.requests import Unit
+
+IN_FLIGHT = 2  # one runs, the next is there when it ends
+SILENCE_SECONDS = 5.0
+"""A worker that owes answers and says nothing for so long is reported to the server, who knows whether it computes."""
+
+_log = logging.getLogger(__name__)
+
+
+class Link(threading.Thread):
+    """The connection to one worker."""
+
+    def __init__(self, dispatcher: Dispatcher, worker_id: str, address: str) -> None:
+        super().__init__(name=f"worker-{worker_id}", daemon=True)
+        self.worker_id = worker_id
+        self.pace = dispatcher.paces.of(worker_id)
+        self.in_flight: dict[int, Chunk | Suspect] = {}
+        self.begun: set[int] = set()
+        """Those in flight that the worker computes."""
+        self.hung_up = False
+        self.leaving = False
+        """It is asked for no more chunks."""
+        self.then: Callable[[], None] | None = None
+        """Called when it is used no more."""
+        self.cause: str | None = None
+        """How the worker's process ended, once the server has said so."""
+        self._dispatcher = dispatcher
+        self._address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._chunks = 0
+
+    def run(self) -> None:
+        try:
+            self._socket.connect(self._address)
+            with Connection(os.dup(self._socket.fileno())) as connection:
+                self._serve(connection)
+        except (OSError, EOFError, msgspec.DecodeError) as error:
+            if self.has_died:
+                _log.warning("Worker %s is lost (%r); its requests go elsewhere", self.worker_id, error)
+        except Exception as error:  # a job must end, not wait for a thread that died
+            _log.exception("Worker %s cannot be used", self.worker_id)
+            self.hung_up = True
+            self._dispatcher.on_failure(f"Worker {self.worker_id} cannot be used: {error!r}")
+        finally:
+            self._socket.close()
+            self._dispatcher.left(self)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the worker ended the connection, or its end is known otherwise; asked when the connection is gone."""
+        return self.cause is not None or not self.hung_up
+
+    def hang_up(self) -> None:
+        """End the connection from another thread."""
+        self.hung_up = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self, connection: Connection[Any, Any]) -> None:
+        try:
+            self._ask(connection)
+        except OSError:  # nothing more can be sent; what the worker has said before is still there
+            with contextlib.suppress(OSError, EOFError):
+                while True:
+                    self._receive(connection)
+            raise
+
+    def _ask(self, connection: Connection[Any, Any]) -> None:
+        connection.send_bytes(encode(Hello(job_id=self._dispatcher.job_id)))
+        self._receive(connection)
+        while True:
+            while len(self.in_flight) < IN_FLIGHT and (chunk := self._dispatcher.take(self)):
+                self._chunks += 1
+                self.in_flight[self._chunks] = chunk
+                connection.send_bytes(encode(_message(self._chunks, chunk.units, self._dispatcher)))
+            if not self.in_flight:
+                return
+            self._receive(connection)
+
+    def _receive(self, connection: Connection[Any, Any]) -> None:
+        while not connection.poll(SILENCE_SECONDS):
+            self._dispatcher.on_silence(self.worker_id)
+        message = decode_from_worker_data(connection.recv_bytes(MAX_MESSAGE_BYTES))
+        match message:
+            case Welcome():
+                self._dispatcher.welcome = message
+            case ChunkBegun():
+                self.begun.add(message.chunk_id)
+            case LoglikelihoodDone():
+                self._answered(message.chunk_id, message.answers, message.seconds)
+            case GenerationDone():
+                self._answered(message.chunk_id, message.texts, message.seconds)
+            case ChunkFailed():
+                self._dispatcher.failed(self, self._ended(message.chunk_id), message.error)
+            case _:
+                assert_never(message)
+
+    def _answered(self, chunk_id: int, answers: Sequence[Answer], seconds: float) -> None:
+        for unit, answer in zip(self.in_flight[chunk_id].units, answers, strict=True):
+            unit.answer = answer
+        chunk = self._ended(chunk_id)
+        if isinstance(chunk, Chunk):
+            self.pace.measured(chunk.kind, chunk.cost, seconds)
+        self._dispatcher.on_answers(self.worker_id, chunk.units)
+
+    def _ended(self, chunk_id: int) -> Chunk | Suspect:
+        chunk = self.in_flight.pop(chunk_id)
+        self.begun.discard(chunk_id)
+        self._dispatcher.done(self, chunk)
+        return chunk
+
+
+def _message(chunk_id: int, units: Sequence[Unit], asked: Dispatcher) -> Message:
+    options = units[0].options
+    if options is None:
+        return LoglikelihoodChunk(
+            chunk_id=chunk_id,
+            sequences=TokenSequences.pack_bytes(map(unit_bytes, units)),
+            scored=tuple(len(unit.continuation) for unit in units),
+            batch_size=asked.batch_size,
+            deterministic=asked.deterministic,
+        )
+    return GenerationChunk(
+        chunk_id=chunk_id,
+        prompts=TokenSequences.pack_bytes(map(unit_bytes, units)),
+        options=options,
+        seeds=() if units[0].key else tuple(unit.seed for unit in units),
+        batch_size=asked.batch_size,
+        deterministic=asked.deterministic,
+    )

@@ -1,0 +1,79 @@
+"""Looking at the GPUs from the loop: never waits long for a sick driver, and remembers what it hides for a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from gpu_pool.gpus import Inventory
+from gpu_pool.records import Gpu
+
+LOOK_SECONDS = 10.0
+"""How long a look at the GPUs may take. NVML may hang for as long as a GPU does, and nothing can end such a call."""
+
+
+class GpuWatch:
+    """The inventory, asked in a thread of its own, one look at a time."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._known: tuple[Gpu, ...] = ()
+        self._turn = asyncio.Lock()
+        self._looking: asyncio.Future[tuple[Gpu, ...]] | None = None
+        """A look that has not ended, or that nobody waited for."""
+        self.answers = False
+        """Whether NVML answered at the last look: otherwise nothing is known of what happens on the GPUs."""
+        self.reason: str | None = None
+        """Why no GPU can be used, for people; None when some can."""
+        self.unknown: list[str] = []
+        """What is wrong with the allow- and deny-lists, a sentence an entry."""
+
+    async def look(self) -> tuple[Gpu, ...]:
+        """All GPUs now. While NVML answers nothing, or shows no GPU at all, those last seen, with that as `problem`."""
+        gpus = await self._ask()
+        if gpus is None:
+            self.answers, self.reason = False, f"NVML has not answered for {LOOK_SECONDS:g} s."
+        else:
+            self.answers = bool(gpus) or self._inventory.answers
+            self.reason, self.unknown = self._inventory.reason, self._inventory.unknown
+        if gpus or not self._known:
+            self._known = gpus or ()
+            return self._known
+        return tuple(
+            msgspec.structs.replace(gpu, problem=self.reason, lost=self.answers, processes=(), free_bytes=0)
+            for gpu in self._known
+        )
+
+    async def _ask(self) -> tuple[Gpu, ...] | None:
+        """A look that begins now, or None: it does not end in time, or an earlier one has not ended even yet."""
+        async with self._turn:
+            if self._looking is not None and not self._looking.done():
+                return None
+            looking = self._looking = _in_daemon_thread(self._inventory.gpus)
+            await asyncio.wait([looking], timeout=LOOK_SECONDS)
+            return looking.result() if looking.done() else None
+
+
+def _in_daemon_thread(look: Callable[[], tuple[Gpu, ...]]) -> asyncio.Future[tuple[Gpu, ...]]:
+    """Its result. Not by an executor: the interpreter would wait at its end for a call that hangs."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[tuple[Gpu, ...]] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = look()
+        except BaseException as error:
+            tell(future.set_exception, error)
+        else:
+            tell(future.set_result, result)
+
+    def tell(settle: Callable[..., None], value: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, value)
+
+    threading.Thread(target=run, name="nvml", daemon=True).start()
+    return future

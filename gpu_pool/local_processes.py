@@ -1,0 +1,88 @@
+"""How the pool's processes are started on this machine: what each is told, and where workers listen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from gpu_pool import messages as msg
+from gpu_pool.evaluator.entry import evaluator_main
+from gpu_pool.records import ModelSpec, Slot
+from gpu_pool.runner import EvaluatorChild, WorkerChild
+from gpu_pool.settings import PoolSettings
+from gpu_pool.supervisor import spawn
+from gpu_pool.worker.entry import worker_main
+
+MAX_SOCKET_PATH = 100
+"""Longest path of a unix socket that every system accepts, a little rounded."""
+
+
+class LocalProcesses:
+    """Spawns evaluators, desks and workers; owns the folder of the workers' sockets until `close`."""
+
+    def __init__(self, settings: PoolSettings, visible_device: Callable[[str], str]) -> None:
+        """`visible_device(slot_id)`: what CUDA_VISIBLE_DEVICES must say for a GPU."""
+        self._settings = settings
+        self._visible_device = visible_device
+        self._sockets = _socket_folder(settings.data_dir)
+
+    def close(self) -> None:
+        """Remove the sockets of workers that have ended."""
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    async def desk(self, name: str) -> EvaluatorChild:
+        """An evaluator that only answers questions about tasks."""
+        return await self.evaluator(name, runs_jobs=False)
+
+    async def evaluator(self, evaluator_id: str, *, runs_jobs: bool = True) -> EvaluatorChild:
+        """An evaluator. Raises OSError when it cannot be started."""
+        settings = self._settings
+        start = msg.EvaluatorStart(
+            evaluator_id=evaluator_id,
+            data_dir=str(settings.data_dir),
+            log_path=self._log_path(evaluator_id),
+            include_paths=tuple(str(path) for path in settings.include_paths),
+            dataset_roots=settings.dataset_roots,
+            allow_code_execution=settings.allow_code_execution,
+            allow_remote_code=settings.allow_remote_code,
+            cache_max_bytes=settings.cache_max_bytes,
+            runs_jobs=runs_jobs,
+        )
+        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator)
+
+    async def worker(self, worker_id: str, spec: ModelSpec, slots: list[Slot], memory_bytes: int) -> WorkerChild:
+        """A worker in these slots, that may take `memory_bytes` of each (0: all). Raises OSError, as above."""
+        settings = self._settings
+        start = msg.WorkerStart(
+            worker_id=worker_id,
+            spec=spec,
+            socket_path=self.address(worker_id),
+            log_path=self._log_path(worker_id),
+            data_dir=str(settings.data_dir),
+            visible_devices=",".join(self._visible_device(slot.id) for slot in slots if slot.device == "cuda"),
+            tensor_parallel=len(slots),
+            memory_bytes=memory_bytes,
+            threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
+            allow_remote_code=settings.allow_remote_code,
+        )
+        return await spawn(worker_id, worker_main, start, msg.decode_from_worker)
+
+    def address(self, worker_id: str) -> str:
+        """Where the worker listens for evaluators."""
+        return str(self._sockets / f"{worker_id}.sock")
+
+    def _log_path(self, process_id: str) -> str:
+        return str(self._settings.data_dir / "logs" / f"{process_id}.log")
+
+
+def _socket_folder(data_dir: Path) -> Path:
+    """An empty private folder for sockets, in the data folder unless its path is too long for one."""
+    folder = data_dir / "run"
+    if len(os.fsencode(folder)) + len("/worker-1000000.sock") > MAX_SOCKET_PATH:
+        return Path(tempfile.mkdtemp(prefix="evalpool-"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder

@@ -1,0 +1,188 @@
+"""Where a replica could live, and how soon: pure questions to the ledger.
+
+A slot is ready for a job in one of five degrees, by what has to happen first to the workers that hold it. A replica
+takes the slots that are ready soonest: all that it needs, or none.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable
+
+import msgspec
+
+from gpu_pool.events import Demand
+from gpu_pool.ledger import Ledger
+from gpu_pool.records import Slot, Worker, WorkerState
+
+
+class Readiness(enum.IntEnum):
+    """What stands between a job and a slot; of a set of slots the worst."""
+
+    NOW = 0  # nothing: there is room
+    LEAVING = 1  # workers that are ending or being given back, or memory that is not back yet
+    UNUSED = 2  # workers without a job, which can be stopped
+    SPARE = 3  # workers whose jobs have others too, and can give them back
+    BUSY = 4  # workers whose jobs have to end first
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Slots for one replica, and what must be done for them."""
+
+    slots: tuple[str, ...]
+    readiness: Readiness
+    stop: tuple[str, ...] = ()
+    """Workers without a job that are in the way."""
+    give_back: tuple[str, ...] = ()
+    """Workers in the way that their jobs can do without."""
+    drained: tuple[str, ...] = ()
+    """All slots of workers in the way whose jobs have to end first."""
+
+
+class _Way(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to happen before there is room in one slot."""
+
+    readiness: Readiness
+    tie: float
+    """Of equally ready slots the one with the smallest goes first."""
+    workers: tuple[Worker, ...] = ()
+    """Those that have to go."""
+
+
+_OPEN = _Way(readiness=Readiness.NOW, tie=0.0)
+
+
+def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
+    """How soon a worker could be gone from its slots (never NOW)."""
+    if worker.state is WorkerState.STOPPING or worker.id in ledger.reclaiming:
+        return Readiness.LEAVING
+    if not worker.jobs:
+        return Readiness.UNUSED
+    runs = [ledger.running[job_id] for job_id in worker.jobs]
+    if all(worker.id in run.returning for run in runs):
+        return Readiness.LEAVING
+    if all(can_spare(worker.id, job_id, ledger) for job_id in worker.jobs):
+        return Readiness.SPARE
+    return Readiness.BUSY
+
+
+def can_spare(worker_id: str, job_id: str, ledger: Ledger) -> bool:
+    """Whether the job has given this worker back, or keeps another one when it does."""
+    run = ledger.running[job_id]
+    return worker_id in run.returning or len(run.workers) - len(run.returning) > 1
+
+
+def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) -> list[Worker]:
+    """Live workers with the job's model that it may use, loaded and least used ones first; none on slots in `taken`."""
+    found = [
+        worker
+        for worker in map(ledger.workers.__getitem__, ledger.replicas.get(demand.spec.replica_key, ()))
+        if worker.state is not WorkerState.STOPPING
+        and not any(slot_id in taken for slot_id in worker.slots)
+        and all(demand.accepts(ledger.slots[slot_id]) for slot_id in worker.slots)
+    ]
+    return sorted(found, key=lambda worker: (worker.state is WorkerState.STARTING, len(worker.jobs), worker.id))
+
+
+def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart: Iterable[str] = ()) -> Plan | None:
+    """The slots that are ready soonest for a new replica; None when there are not enough that could ever be.
+
+    Slots in `taken` are promised to others. Slots of the workers `apart` are left out: one job gains nothing from two
+    replicas on one GPU.
+    """
+    avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
+    degrees: dict[str, Readiness] = {}
+    ways = [
+        (_way(demand, slot, ledger, degrees), slot.id)
+        for slot in ledger.slots.values()
+        if demand.accepts(slot) and slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id)
+    ]
+    if len(ways) < demand.gpus:
+        return None
+    ways.sort(key=lambda way: (way[0].readiness, way[0].tie))  # stable: then in the order of the box
+    chosen = ways[: demand.gpus]
+    going = {worker.id: worker for way, _ in chosen for worker in way.workers}
+    if demand.spec.device == "cuda" and ledger.max_gpus is not None:
+        chosen, more = _within_cap(ways, demand, ledger)
+        going = {worker.id: worker for way, _ in chosen for worker in way.workers} | more
+    degrees = {name: readiness_of(worker, ledger) for name, worker in going.items()}
+    if len(chosen) < demand.gpus:
+        return None
+    return Plan(
+        slots=tuple(slot_id for _, slot_id in chosen),
+        readiness=max(degrees.values(), default=Readiness.NOW),
+        stop=tuple(name for name, degree in degrees.items() if degree is Readiness.UNUSED),
+        give_back=tuple(name for name, degree in degrees.items() if degree is Readiness.SPARE),
+        drained=tuple(
+            slot for name, worker in going.items() if degrees[name] is Readiness.BUSY for slot in worker.slots
+        ),
+    )
+
+
+def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:
+    """What has to happen before the slot has room: workers go, the soonest first, until it has."""
+    held = ledger.holders.get(slot.id)
+    if not held:
+        return _OPEN
+    staying = [ledger.holder(worker_id) for worker_id in held]
+    for worker in staying:
+        if worker.id not in degrees:
+            degrees[worker.id] = readiness_of(worker, ledger)
+    if len(staying) > 1:
+        staying.sort(key=lambda worker: (degrees[worker.id], worker.idle_since), reverse=True)
+    going: list[Worker] = []
+    while not _fits(demand, slot, staying, ledger.max_workers_per_gpu):
+        going.append(staying.pop())
+    if not going:  # beside others: rather on a slot of its own
+        return _Way(readiness=Readiness.NOW, tie=float(len(staying)))
+    last = going[-1]
+    return _Way(readiness=degrees[last.id], tie=_tie(last, degrees[last.id], ledger), workers=tuple(going))
+
+
+def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> float:
+    """Of equally soon ones: what is unused for longest, what the largest job can spare, what the fewest jobs use."""
+    match degree:
+        case Readiness.SPARE:
+            return float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs))
+        case Readiness.BUSY:
+            return float(len(worker.jobs))
+        case _:
+            return worker.idle_since
+
+
+def _fits(demand: Demand, slot: Slot, beside: list[Worker], most: int) -> bool:
+    if not beside:
+        return True
+    if len(beside) >= most or not demand.memory_bytes or not all(worker.memory_bytes for worker in beside):
+        return False
+    return sum(worker.memory_bytes for worker in beside) + demand.memory_bytes <= slot.memory_bytes
+
+
+def _within_cap(
+    ways: list[tuple[_Way, str]], demand: Demand, ledger: Ledger
+) -> tuple[list[tuple[_Way, str]], dict[str, Worker]]:
+    """The first slots, with no more that we do not hold yet than the cap on GPUs allows.
+
+    Where that is not enough (a job for one certain GPU), workers on other GPUs have to go too: returned beside.
+    """
+    fresh = max(0, (ledger.max_gpus or 0) - ledger.gpus_held())
+    ours = [way for way in ways if ledger.holders.get(way[1])]
+    others = [way for way in ways if not ledger.holders.get(way[1])]
+    chosen = sorted([*ours, *others[:fresh]], key=lambda way: (way[0].readiness, way[0].tie))[: demand.gpus]
+    short = demand.gpus - len(chosen)
+    names = {slot_id for _, slot_id in chosen}
+    elsewhere = [worker for worker in _gone_or_live(ledger) if not names & set(worker.slots)]
+    elsewhere.sort(key=lambda worker: (readiness_of(worker, ledger), worker.idle_since))
+    more: dict[str, Worker] = {}
+    while short > 0 and elsewhere:
+        worker = elsewhere.pop(0)
+        more[worker.id] = worker
+        freed = others[fresh : fresh + min(short, len(worker.slots))]
+        fresh, short = fresh + len(freed), short - len(freed)
+        chosen += freed
+    return chosen, more
+
+
+def _gone_or_live(ledger: Ledger) -> list[Worker]:
+    workers = (*ledger.reclaiming.values(), *ledger.workers.values())
+    return [worker for worker in workers if worker.spec.device == "cuda"]

@@ -1,0 +1,273 @@
+"""Which job gets which workers: decisions over the ledger, made anew after every event. Pure.
+
+1. Running jobs that have lost all their workers get new ones.
+2. The first waiting job that has to wait for others to end, once it has been first for PATIENCE_SECONDS, is passed no
+   more: slots are held for it as they become free, and nobody else is let onto them. (So a job that needs several
+   slots at once gets them, and a stream of jobs on one loaded model cannot keep it for ever.)
+3. Waiting jobs start by rank, as many as there are evaluators; one that does not fit is passed by those behind it.
+4. Running jobs grow onto what nobody waits for.
+
+A job that would fit without unused or spare replicas has those stopped or given back, and their slots promised to it.
+Promises last for one pass; the next pass makes them again, unless it finds something better.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import msgspec
+
+from gpu_pool import events as ev
+from gpu_pool.candidates import Candidates
+from gpu_pool.ledger import Ledger, Running
+from gpu_pool.order import Shape, rank, shape_of
+from gpu_pool.placement import Plan, Readiness, can_spare, find_plan, replicas_for
+from gpu_pool.records import Worker, WorkerState
+from gpu_pool.transitions import WorkerEvent, advance_worker
+
+PATIENCE_SECONDS = 300.0
+"""How long the first job in line is passed by others; and by how much longer than in truth a job is taken to have
+waited while a replica of its model is loaded and unused, which spares loading it again."""
+UNKNOWN_LOAD_SECONDS = 10.0
+"""Assumed cost of loading a model that has never been loaded here."""
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The first waiting job on a kind of device that has to wait for others to end, and since when it is the first."""
+
+    job_id: str
+    since: float
+
+
+class Placer(Ledger):
+    """Hands out workers. What it decides is written in the ledger at once, and asked for by actions."""
+
+    def __init__(
+        self, *, max_workers_per_gpu: int = 1, max_gpus: int | None = None, patience_s: float = PATIENCE_SECONDS
+    ) -> None:
+        super().__init__(max_workers_per_gpu=max_workers_per_gpu, max_gpus=max_gpus)
+        self.patience_s = patience_s
+        self.heads: dict[str, Head] = {}
+        """By kind of device."""
+        self._promised: set[str] = set()
+        """Slots that are promised in this pass: their workers are for nobody else."""
+        self._starved: set[str] = set()
+        """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
+        self._served: set[str] = set()
+        """Waiting jobs that were prepared for in this pass before all others."""
+        self._ready: list[str] = []
+        """Evaluators that are ready and not spoken for in this pass."""
+        self._counter = 0
+        self._actions: list[ev.Action] = []
+
+    def place(self) -> None:
+        """One pass over all that want workers."""
+        for marks in (self._promised, self._starved, self._served):
+            marks.clear()
+        self._ready = [name for name, job in self.evaluators.items() if job is None]
+        for run in sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank):
+            self._resupply(run)
+        self._serve_heads()
+        if self._ready:
+            candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
+            while self._ready and (demand := candidates.next()):
+                if not self._serve(demand):
+                    candidates.close()
+        if any(job is not None and job not in self.running for job in self.evaluators.values()):  # soon to be ready
+            self._starved.update(device for device, *_ in self.waiting.by_shape)
+        self._grow()
+
+    # ------------------------------------------------------------------ first workers
+
+    def _first_choice(self, demand: ev.Demand) -> Worker | Plan | None:
+        """A loaded replica, else free slots, else a replica that loads, else slots that become free soonest.
+
+        A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
+        that outlives the loading time is spread when it grows.
+        """
+        replicas = replicas_for(demand, self, self._promised)
+        if replicas and replicas[0].state is not WorkerState.STARTING:
+            return replicas[0]
+        plan = find_plan(demand, self, self._promised)
+        if plan is not None and plan.readiness is Readiness.NOW:
+            return plan
+        return replicas[0] if replicas else plan
+
+    def _resupply(self, run: Running) -> None:
+        """Get a running job without workers one, or what is needed for one."""
+        choice = self._first_choice(run.demand)
+        if choice is not None and not self._take(run, choice):
+            self._starved.add(run.demand.spec.device)
+            self._make_room(choice)
+
+    def _serve_heads(self) -> None:
+        """The first in line whose patience is at its end go before all others, ready evaluator or not."""
+        for device, head in list(self.heads.items()):
+            demand = self.waiting.get(head.job_id)
+            if demand is None:
+                del self.heads[device]
+            elif self.now - head.since >= self.patience_s:
+                self._served.add(head.job_id)
+                if not self._serve(demand, urgent=True):
+                    del self.heads[device]
+
+    def _serve(self, demand: ev.Demand, *, urgent: bool = False) -> bool:
+        """Start a waiting job, or make room for it. False: nothing can be done for it now, nor for others alike.
+
+        Only for an urgent one slots are held that others must first be done with.
+        """
+        choice = self._first_choice(demand)
+        if choice is None:
+            return False
+        if isinstance(choice, Worker) or choice.readiness is Readiness.NOW:
+            if self._ready:
+                self._begin(demand, self._ready.pop(0), choice)
+            elif isinstance(choice, Plan):
+                self._promised.update(choice.slots)
+            return True
+        self._starved.add(demand.spec.device)
+        if choice.readiness is Readiness.BUSY and not urgent:
+            self._note_head(demand)
+            return False
+        self._make_room(choice)
+        if self._ready and choice.readiness is not Readiness.BUSY:
+            self._ready.pop(0)  # it will be wanted in a moment
+        return True
+
+    def _note_head(self, demand: ev.Demand) -> None:
+        """This job has to wait for others to end: is it the first in line on its kind of device?"""
+        head = self.heads.get(demand.spec.device)
+        first = self.waiting.get(head.job_id) if head else None
+        if first is None or rank(demand.order, demand.priority) < rank(first.order, first.priority):
+            self.heads[demand.spec.device] = Head(demand.job_id, self.now)
+
+    def _begin(self, demand: ev.Demand, evaluator_id: str, choice: Worker | Plan) -> None:
+        self.waiting.pop(demand.job_id)
+        run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id)
+        self.evaluators[evaluator_id] = demand.job_id
+        self._do(ev.StartJob(job_id=demand.job_id, evaluator_id=evaluator_id))
+        self._take(run, choice)
+
+    # ------------------------------------------------------------------ further workers
+
+    def _grow(self) -> None:
+        """One worker at a time to the job that has fewest, until nobody can use what is left."""
+        if not self._anything_is_left():
+            return
+        line = [(len(run.workers), run.rank, job_id) for job_id, run in self.running.items() if self._may_grow(run)]
+        heapq.heapify(line)
+        hopeless: set[Shape] = set()
+        while line:
+            count, its_rank, job_id = heapq.heappop(line)
+            run = self.running[job_id]
+            choice = self._next_choice(run, count, hopeless)
+            if choice is not None:
+                if not self._take(run, choice):
+                    self._make_room(choice)
+                heapq.heappush(line, (count + 1, its_rank, job_id))
+
+    def _anything_is_left(self) -> bool:
+        """Whether any slot could get a worker soon, or any worker a job; mostly not, and there is no more to do."""
+        unused = any(not worker.jobs for worker in self.workers.values())
+        return unused or self.max_workers_per_gpu > 1 or any(not self.holders.get(slot_id) for slot_id in self.slots)
+
+    def _may_grow(self, run: Running) -> bool:
+        return bool(run.workers) and run.may_grow and run.demand.spec.device not in self._starved
+
+    def _next_choice(self, run: Running, count: int, hopeless: set[Shape]) -> Worker | Plan | None:
+        """A running job's further worker when it has or is promised `count`, or its own one instead of a shared one.
+
+        Below its cap it takes unused replicas, then free slots, then the slot of an unused replica of another model. At
+        its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own.
+        Shapes in `hopeless` have found no slots in this pass; this one may join them.
+        """
+        demand = run.demand
+        sharing = all(len(self.workers[worker_id].jobs) > 1 for worker_id in run.workers)
+        if count >= demand.max_replicas and (count > len(run.workers) or not sharing):
+            return None
+        for worker in replicas_for(demand, self, self._promised):
+            if not worker.jobs and worker.id not in run.workers:
+                return worker
+        shape = shape_of(demand)
+        if shape in hopeless:
+            return None
+        plan = find_plan(demand, self, self._promised, apart=run.workers)
+        if plan is None or plan.readiness > Readiness.UNUSED:
+            if self.max_workers_per_gpu == 1:  # else another job may find room beside others, where this one is already
+                hopeless.add(shape)
+            return None
+        if count < demand.max_replicas:
+            return plan
+        patience = self.load_seconds.get(demand.spec.replica_key, UNKNOWN_LOAD_SECONDS)
+        return plan if plan.readiness is Readiness.NOW and self.sharing_for(run) > patience else None
+
+    # ------------------------------------------------------------------ carrying it out
+
+    def _take(self, run: Running, choice: Worker | Plan) -> bool:
+        """Let the job have this worker, or one in these slots; False when they are not free."""
+        if isinstance(choice, Plan):
+            if choice.readiness is not Readiness.NOW:
+                return False
+            self.attach(run, self._start_worker(run.demand, choice.slots))
+            return True
+        self.attach(run, choice.id)
+        if choice.state is not WorkerState.STARTING:
+            self._do(ev.Attach(job_id=run.demand.job_id, evaluator_id=run.evaluator_id, worker_id=choice.id))
+            self._trim(run)
+        return True
+
+    def _make_room(self, choice: Worker | Plan) -> None:
+        """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
+        assert isinstance(choice, Plan)
+        self._promised.update(choice.slots, choice.drained)
+        for worker_id in choice.stop:
+            self._stop(worker_id)
+        for worker_id in choice.give_back:
+            self._give_back(worker_id)
+
+    def _start_worker(self, demand: ev.Demand, slot_ids: tuple[str, ...]) -> str:
+        worker_id = self._new_id("worker")
+        memory = demand.memory_bytes if self.max_workers_per_gpu > 1 else 0
+        worker = Worker(id=worker_id, spec=demand.spec, slots=slot_ids, memory_bytes=memory, idle_since=self.now)
+        self.add_worker(worker)
+        self._do(ev.StartWorker(worker_id=worker_id, spec=demand.spec, slot_ids=slot_ids, memory_bytes=memory))
+        return worker_id
+
+    def _give_back(self, worker_id: str) -> None:
+        """Have all jobs of a worker do without it, if they can."""
+        jobs = sorted(self.workers[worker_id].jobs)
+        if not all(can_spare(worker_id, job_id, self) for job_id in jobs):
+            return  # the plan counted on two workers of a job that can spare one
+        for job_id in jobs:
+            run = self.running[job_id]
+            if self.workers[worker_id].state is WorkerState.STARTING:
+                self.release(run, worker_id)
+            elif worker_id not in run.returning:
+                run.returning.add(worker_id)
+                self._detach(run, worker_id, at_once=False)
+        if not self.workers[worker_id].jobs:
+            self._stop(worker_id)
+
+    def _trim(self, run: Running) -> None:
+        """Give up the most shared of a job's loaded workers while it has more than its cap."""
+        while len(run.workers) > run.demand.max_replicas:
+            busiest = max(run.workers, key=lambda worker_id: (len(self.workers[worker_id].jobs), worker_id))
+            self.release(run, busiest)
+            self._detach(run, busiest, at_once=False)
+
+    def _detach(self, run: Running, worker_id: str, *, at_once: bool, cause: str | None = None) -> None:
+        job_id, evaluator_id = run.demand.job_id, run.evaluator_id
+        self._do(ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id, at_once=at_once, cause=cause))
+
+    def _stop(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        if worker.state is not WorkerState.STOPPING:
+            self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
+            self._do(ev.StopWorker(worker_id=worker_id))
+
+    def _new_id(self, kind: str) -> str:
+        self._counter += 1
+        return f"{kind}-{self._counter}"
+
+    def _do(self, action: ev.Action) -> None:
+        self._actions.append(action)

@@ -1,0 +1,127 @@
+# pyright: basic
+"""How much a forward pass may hold on this device, from the memory that the loaded model has left free."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from gpu_pool.model_size import PROCESS_BYTES, activation_bytes
+
+_LEAST_TOKENS = 128
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """Bounds of forward passes. Only `scored_tokens` changes: it shrinks for good when memory did not suffice."""
+
+    scored_tokens: int
+    """Tokens of a forward pass, where the request leaves the batch size to us; of the plain way padded ones."""
+    worthwhile_tokens: int
+    """Padded tokens from which on a forward pass uses the device well: a larger one should not grow by padding."""
+    generated_tokens: int
+    """Padded tokens, prompt and continuation, that are held while generating the plain way."""
+    generated_rows: int
+    """Sequences generated at once."""
+    generated_bytes: int
+    """Memory of the keys and values of sequences that are continued along the token tree."""
+    logits_bytes: int
+    """Memory of the logits of one forward pass, in fp32; always."""
+    prefix_bytes: int
+    """Memory of the keys and values of shared beginnings, kept between chunks."""
+
+    def logits(self, vocabulary: int) -> int:
+        """Positions of a forward pass whose logits may be asked for."""
+        return self.logits_bytes // (4 * vocabulary)
+
+    def shrink(self, tokens: int) -> None:
+        """So many tokens were too many."""
+        self.scored_tokens = min(self.scored_tokens, max(_LEAST_TOKENS, tokens // 2))
+
+
+_MOST = {
+    "cpu": Limits(
+        scored_tokens=1024,  # more does not make a product faster, and its activations leave the cache
+        worthwhile_tokens=128,
+        generated_tokens=8192,
+        generated_rows=64,
+        generated_bytes=4 << 30,
+        logits_bytes=1 << 30,
+        prefix_bytes=1 << 30,
+    ),
+    "cuda": Limits(
+        scored_tokens=32768,
+        worthwhile_tokens=4096,
+        generated_tokens=65536,
+        generated_rows=256,
+        generated_bytes=64 << 30,
+        logits_bytes=8 << 30,
+        prefix_bytes=16 << 30,
+    ),
+}
+_SHARES = {"generated_bytes": 0.4, "logits_bytes": 0.1, "prefix_bytes": 0.1, "activations": 0.2}
+"""Of the free memory; the rest is left to fragmentation and what libraries take."""
+
+
+def find_limits(model: Any, device: torch.device, budget: int = 0) -> Limits:
+    """Limits of `model`, whose weights are loaded; `budget` as in `free_bytes`."""
+    most = _MOST["cuda" if device.type == "cuda" else "cpu"]
+    free = free_bytes(device, budget)
+    fitting = int(free * _SHARES["activations"]) // _activation_bytes(model)
+    return Limits(
+        scored_tokens=max(_LEAST_TOKENS, min(most.scored_tokens, fitting)),
+        worthwhile_tokens=most.worthwhile_tokens,
+        generated_tokens=most.generated_tokens,
+        generated_rows=most.generated_rows,
+        generated_bytes=min(most.generated_bytes, int(free * _SHARES["generated_bytes"])),
+        logits_bytes=min(most.logits_bytes, int(free * _SHARES["logits_bytes"])),
+        prefix_bytes=min(most.prefix_bytes, int(free * _SHARES["prefix_bytes"])),
+    )
+
+
+def _activation_bytes(model: Any) -> int:
+    """Memory of a token's activations in the widest part of a layer."""
+    config = getattr(model.config, "text_config", None) or model.config
+    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
+    inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    return activation_bytes(hidden, inner, experts, model.dtype.itemsize)
+
+
+def confine(budget: int) -> None:
+    """Let this process take at most `budget` bytes of each GPU that it will use, the CUDA context among them."""
+    sharded = torch.distributed.is_initialized()  # then a rank has a GPU of its own
+    for index in [torch.cuda.current_device()] if sharded else range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory
+        fraction = max(0, budget - PROCESS_BYTES["cuda"]) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction), index)
+
+
+def free_bytes(device: torch.device, budget: int = 0) -> int:
+    """Free memory, where this process may hold `budget` bytes (0: any number) what is left of them at most.
+
+    Of ranks that share a model, what the one with the least has, because all must do the same.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if budget:
+        free = min(free, max(0, budget - _held_bytes(device)))
+    if not torch.distributed.is_initialized():
+        return free
+    least = torch.tensor(free, device=device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What this process holds of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) + PROCESS_BYTES["cuda"]
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,155 @@
+# pyright: basic
+"""A language model in memory: how it is called, and the facts that decide what may be asked of it at once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_pool.messages import GenerationOptions
+from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
+from gpu_pool.worker.engine.encoder_decoder import probe_encoder_company
+from gpu_pool.worker.engine.limits import Limits
+from gpu_pool.worker.engine.padding import Company, probe_company
+from gpu_pool.worker.engine.prefix_cache import PrefixCache
+from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to be called, and the facts about it that the calls depend on."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    """Where input ids go (the first device of a model that is spread over several)."""
+    max_length: int
+    prefix_token_id: int
+    think_end_token: str | int | None
+    softmax_dtype: torch.dtype
+    limits: Limits
+    forward_names: frozenset[str]
+    """Keyword arguments that the model's own forward takes."""
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def attn_implementation(self) -> str:
+        return str(getattr(self.model.config, "_attn_implementation", None) or "eager")
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether a context is read by an encoder, and its continuation written by a decoder."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def narrows_logits(self) -> bool:
+        """Whether forward can leave out the logits of positions that nobody scores."""
+        return "logits_to_keep" in self.forward_names and not has_virtual_tokens(self.model)
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model, without an adapter around it."""
+        return unwrapped(self.model)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model."""
+        return getattr(self.model.config, "text_config", None) or self.model.config
+
+    @cached_property
+    def route(self) -> tuple[Route, str]:
+        """The way that it is computed, and why."""
+        return choose_route(self)
+
+    def goes_along_tree(self, longest: int) -> bool:
+        """Whether sequences of at most `longest` tokens are computed along the token tree.
+
+        Those beyond a boundary of the rotary embedding are not: they must not share a forward pass with shorter ones.
+        """
+        return self.route[0] is Route.TREE and longest <= (rope_boundary(self) or longest)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a position."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @cached_property
+    def prefix_cache(self) -> PrefixCache:
+        """Keys and values of beginnings that requests share."""
+        return PrefixCache(self.limits.prefix_bytes)
+
+    @cached_property
+    def grid_cache(self) -> PrefixCache:
+        """The same for deterministic requests, whose blocks are others."""
+        return PrefixCache(self.limits.prefix_bytes)
+
+    @cached_property
+    def company(self) -> Company:
+        """Which prompts may be continued together."""
+        return probe_encoder_company(self.model) if self.is_encoder_decoder else probe_company(self.model)
+
+    def logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, len(positions), vocabulary] of right-padded `ids` [rows, width] at `positions` (ascending).
+
+        No attention mask: causal attention never looks at the padding behind a sequence.
+        """
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.forward_names else {}
+        if self.narrows_logits:
+            return self.model(input_ids=ids, logits_to_keep=positions, **options).logits
+        logits = self.model(input_ids=ids, **options).logits
+        virtual_tokens = logits.shape[1] - ids.shape[1]
+        return logits[:, positions.to(logits.device) + virtual_tokens]
+
+    def generated_rows(self, longest: int, options: GenerationOptions) -> int:
+        """Sequences that may be continued at once, when each may grow to its limit from `longest` tokens of its own."""
+        config = self.text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * dimension * self.model.dtype.itemsize
+        fitting = self.limits.generated_bytes // (token_bytes * (longest + options.max_gen_toks))
+        return max(1, min(self.limits.generated_rows, fitting))
+
+    def check_tokens(self, sequences: Any) -> None:
+        """Refuse ids outside the vocabulary: on a GPU they would end the process.
+
+        Raises:
+            ValueError: a sequence holds such an id.
+        """
+        size = self.model.get_input_embeddings().weight.shape[0]
+        tokens = list(itertools.chain.from_iterable(sequences))
+        if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+            raise ValueError(f"token ids must lie in 0..{size - 1}; found {min(tokens)} to {max(tokens)}")
+
+    def memory_bytes(self) -> int:
+        """Memory held: of all visible GPUs, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return sum(torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count()))
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def describe(self) -> str:
+        """One line for people."""
+        name = type(unwrapped(self.model)).__name__
+        millions = unwrapped(self.model).num_parameters() / 1e6
+        weights = "".join(f", {method} weights" for method in _quantization_methods(self.model))
+        ranks = getattr(unwrapped(self.model), "tp_size", None) or 1
+        sharded = f", sharded over {ranks} ranks" if ranks > 1 else ""
+        route, reason = self.route
+        facts = f"{millions:.1f} M parameters, {self.dtype}{weights}, {self.attn_implementation} attention{sharded}"
+        return f"{name}, {facts}; {route} route: {reason}"
+
+
+def _quantization_methods(model: Any) -> list[str]:
+    """How the weights are quantised: one method or none."""
+    quantization = getattr(model.config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    return [str(getattr(method, "value", method))] if method else []

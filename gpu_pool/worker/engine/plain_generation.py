@@ -1,0 +1,99 @@
+# pyright: basic
+"""Continues prompts by transformers' generate, in padded batches: for models and options that have no other way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+
+from gpu_pool.messages import GenerationChunk, GenerationOptions
+from gpu_pool.worker.engine.batching import run_batches
+from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, until_eos
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.padding import Company, pad_left
+from gpu_pool.worker.engine.prompts import Prompt
+from gpu_pool.worker.engine.routes import rope_boundary
+from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
+
+_COUNT_PADDING = (
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+)
+"""Options under which transformers looks at padding as if it were text: then only equal lengths share a batch."""
+
+
+def generate_rows(
+    loaded: LoadedModel, prompts: Sequence[Prompt], chunk: GenerationChunk, should_stop: Callable[[], bool]
+) -> dict[int, str]:
+    """The text of each prompt, by its index; `should_stop` is asked at every token.
+
+    Raises:
+        Cancelled: `should_stop` said so.
+        ValueError: options that transformers refuses.
+    """
+    prompts = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.tokens))
+
+    def run(batch: list[Prompt]) -> list[tuple[int, str]]:
+        return _generate_batch(loaded, batch, chunk.options, should_stop)
+
+    return dict(run_batches(run, prompts, _fits(loaded, chunk)))
+
+
+def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
+    """Whether one more prompt, none longer than the first, may be generated together with the others."""
+    limits, options = loaded.limits, chunk.options
+    most_rows = min(chunk.batch_size or limits.generated_rows, limits.generated_rows)
+    company = _company(loaded, options)
+    boundary = rope_boundary(loaded) or loaded.max_length
+
+    def fits(batch: list[Prompt], prompt: Prompt) -> bool:
+        count, width = len(batch) + 1, len(batch[0].tokens)
+        if not company.allows(width, len(prompt.tokens)) or count > most_rows:
+            return False
+        if width + options.max_gen_toks > boundary and len(prompt.tokens) != width:
+            return False
+        held = count * beams(loaded.model, options) * (width + options.max_gen_toks)
+        return held <= limits.generated_tokens
+
+    return fits
+
+
+def _company(loaded: LoadedModel, options: GenerationOptions) -> Company:
+    """What both the model and the options allow."""
+    if beams(loaded.model, options) > 1 and options.do_sample:
+        return Company.NONE  # their draws come from one generator for the whole batch
+    defaults = loaded.model.generation_config
+    if any(options.kwargs.get(name, getattr(defaults, name, None)) for name in _COUNT_PADDING):
+        return Company.NONE if loaded.company is Company.NONE else Company.EQUAL_LENGTH
+    return loaded.company
+
+
+@torch.inference_mode()
+def _generate_batch(
+    loaded: LoadedModel, batch: list[Prompt], options: GenerationOptions, should_stop: Callable[[], bool]
+) -> list[tuple[int, str]]:
+    """(index, text) of each prompt of one batch."""
+    ids, mask = pad_left([prompt.tokens for prompt in batch], loaded.device)
+    rows, width = ids.shape
+    until = stop_strings(options.until, loaded.tokenizer)
+    stopping = StopAtStrings(loaded.tokenizer, until, (rows, width), should_stop)
+    output = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        stopping_criteria=transformers.StoppingCriteriaList([stopping]),
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        use_cache=True,
+        **generate_kwargs(loaded.model, options, width + options.max_gen_toks, [prompt.seed for prompt in batch]),
+    )
+    lengths = stopping.lengths if beams(loaded.model, options) == 1 else [None] * rows  # a beam's end is its own
+    texts: list[tuple[int, str]] = []
+    for prompt, tokens, length in zip(batch, output.tolist(), lengths, strict=True):
+        kept = until_eos(tokens[width:][:length], loaded.model, options)
+        texts.append((prompt.index, finish_text(kept, loaded.tokenizer, until, loaded.think_end_token)))
+    return texts

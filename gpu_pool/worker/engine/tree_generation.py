@@ -1,0 +1,261 @@
+# pyright: basic
+"""Continuous batching: prompts are read along their token tree, and continued side by side, each leaving when it ends.
+
+A step continues every row by one token. Rows that end make room for prompts that wait; what prompts begin with in
+common is computed once and attended to by all, never copied.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gpu_pool.messages import GenerationOptions
+from gpu_pool.worker.engine.batching import Cancelled, run_halving
+from gpu_pool.worker.engine.choosing import Chooser
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
+from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all
+from gpu_pool.worker.engine.prompts import Prompt
+from gpu_pool.worker.engine.sampling import SeededNoise
+from gpu_pool.worker.engine.sharing import shared_lengths
+from gpu_pool.worker.engine.slots import Slots
+from gpu_pool.worker.engine.stopping import StopFinder, finish_text
+from gpu_pool.worker.engine.token_tree import Block, Path
+
+_WORTHWHILE_PREFILL = 128
+"""Tokens of waiting prompts that are worth a forward pass of their own while others are continued."""
+_IDLE_SHARE = 0.25
+"""Share of the slots that are not left free for lack of so many tokens."""
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """A distinct prompt and everyone who wants it continued."""
+
+    path: Path
+    shared: int
+    """Its first tokens that stay in the tree's blocks."""
+    prompts: list[Prompt]
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """One prompt that is being continued."""
+
+    prompt: Prompt
+    path: Path
+    """What it shares, held until it ends."""
+    noise: SeededNoise | None
+    tokens: list[int] = field(default_factory=list)
+
+
+def continue_rows(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    chooser: Chooser,
+    most_rows: int,
+    should_stop: Callable[[], bool],
+    more: Callable[[], Sequence[Prompt]] = tuple,
+    *,
+    deterministic: bool = False,
+) -> Iterator[tuple[Prompt, str]]:
+    """Each prompt and its text, as it ends; `should_stop` is asked at every step.
+
+    `more` is asked for prompts that join the others whenever slots are free and none are left to read.
+    `deterministic`: read in blocks of a fixed grid, and continued alone when `most_rows` is 1.
+
+    Raises:
+        Cancelled: `should_stop` said so.
+        torch.OutOfMemoryError: there is not enough memory for so many rows.
+    """
+    run = _Run(loaded, options, chooser, most_rows, more, deterministic)
+    with packed_attention_in(loaded.model), torch.inference_mode():
+        try:
+            run.admit(prompts)
+            while run.step():
+                yield from run.take_texts()
+                if should_stop():
+                    raise Cancelled
+            yield from run.take_texts()
+        except BaseException:
+            run.let_go()
+            raise
+    run.remember()
+
+
+class _Run:
+    """Prompts on their way."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        options: GenerationOptions,
+        chooser: Chooser,
+        most_rows: int,
+        more: Callable[[], Sequence[Prompt]],
+        deterministic: bool,
+    ) -> None:
+        self._loaded = loaded
+        self._options = options
+        self._chooser = chooser
+        self._stop = StopFinder(loaded.tokenizer, options.until)
+        self._more = more
+        self._alone = deterministic
+        self._texts: list[tuple[Prompt, str]] = []
+        self._cache = loaded.grid_cache if deterministic else loaded.prefix_cache
+        self._reserved: list[tuple[tuple[int, ...], Path]] = []
+        self._blocks: deque[Block] = deque()
+        self._ending: dict[Block, list[_Sequence]] = {}
+        """Prompts by the block that holds their last token."""
+        self._held: set[_Sequence] = set()
+        self._waiting: deque[tuple[_Sequence, Prompt, torch.Tensor]] = deque()
+        """Prompts that have been read: with the logits after their last token."""
+        self._rows: list[_Row] = []
+        self._slots = Slots(most_rows, loaded.device)
+
+    def admit(self, prompts: Sequence[Prompt]) -> None:
+        """Take these prompts in, when all blocks of those before them have been read."""
+        self.remember()
+        by_tokens: dict[tuple[int, ...], list[Prompt]] = {}
+        for prompt in prompts:
+            by_tokens.setdefault(prompt.tokens, []).append(prompt)
+        sequences = sorted(by_tokens)
+        prompts_of = [by_tokens[tokens] for tokens in sequences]
+        last = [len(tokens) - 1 for tokens in sequences]
+        known = self._cache.find(sequences)
+        layout = lay_out_for(self._loaded, sequences, last, known, deterministic=self._alone)
+        self._reserved = self._cache.reserve(layout, sequences)
+        self._blocks.extend(layout.blocks)
+        shared = [0] * len(sequences) if self._alone else shared_lengths(layout.paths, list(map(len, prompts_of)))
+        longest = max(path.end - length for path, length in zip(layout.paths, shared, strict=True))
+        self._slots.most = min(self._slots.most, self._loaded.generated_rows(longest, self._options))
+        for path, length, some in zip(layout.paths, shared, prompts_of, strict=True):
+            sequence = _Sequence(path, length, some)
+            hold(path)
+            self._held.add(sequence)
+            self._ending.setdefault(path.sources[-1].block, []).append(sequence)
+
+    def step(self) -> bool:
+        """Take in what has room, and continue every row by one token; False when nothing is left."""
+        self._fill()
+        if self._rows:
+            self._continue()
+        return bool(self._rows or self._waiting or self._blocks) or self._admit_more()
+
+    def take_texts(self) -> list[tuple[Prompt, str]]:
+        """Those that have ended since this was asked last."""
+        texts, self._texts = self._texts, []
+        return texts
+
+    def remember(self) -> None:
+        """Keep the beginnings that later prompts may have."""
+        self._cache.keep(self._reserved)
+        self._reserved = []
+
+    def let_go(self) -> None:
+        """Free what is held, in the middle of everything."""
+        for row in self._rows:
+            release(row.path.sources)
+        for sequence in self._held:
+            release(sequence.path.sources)
+        finish(self._blocks)
+        release_all(self._reserved)
+
+    def _fill(self) -> None:
+        """Start prompts that wait for a slot; read more of them when enough slots are free."""
+        limits = self._loaded.limits
+        self._start_waiting()
+        if not self._blocks and not self._waiting and self._free >= _IDLE_SHARE * self._slots.most:
+            self._admit_more()
+        while self._blocks and not self._waiting and (batch := self._next_batch()):
+            run_halving(self._read, batch, lambda blocks: limits.shrink(sum(len(block.tokens) for block in blocks)))
+            self._start_waiting()
+
+    def _admit_more(self) -> bool:
+        if not (prompts := self._more()):
+            return False
+        self.admit(prompts)
+        return True
+
+    @property
+    def _free(self) -> int:
+        """Slots that no row has."""
+        return max(0, self._slots.most - len(self._rows))
+
+    def _next_batch(self) -> list[Block]:
+        """Blocks to be read together, so that their prompts find a slot; none while too few slots are free."""
+        free, tokens, rows = self._free, 0, 0
+        batch: list[Block] = []
+        for block in self._blocks:
+            ending = sum(len(sequence.prompts) for sequence in self._ending.get(block, ()))
+            if batch and (
+                self._alone or rows + ending > free or tokens + len(block.tokens) > self._loaded.limits.scored_tokens
+            ):
+                break
+            batch.append(block)
+            tokens += len(block.tokens)
+            rows += ending
+        is_worthwhile = tokens >= _WORTHWHILE_PREFILL or free >= _IDLE_SHARE * self._slots.most
+        is_worthwhile = is_worthwhile or len(batch) == len(self._blocks)
+        return batch if free and is_worthwhile else []
+
+    def _read(self, batch: list[Block]) -> list[None]:
+        """Compute prompts' tokens; those that end here wait for a slot then."""
+        ends = [(block, sequence) for block in batch for sequence in self._ending.get(block, ())]
+        wanted = [(block, sequence.path.end - 1 - block.start) for block, sequence in ends]
+        logits = run_blocks(self._loaded.model, batch, wanted)
+        for row, (_, sequence) in zip(logits, ends, strict=True):
+            self._waiting.extend((sequence, prompt, row) for prompt in sequence.prompts)
+        finish(batch)
+        for _ in batch:  # the first ones of those that wait: halves come in order
+            self._ending.pop(self._blocks.popleft(), None)
+        return []
+
+    def _start_waiting(self) -> None:
+        starting = [self._waiting.popleft() for _ in range(min(self._free, len(self._waiting)))]
+        if not starting:
+            return
+        rows: list[_Row] = []
+        for sequence, prompt, _ in starting:
+            shared = sequence.path.until(sequence.shared)
+            self._slots.add(sequence.path, sequence.shared)
+            hold(shared)
+            rows.append(_Row(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
+            self._rows.append(rows[-1])
+        waiting = {sequence for sequence, _, _ in self._waiting}
+        for sequence in {sequence for sequence, _, _ in starting} - waiting:
+            self._held.discard(sequence)
+            release(sequence.path.sources)
+        self._append(rows, torch.stack([logits for _, _, logits in starting]))
+
+    def _continue(self) -> None:
+        """One more token for each row."""
+        logits = run_step(self._loaded.model, self._slots, [row.tokens[-1] for row in self._rows])
+        self._append(self._rows, logits)
+
+    def _append(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+        """Give each row its next token, and let go of those that end with it."""
+        for row, token in zip(rows, self._chooser.choose(logits, [row.noise for row in rows]), strict=True):
+            row.tokens.append(token)
+        for place in reversed(range(len(self._rows))):
+            if self._is_finished(self._rows[place]):
+                self._finish(place)
+
+    def _is_finished(self, row: _Row) -> bool:
+        is_full = len(row.tokens) >= self._options.max_gen_toks
+        return is_full or row.tokens[-1] in self._chooser.eos or self._stop.ends(row.tokens)
+
+    def _finish(self, place: int) -> None:
+        row = self._rows[place]
+        self._slots.remove(place)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        release(row.path.sources)
+        loaded = self._loaded
+        text = finish_text(row.tokens, loaded.tokenizer, self._stop.strings, loaded.think_end_token)
+        self._texts.append((row.prompt, text))

@@ -1,0 +1,62 @@
+"""A virtual clock, and the GPU seconds that pass on it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+
+class Clock:
+    """What is to happen, in order of time; what is to happen at the same time, in the order in which it was said."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        """Seconds; the trace begins at 0."""
+        self._agenda: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._numbers = itertools.count()
+
+    def at(self, when: float, act: Callable[..., None], *arguments: Any) -> None:
+        """Have `act(*arguments)` called at `when`."""
+        heapq.heappush(self._agenda, (when, next(self._numbers), act, arguments))
+
+    def after(self, seconds: float, act: Callable[..., None], *arguments: Any) -> None:
+        """Have `act(*arguments)` called so many seconds from now."""
+        self.at(self.now + seconds, act, *arguments)
+
+    def next(self) -> tuple[float, Callable[..., None], tuple[Any, ...]]:
+        """Take the next entry: when, what, with what. The caller moves `now`."""
+        when, _, act, arguments = heapq.heappop(self._agenda)
+        return when, act, arguments
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """GPU seconds: of GPUs that could be used, that computed a chunk, and that loaded a model."""
+
+    usable: float = 0.0
+    computing: float = 0.0
+    loading: float = 0.0
+
+
+class Meter:
+    """How many GPUs do what now, and what has added up since the trace began."""
+
+    def __init__(self, gpus: int) -> None:
+        self.usable = gpus
+        self.computing = 0
+        self.loading = 0
+        self.queued = 0
+        """Jobs that wait to be started."""
+        self.total = Usage()
+        self.while_waiting = Usage()
+        """The part of it in which jobs were queued."""
+
+    def add(self, seconds: float) -> None:
+        """So much time passes."""
+        for usage in (self.total, self.while_waiting) if self.queued else (self.total,):
+            usage.usable += seconds * self.usable
+            usage.computing += seconds * self.computing
+            usage.loading += seconds * self.loading

@@ -1,0 +1,150 @@
+"""A server under fire: started with a step of its journal armed, and started again whenever it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+from chaos_tasks import TASKS, write_chaos_tasks
+from evalpool_server import run_server
+from kill_points import FOLDER_VARIABLE, RANKS_VARIABLE, Control, Plan
+from outcomes import Outcome, assert_sound, attempts, outcome
+from service import PATIENCE_SECONDS, Service, until
+
+Json = dict[str, Any]
+T = TypeVar("T")
+PROGRAM = (Path(__file__).with_name("chaos_server.py"),)
+LOOK_SECONDS = 0.02
+OPTIONS: Json = {"use_cache": True, "deterministic": True, "limit": 6, "bootstrap_iters": 2000}
+"""Of the jobs: that answers are bits, so that any difference is seen."""
+
+
+class Box:
+    """One data folder and the servers on it, one after the other; a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        data_dir: Path | None = None,
+        evaluators: int = 1,
+        workers: int = 1,
+        ranks: int = 1,
+        settings: str = "",
+    ) -> None:
+        """`data_dir` is in `folder` unless given; `settings` are lines of the TOML file."""
+        self.data_dir = data_dir or folder / "data"
+        self.control = Control(folder / "control")
+        self.model = model
+        self._workers = workers
+        config = folder / "evalpool.toml"
+        config.write_text(f"evaluators = {evaluators}\n{settings}")
+        self._arguments = ("--config", config, "--include-path", write_chaos_tasks(folder / "tasks"))
+        self._arguments += ("--cpu-workers", workers)
+        self._variables = {FOLDER_VARIABLE: str(self.control.folder), RANKS_VARIABLE: str(ranks)}
+        self._running = contextlib.ExitStack()
+        self._service: Service | None = None
+        self.starts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._running.close()
+
+    @property
+    def service(self) -> Service:
+        """The one that runs now: started when there is none, and again after its end.
+
+        Raises RuntimeError when it ends while it starts.
+        """
+        if self._service is not None and self._service.server.process.poll() is not None:
+            self._service.server.bury()
+            self._running.close()
+            self._service = None
+            assert_sound(self.data_dir)
+        if self._service is None:
+            server = run_server(self.data_dir, *self._arguments, program=PROGRAM, variables=self._variables)
+            self._service = self._running.enter_context(Service(self._running.enter_context(server)))
+            self.starts += 1
+        return self._service
+
+    # ---------------------------------------------------------------- one job
+
+    def run(self, plan: Plan | None = None, **options: Any) -> Outcome:
+        """Have a job evaluated that no cache knows, carrying out the plan; asserts that it completes, and once."""
+        self.settle()
+        self.forget()
+        completed = self.service.client.get_queue_status()["completed_jobs"]
+        self.control.arm(plan)
+        job = self.completed(self.submit(**options))
+        assert plan is None or self.control.has_fired(), "the step was not passed"
+        assert self.service.client.get_queue_status()["completed_jobs"] == completed + 1
+        numbers, ends = zip(*attempts(self.data_dir, job["job_id"]), strict=True)
+        assert numbers == tuple(range(1, len(numbers) + 1))
+        assert ends == ("requeued",) * (len(ends) - 1) + ("completed",)
+        assert len(numbers) == 1 or (plan is not None and plan.victim in ("server", "evaluator"))
+        return outcome(job)
+
+    def settle(self) -> None:
+        """Until processes of each kind wait for work, the workers with the model."""
+        until(lambda: self.service and all(map(self.control.alive, ("server", "desk", "evaluator"))), "they live")
+        self.control.arm(None)
+        while self._states().count("idle") < self._workers:
+            self.completed(self.submit(num_gpus=self._workers))
+            until(lambda: "starting" not in self._states(), "the workers have loaded")
+
+    def forget(self) -> None:
+        """Empty the response cache and the memo of fingerprints."""
+        (self.data_dir / "fingerprints.json").unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(self.data_dir / "cache" / "responses.sqlite", timeout=30)) as cache:
+            tables = cache.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+            for (table,) in tables.fetchall():
+                cache.execute(f"DELETE FROM {table}")
+            cache.commit()
+
+    def submit(self, *, tasks: Sequence[str] = TASKS, **options: Any) -> str:
+        """Its id. Submitted again as long as no server knows of it."""
+        known = self.asked(_newest)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return self.asked(lambda service: service.submit(self.model, *tasks, **(OPTIONS | options)), 0.0)
+            except (httpx.HTTPError, RuntimeError):
+                if time.monotonic() > deadline:
+                    raise
+                if (newest := self.asked(_newest)) and newest != known:
+                    return newest
+
+    def completed(self, job_id: str) -> Json:
+        """The job once it is completed, over any number of servers."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (job := self.asked(lambda service: service.job(job_id)))["completed_at"]:
+            assert time.monotonic() < deadline, f"job {job_id} does not end\n{self.service.log()}"
+            time.sleep(LOOK_SECONDS)
+        assert job["status"] == "completed", f"{job['status']}: {job['error']}\n{self.service.log()}"
+        return job
+
+    def _states(self) -> list[str]:
+        return [worker["state"] for worker in self.service.client.workers()["workers"]]
+
+    def asked(self, ask: Callable[[Service], T], patience_seconds: float = PATIENCE_SECONDS) -> T:
+        """What a server answers, the next one where one ends before it does."""
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                return ask(self.service)
+            except (httpx.TransportError, RuntimeError):  # it ends now, or while it starts
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(LOOK_SECONDS)
+
+
+def _newest(service: Service) -> str | None:
+    return next((job["job_id"] for job in service.client.jobs(limit=1)["jobs"]), None)

@@ -1,0 +1,72 @@
+"""SIGKILL to every kind of process, before and after every durable write of a job, and in the middle of a bootstrap.
+
+The writes are not a list kept by hand: they are what an undisturbed job passes (`kill_points.py`). After each kill the
+job must complete, once, with the bits of the undisturbed run, and leave no other file or process behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from chaos_box import Box
+from conftest import OpenBox
+from kill_points import Plan, Point
+from outcomes import Outcome
+
+VICTIMS = ("server", "desk", "evaluator", "worker")
+FEW = {
+    "server": ("after insert jobs", "after answers", "before update jobs to completed"),
+    "desk": ("after insert jobs",),
+    "evaluator": ("in the bootstrap", "after results.json"),
+    "worker": ("after update jobs to running", "after answers"),
+}
+"""Steps of the default run, by their beginnings: the first passage of each."""
+
+
+@pytest.fixture(scope="module")
+def box(open_box: OpenBox) -> Box:
+    """One worker."""
+    return open_box()
+
+
+@pytest.fixture(scope="module")
+def quiet(box: Box) -> tuple[Outcome, list[Point]]:
+    """What the undisturbed job leaves, and all that it passed."""
+    left = box.run()
+    return left, box.control.passages()
+
+
+def test_the_journal(quiet: tuple[Outcome, list[Point]]):
+    """What is to be durable passes, in its order, and each write has a step before and one after it."""
+    steps = [point.step for point in quiet[1]]
+    order = ["after insert jobs", "after update jobs to running, ", "before answers", "after results.json"]
+    order.append("after update jobs to completed, ")
+    found = [next(place for place, step in enumerate(steps) if step.startswith(wanted)) for wanted in order]
+    assert found == sorted(found)
+    for side, other in (("before", "after"), ("after", "before")):
+        writes = [step.removeprefix(side) for step in steps if step.startswith(side)]
+        assert sorted(writes) == sorted(step.removeprefix(other) for step in steps if step.startswith(other))
+    for task in ("chaos_choice", "chaos_words", "chaos_story"):
+        assert f"after samples_{task}.jsonl" in steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_kills_at_a_few_steps(victim: str, box: Box, quiet: tuple[Outcome, list[Point]], subtests: pytest.Subtests):
+    left, passed = quiet
+    points = [next(point for point in passed if point.step.startswith(step)) for step in FEW[victim]]
+    kill_at(points, victim, box, left, subtests)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_kills_at_every_step(victim: str, box: Box, quiet: tuple[Outcome, list[Point]], subtests: pytest.Subtests):
+    left, passed = quiet
+    kill_at(passed, victim, box, left, subtests)
+
+
+def kill_at(points: Sequence[Point], victim: str, box: Box, left: Outcome, subtests: pytest.Subtests) -> None:
+    for point in points:
+        with subtests.test(f"the {victim} dies {point}"):
+            assert box.run(Plan(point, victim)) == left

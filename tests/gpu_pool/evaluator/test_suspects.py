@@ -1,0 +1,77 @@
+"""Which request kills: found in a bounded number of deaths, whatever is in the chunk, and never an innocent one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_pool.evaluator.requests import Unit
+from gpu_pool.evaluator.suspects import MOST_DEATHS, Suspect, Suspects
+
+
+def make_units(count: int) -> list[Unit]:
+    return [Unit(prompt=(i,), continuation=(1,)) for i in range(count)]
+
+
+class Trial:
+    """Ask suspects, as workers that die on some units would, until none is left."""
+
+    def __init__(self, units: list[Unit], deadly: set[int]) -> None:
+        self.deaths = 0
+        self.answered: list[Unit] = []
+        self.causes: list[Unit] = []
+        self._deadly = [units[i] for i in deadly]
+        self.suspects = Suspects()
+        self._ask(Suspect(units))
+        while suspect := self.suspects.take():
+            self._ask(suspect)
+
+    def _ask(self, suspect: Suspect) -> None:
+        if not any(unit in self._deadly for unit in suspect.units):
+            self.answered += suspect.units
+            return
+        self.deaths += 1
+        if cause := self.suspects.died(suspect):
+            self.causes.append(cause)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 100])
+def test_one_request_is_found_in_few_deaths(count: int) -> None:
+    for deadly in range(0, count, max(1, count // 7)):
+        units = make_units(count)
+        trial = Trial(units, {deadly})
+        assert trial.causes == [units[deadly]]
+        assert trial.answered == units[:deadly] + units[deadly + 1 :]
+        assert trial.deaths <= 2 * MOST_DEATHS + math.ceil(math.log2(count)) - 1 * (count > 1)
+
+
+@given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+def test_exactly_those_that_kill_are_found(case: tuple[int, set[int]]) -> None:
+    count, deadly = case
+    units = make_units(count)
+    trial = Trial(units, deadly)
+    assert trial.causes == [unit for i, unit in enumerate(units) if i in deadly]
+    assert sorted(map(id, trial.answered + trial.causes)) == sorted(map(id, units))
+
+
+def test_a_death_by_chance_is_forgiven() -> None:
+    suspects = Suspects()
+    (unit,) = make_units(1)
+    assert suspects.died(Suspect([unit])) is None
+    again = suspects.take()
+    assert again is not None
+    assert again.units == [unit]
+    assert not suspects
+
+
+def test_an_error_that_the_worker_survives_needs_no_second_try() -> None:
+    suspects = Suspects()
+    units = make_units(2)
+    assert suspects.failed(Suspect(units)) is None
+    halves = [suspects.take(), suspects.take()]
+    assert [half and list(half.units) for half in halves] == [[units[0]], [units[1]]]
+    assert halves[1] is not None
+    assert suspects.failed(halves[1]) is units[1]

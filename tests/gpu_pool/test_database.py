@@ -1,0 +1,248 @@
+"""The database in trouble: locked by another, on a full disk, shut down, in use, too new. Real files, real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from databases import connection, execute, make_job, query
+from postgres_server import PostgresServer
+
+from gpu_pool import database as database_module
+from gpu_pool.database import Database
+from gpu_pool.engines import database_url
+from gpu_pool.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, PoolError
+from gpu_pool.records import JobState
+from gpu_pool.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits gives up after the first try, which waits a second for a lock."""
+    monkeypatch.setattr(Database.transaction, "__kwdefaults__", {"patience_s": 0.0})
+    monkeypatch.setattr(database_module, "PATIENCE_SECONDS", 0.0)
+
+
+@pytest.fixture
+async def store(database: Path | str) -> AsyncIterator[Store]:
+    opened = await Store.open(database)
+    yield opened
+    await opened.close()
+
+
+@contextlib.contextmanager
+def locked(database: Path | str):
+    """Another program has the jobs locked for writing."""
+    if isinstance(database, Path):
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+    else:
+        with connection(database) as other:
+            other.execute(sa.text("LOCK TABLE jobs IN SHARE MODE"))
+            yield
+
+
+async def troubled(store: Store) -> str:
+    """What the store says once something waits for it."""
+    while store.trouble is None:
+        await asyncio.sleep(0.01)
+    return store.trouble
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_to_a_locked_database_is_refused_and_changes_nothing(
+    store: Store, database: Path | str
+) -> None:
+    await store.add(make_job("1"))
+    with locked(database):
+        with pytest.raises(DatabaseUnavailable, match="another process has it locked"):
+            await store.add(make_job("2"))
+        assert (await store.get("1")).id == "1"
+        assert [job.id for job in await store.list(None, 5)] == ["1"]
+        assert store.trouble is None  # nobody waits any more
+    await store.add(make_job("2"))
+    assert [job.id for job in await store.list(None, 5)] == ["2", "1"]
+
+
+async def test_a_change_of_state_outlasts_a_lock(store: Store, database: Path | str) -> None:
+    await store.add(make_job("1"))
+    with locked(database):
+        change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=1))
+        assert await troubled(store) == "another process has it locked"
+        assert (await store.get("1")).state is JobState.QUEUED
+    assert await change
+    assert store.trouble is None
+    assert [entry.event for entry in await store.history("1")] == ["submitted", "started"]
+
+
+async def test_a_change_of_state_ends_with_the_server(store: Store, database: Path | str) -> None:
+    await store.add(make_job("1"))
+    with locked(database):
+        change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
+        await troubled(store)
+        store.give_up()
+        with pytest.raises(DatabaseUnavailable):
+            await change
+    assert (await store.get("1")).state is JobState.QUEUED
+
+
+async def test_a_commit_that_was_lost_sight_of_is_not_taken_for_a_rival(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks after the commit and before its answer: what was written is found when tried again."""
+    commit = Database._write
+    broken = threading.Event()
+
+    def commit_then_break(self: Database, work: object) -> object:
+        result = commit(self, work)
+        if not broken.is_set():
+            broken.set()
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise error
+        return result
+
+    monkeypatch.setattr(Database, "_write", commit_then_break)
+    job = make_job("1")
+    assert await store.add(job) == job
+    broken.clear()
+    assert await store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=1)
+    assert [entry.event for entry in await store.history("1")] == ["submitted", "started"]
+    broken.clear()
+    assert not await store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=2)
+
+
+async def test_a_postgresql_that_restarts_is_waited_for() -> None:
+    with PostgresServer.started() as server:
+        store = await Store.open(server.new_database())
+        await store.add(make_job("1"))
+        server.stop()
+        change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
+        assert await troubled(store)
+        server.start()
+        assert await change
+        assert (await store.get("1")).state is JobState.RUNNING
+        await store.close()
+
+
+FILLER = """
+import asyncio, resource, signal, sys
+from pathlib import Path
+from gpu_pool.errors import DatabaseUnavailable
+from gpu_pool.records import JobState
+from gpu_pool.store import Store
+sys.path += sys.argv[2:]
+from databases import make_job
+
+async def main():
+    path = Path(sys.argv[1])
+    store = await Store.open(path)
+    await store.add(make_job("1"))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, whole[1]))
+    change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=1))
+    while store.trouble is None:
+        await asyncio.sleep(0.01)
+    print(store.trouble)
+    print((await store.get("1")).state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    print(await change, store.trouble)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_file_that_cannot_grow_is_waited_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILLER, str(tmp_path / "jobs.sqlite"), *sys.path]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    trouble, state, end = ran.stdout.splitlines()
+    assert "disk" in trouble
+    assert (state, end) == ("queued", "True None")
+    assert query(tmp_path / "jobs.sqlite", "SELECT state FROM jobs") == [("running",)]
+
+
+async def test_a_newer_database_is_refused_as_it_is(store: Store, database: Path | str) -> None:
+    execute(database, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseTooNew, match="revision 9999"):
+        await Store.open(database)
+    assert query(database, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+
+async def test_one_server_a_database(database: Path | str) -> None:
+    first = await Store.open(database, alone=True)
+    with pytest.raises(DatabaseInUse):
+        await Store.open(database, alone=True)
+    await (await Store.open(database)).close()  # who only looks may
+    await first.close()
+    await (await Store.open(database, alone=True)).close()
+
+
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from gpu_pool.store import Store
+
+async def main():
+    store = await Store.open(sys.argv[1] if "://" in sys.argv[1] else Path(sys.argv[1]), alone=True)
+    print("open", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_server_leaves_the_database_to_the_next(database: Path | str) -> None:
+    command = [sys.executable, "-c", HOLDER, str(database)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        os.kill(holder.pid, signal.SIGKILL)
+    await (await Store.open(database, alone=True)).close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("jobs.sqlite", "must be a URL"),
+        ("mysql://root@localhost/x", "must be postgresql"),
+        ("sqlite://", "must be postgresql"),
+    ],
+)
+def test_what_is_no_database_of_ours_is_refused(url: str, said: str) -> None:
+    with pytest.raises(PoolError, match=f"^database: {said}"):
+        database_url(url)
+
+
+def test_urls_of_both_kinds(tmp_path: Path) -> None:
+    assert database_url(f"sqlite:///{tmp_path}/x.db") == database_url(tmp_path / "x.db")
+    assert database_url("postgresql://u@h/n").drivername == "postgresql+psycopg"
+
+
+async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_text("once upon a time\n" * 1000)
+    with pytest.raises(PoolError, match="not a database"):
+        await Store.open(tmp_path / "jobs.sqlite")
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await Store.open(f"postgresql://me:secret@/name?host={tmp_path}")
+    assert "secret" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,21 @@
+"""The machine's memory, and a container's share of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpu_pool.machine_memory import machine_bytes
+
+
+def test_a_container_may_have_less(tmp_path: Path) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    files = tuple(tmp_path / name for name in ("v2", "v1"))
+    assert machine_bytes(files) == physical
+    files[0].write_text("max\n")
+    assert machine_bytes(files) == physical
+    files[1].write_text("1048576\n")
+    assert machine_bytes(files) == 1048576
+    files[0].write_text(str(2 * physical))
+    files[1].unlink()
+    assert machine_bytes(files) == physical

@@ -1,0 +1,72 @@
+"""Whose a process is, among real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpu_pool.process_table import ProcessTable
+
+PARENT = """
+import os, subprocess, sys
+ready = subprocess.Popen
+def child(**options):
+    code = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    return process, int(process.stdout.readline())
+kept = [child(), child(process_group=0), child(start_new_session=True)]
+print(*(pid for _, pid in kept), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def worker() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A session leader with three children: one in its group, one in another, one in a session of its own."""
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        yield process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def test_what_a_worker_started_is_its_own_in_whatever_group_or_session() -> None:
+    table = ProcessTable()
+    with worker() as (process, children):
+        leaders = {process.pid}
+        assert [table.leader_of(pid, leaders) for pid in (process.pid, *children)] == [process.pid] * 4
+        assert table.leader_of(os.getpid(), leaders) is None
+        assert table.leader_of(1, leaders) is None
+        assert table.leader_of(children[0], set()) is None
+
+
+def test_an_orphan_is_still_in_its_worker_s_session() -> None:
+    table = ProcessTable()
+    with worker() as (process, children):
+        group_mate, group_leader, _ = children
+        os.kill(group_leader, 19)  # it would end with the pipe to its parent otherwise
+        process.kill()
+        process.wait()
+        try:
+            assert table.leader_of(group_leader, {process.pid}) == process.pid
+        finally:
+            os.kill(group_leader, 9)
+    del group_mate
+
+
+def test_which_numbers_exist_here() -> None:
+    table = ProcessTable()
+    assert table.exists(os.getpid())
+    assert table.exists(1)
+    assert not table.exists(2**22 + 1)
+    assert not table.exists(2**40)
+    assert table.leader_of(2**22 + 1, {os.getpid()}) is None
+
+
+def test_a_container_can_be_told_of() -> None:
+    assert ProcessTable(in_container=True).in_container
+    assert not ProcessTable(in_container=False).in_container

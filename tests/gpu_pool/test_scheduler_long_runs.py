@@ -1,0 +1,205 @@
+"""Long random sequences of events: the ledger's invariants hold after each, and a kind world ends every job."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scheduler_box import Box, spec
+
+from gpu_pool import events as ev
+from gpu_pool.records import WorkerState
+
+
+class LongRun(RuleBasedStateMachine):
+    """Random event sequences that a world could really produce; the invariants hold after each, and every job ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Box(slots=2, evaluators=3, gpus=3, max_workers_per_gpu=2, max_gpus=2, idle_worker_s=200.0)
+        self.numbers = itertools.count()
+
+    def apply(self, event: type[ev.Event], **fields: object) -> None:
+        self.box.now += 1.0
+        self.box.do(event, **fields)
+
+    def pick(self, data: st.DataObject, items: Iterable[str]) -> str:
+        return data.draw(st.sampled_from(sorted(items)))
+
+    @rule(model=st.sampled_from("abc"), replicas=st.integers(1, 2), device=st.sampled_from(["cpu", "cuda"]))
+    def submit(self, model: str, replicas: int, device: str) -> None:
+        self.box.submit(f"job-{next(self.numbers)}", spec=spec(model, device), max_replicas=replicas)
+
+    @rule(
+        model=st.sampled_from("def"),
+        gpus=st.integers(1, 2),
+        memory=st.sampled_from([0, 30, 50]),
+        priority=st.integers(-2, 2),
+        timeout=st.sampled_from([None, 30.0]),
+        slot=st.sampled_from([None, None, "GPU-2"]),
+    )
+    def submit_for_gpus(
+        self, model: str, gpus: int, memory: int, priority: int, timeout: float | None, slot: str | None
+    ) -> None:
+        self.box.submit(
+            f"job-{next(self.numbers)}",
+            spec=spec(model, "cuda"),
+            gpus=1 if slot else gpus,
+            memory_bytes=memory,
+            priority=priority,
+            timeout_s=timeout,
+            slot_id=slot,
+        )
+
+    @precondition(lambda self: self.returning())
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        job_id, worker_id = data.draw(st.sampled_from(self.returning()))
+        self.apply(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
+
+    @rule(lost=st.sets(st.sampled_from(["GPU-0", "GPU-1", "GPU-2"]), max_size=2))
+    def gpus_are_lost(self, lost: set[str]) -> None:
+        self.box.see(dict.fromkeys(lost, "it is lost"), lost=frozenset(lost))
+
+    @rule(wanted=st.sets(st.sampled_from(["GPU-0", "GPU-1"])))
+    def strangers_want_memory(self, wanted: set[str]) -> None:
+        self.box.see(dict.fromkeys(wanted, "process 77 uses it"), contested=frozenset(wanted))
+
+    @precondition(lambda self: self.box.scheduler.running)
+    @rule(data=st.data())
+    def progress(self, data: st.DataObject) -> None:
+        self.apply(ev.JobProgressed, job_id=self.pick(data, self.box.scheduler.running))
+
+    @precondition(lambda self: self.box.scheduler.running or self.box.scheduler.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        jobs = [*self.box.scheduler.running, *self.box.scheduler.waiting]
+        self.apply(ev.CancelRequested, job_id=self.pick(data, jobs))
+
+    @precondition(lambda self: self.served())
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.apply(ev.JobEnded, job_id=self.pick(data, self.served()))
+
+    @precondition(lambda self: self.resting())
+    @rule(data=st.data())
+    def evaluator_ready(self, data: st.DataObject) -> None:
+        self.apply(ev.EvaluatorIsReady, evaluator_id=self.pick(data, self.resting()))
+
+    @precondition(lambda self: self.box.scheduler.evaluators)
+    @rule(data=st.data())
+    def evaluator_dies(self, data: st.DataObject) -> None:
+        self.apply(ev.EvaluatorDied, evaluator_id=self.pick(data, self.box.scheduler.evaluators), cause="killed")
+
+    @precondition(lambda self: self.in_state(WorkerState.STARTING))
+    @rule(data=st.data())
+    def worker_loads(self, data: st.DataObject) -> None:
+        self.apply(ev.WorkerLoaded, worker_id=self.pick(data, self.in_state(WorkerState.STARTING)))
+
+    @precondition(lambda self: self.in_state(WorkerState.STARTING))
+    @rule(data=st.data(), changed=st.booleans())
+    def worker_fails_to_load(self, data: st.DataObject, changed: bool) -> None:
+        worker_id = self.pick(data, self.in_state(WorkerState.STARTING))
+        self.apply(ev.WorkerLoadFailed, worker_id=worker_id, error="no", content_changed=changed)
+
+    @precondition(lambda self: self.in_state(WorkerState.STARTING))
+    @rule(data=st.data())
+    def lease_refused(self, data: st.DataObject) -> None:
+        worker_id = self.pick(data, self.in_state(WorkerState.STARTING))
+        self.apply(ev.LeaseRefused, worker_id=worker_id, reason="taken")
+
+    @precondition(lambda self: self.box.scheduler.workers)
+    @rule(data=st.data())
+    def worker_dies(self, data: st.DataObject) -> None:
+        self.apply(ev.WorkerDied, worker_id=self.pick(data, self.box.scheduler.workers), cause="killed")
+
+    @precondition(lambda self: self.box.scheduler.ending)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        job_id = self.pick(data, self.box.scheduler.ending)
+        holder = self.pick(data, self.box.scheduler.ending[job_id].holders)
+        if holder in self.box.scheduler.evaluators:
+            self.apply(ev.EvaluatorDied, evaluator_id=holder, cause="killed")
+        else:
+            self.apply(ev.WorkerDroppedJob, worker_id=holder, job_id=job_id)
+
+    @precondition(lambda self: self.box.scheduler.reclaiming)
+    @rule(data=st.data())
+    def memory_is_back(self, data: st.DataObject) -> None:
+        self.apply(ev.SlotsReturned, worker_id=self.pick(data, self.box.scheduler.reclaiming))
+
+    @rule(taken=st.sets(st.sampled_from(["GPU-0", "GPU-1"])))
+    def strangers_come_and_go(self, taken: set[str]) -> None:
+        self.box.see(dict.fromkeys(taken, "process 77 uses it"))
+
+    @rule(seconds=st.floats(0, 100))
+    def time_passes(self, seconds: float) -> None:
+        self.box.now += seconds
+        self.box.do(ev.Tick)
+
+    @invariant()
+    def consistent(self) -> None:
+        self.box.scheduler.check()
+
+    def teardown(self) -> None:
+        """A world that behaves from here on brings every job to its end."""
+        self.box.see({})
+        for _ in range(100 + 20 * next(self.numbers)):
+            if not self.settle_something():
+                break
+        scheduler = self.box.scheduler
+        assert not [*scheduler.waiting, *scheduler.running, *scheduler.ending]
+
+    def settle_something(self) -> bool:
+        scheduler = self.box.scheduler
+        for worker in list(scheduler.workers.values()):
+            if worker.state is WorkerState.STARTING:
+                self.apply(ev.WorkerLoaded, worker_id=worker.id)
+            elif worker.state is WorkerState.STOPPING:
+                self.apply(ev.WorkerDied, worker_id=worker.id, cause="")
+        for worker_id in list(scheduler.reclaiming):
+            self.apply(ev.SlotsReturned, worker_id=worker_id)
+        for job_id, worker_id in self.returning():
+            self.apply(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
+        for evaluator_id in self.killed() & scheduler.evaluators.keys():
+            self.apply(ev.EvaluatorDied, evaluator_id=evaluator_id, cause="killed")
+        for job_id, ending in list(scheduler.ending.items()):
+            for holder in list(ending.holders):
+                self.apply(ev.WorkerDroppedJob, worker_id=holder, job_id=job_id)
+        for job_id in self.served():
+            self.apply(ev.JobEnded, job_id=job_id)
+        for evaluator_id in self.resting():
+            self.apply(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
+        return bool(scheduler.waiting or scheduler.running or scheduler.ending)
+
+    def served(self) -> list[str]:
+        """Running jobs with a loaded worker: they can end."""
+        workers = self.box.scheduler.workers
+        return [
+            job_id
+            for job_id, run in self.box.scheduler.running.items()
+            if any(workers[worker].state is WorkerState.BUSY for worker in run.workers)
+        ]
+
+    def returning(self) -> list[tuple[str, str]]:
+        running = self.box.scheduler.running
+        return sorted((job_id, worker_id) for job_id, run in running.items() for worker_id in run.returning)
+
+    def resting(self) -> list[str]:
+        """Evaluators that may say that they are ready: started, or done with their job; not killed ones."""
+        scheduler = self.box.scheduler
+        busy = set(scheduler.running)
+        return [k for k, job in scheduler.evaluators.items() if job not in busy | {None} and k not in self.killed()]
+
+    def killed(self) -> set[str]:
+        return {action.evaluator_id for action in self.box.of(ev.KillEvaluator)}
+
+    def in_state(self, state: WorkerState) -> list[str]:
+        return [worker.id for worker in self.box.scheduler.workers.values() if worker.state is state]
+
+
+TestLongRun = LongRun.TestCase
+TestLongRun.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)

@@ -1,0 +1,46 @@
+"""What the engine plans with, of all that is free or of a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fresh_models import load_fresh
+
+from gpu_pool.records import ModelArgs, ModelSpec
+from gpu_pool.worker.engine.limits import find_limits, free_bytes
+from gpu_pool.worker.engine.loading import load_model
+
+CPU = torch.device("cpu")
+MIB = 1024**2
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_budget_leaves_what_the_process_does_not_hold_yet() -> None:
+    budget = resident() + 200 * MIB
+    assert free_bytes(CPU, budget) == pytest.approx(200 * MIB, abs=20 * MIB)
+    assert free_bytes(CPU, 1) == 0
+    assert free_bytes(CPU, 1 << 60) == pytest.approx(free_bytes(CPU), rel=0.2)  # it can be no more than is free
+
+
+def test_limits_follow_the_budget(checkpoint: Callable[..., Path]) -> None:
+    model = load_fresh(checkpoint("llama")).model
+    held = resident()
+    limits = find_limits(model, CPU, budget=held + 100 * MIB)
+    assert limits.generated_bytes == pytest.approx(40 * MIB, abs=8 * MIB)
+    assert limits.prefix_bytes == pytest.approx(10 * MIB, abs=2 * MIB)
+    assert limits.logits_bytes == pytest.approx(10 * MIB, abs=2 * MIB)
+    least = find_limits(model, CPU, budget=1)
+    assert (least.generated_bytes, least.scored_tokens) == (0, 128)  # it still computes, little at a time
+
+
+def test_a_model_is_loaded_with_its_budget(checkpoint: Callable[..., Path]) -> None:
+    spec = ModelSpec(kind="hf", args=ModelArgs(pretrained=str(checkpoint("llama"))), fingerprint="")
+    budget = resident() + 50 * MIB
+    assert load_model(spec, allow_remote_code=False, budget=budget).limits.prefix_bytes <= 5 * MIB

@@ -1,0 +1,47 @@
+"""What is asked of a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from engine_probes import fresh
+
+from gpu_pool.messages import GenerationOptions
+
+
+@pytest.mark.parametrize(("name", "route"), [("llama", "tree"), ("mamba", "plain")])
+def test_description_says_which_route_and_why(name, route, checkpoint, load):
+    loaded = load(checkpoint(name))
+    expected = f" M parameters, float32, {loaded.attn_implementation} attention; {route} route: {loaded.route[1]}"
+    assert loaded.describe().endswith(expected)
+
+
+@torch.inference_mode()
+def test_logits_of_some_positions_are_those_of_all(checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    whole = dataclasses.replace(loaded, forward_names=loaded.forward_names - {"logits_to_keep"})
+    assert loaded.narrows_logits
+    assert not whole.narrows_logits
+    ids, positions = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]), torch.tensor([1, 3])
+    expected = loaded.model(input_ids=ids).logits[:, positions]
+    for model in (loaded, whole):
+        torch.testing.assert_close(model.logits(ids, positions), expected)
+
+
+def test_rows_continued_at_once_are_bounded_by_their_keys_and_values(checkpoint, load):
+    """Each holds keys and values [2 heads, 8] of 2 layers, 4 bytes a number, for all tokens that it may come to."""
+    loaded, options = load(checkpoint("llama")), GenerationOptions(max_gen_toks=20)
+    row_bytes = (30 + 20) * 2 * 2 * 2 * 8 * 4
+    for generated_bytes, rows in ((3 * row_bytes, 3), (3 * row_bytes - 1, 2), (0, 1)):
+        assert fresh(loaded, generated_bytes=generated_bytes).generated_rows(30, options) == rows
+    assert fresh(loaded, generated_rows=5).generated_rows(30, options) == 5
+
+
+@pytest.mark.parametrize("token", [-1, 100_000])
+def test_tokens_of_another_vocabulary_are_refused(token, checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    loaded.check_tokens([(0, loaded.vocabulary - 1), ()])
+    with pytest.raises(ValueError, match="token ids must lie in"):
+        loaded.check_tokens([(5,), (6, token)])

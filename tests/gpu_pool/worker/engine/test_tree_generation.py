@@ -1,0 +1,168 @@
+"""Continuous batching along the token tree: what is read, who shares, and what is left when it ends early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chunks import generating
+from engine_probes import (
+    assert_kept_for_the_cache_alone,
+    fresh,
+    never,
+    out_of_memory_beyond,
+    plainly,
+    tensor_bytes,
+    watched,
+)
+from prompts import PROMPTS, SAMPLING, SEEDS
+
+from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.generation import generate
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+
+Tokens = tuple[int, ...]
+
+
+def texts(loaded: LoadedModel, prompts: list[Tokens] = PROMPTS, **fields: Any) -> tuple[str, ...]:
+    return generate(loaded, generating(prompts, **({"max_gen_toks": 10} | fields)), never)
+
+
+@pytest.fixture
+def loaded(checkpoint, load):
+    """A model without anything kept from other tests."""
+    return fresh(load(checkpoint("llama")))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, load):
+    """Greedy answers, the plain way."""
+    return texts(plainly(load(checkpoint("llama"))))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, None])
+def test_more_prompts_than_slots(batch_size, loaded, expected):
+    with watched(loaded) as passes:
+        assert texts(loaded, batch_size=batch_size) == expected
+    assert not passes.plain
+    assert max(passes.continued) <= (batch_size or len(PROMPTS))
+    assert_kept_for_the_cache_alone(loaded)
+
+
+def test_each_distinct_token_is_read_once(loaded):
+    nodes = {prompt[: end + 1] for prompt in PROMPTS for end in range(len(prompt))}
+    with watched(loaded) as passes:
+        texts(loaded, PROMPTS * 2)
+    assert sum(passes.read) == len(nodes)
+
+
+def steps(loaded: LoadedModel, prompts: list[Tokens], **fields: Any) -> int:
+    """Passes that continue rows."""
+    with watched(loaded) as passes:
+        texts(fresh(loaded), prompts, max_gen_toks=40, **fields)
+    return len(passes.continued)
+
+
+@pytest.mark.parametrize("length", [8, 130])
+def test_freed_slots_are_filled(length, loaded):
+    """Rows that end early make room soon: there are fewer steps than if each batch waited for its longest row."""
+    prompts = [(*prompt[-5:], *range(3, length)) for prompt in PROMPTS]
+    whole = texts(loaded, prompts, max_gen_toks=40)
+    places = {stop: sorted(text.find(stop) % 40 for text in whole) for stop in set("".join(whole))}
+    stop = max(places, key=lambda stop: places[stop][-4] - places[stop][3])
+    alone = [steps(loaded, [prompt], until=(stop,)) for prompt in prompts]
+    assert min(alone) < 10
+    assert max(alone) == 39
+    in_batches = sum(max(alone[start : start + 4]) for start in range(0, len(alone), 4))
+    assert steps(loaded, prompts, until=(stop,), batch_size=4) <= min(sum(alone) / 4 + 39, in_batches - 1)
+
+
+def test_equal_prompts_are_read_once_and_sampled_apart(loaded):
+    prompt = max(PROMPTS, key=len)
+    with watched(loaded) as passes:
+        answers = texts(loaded, [prompt] * 12, seeds=tuple(range(12)), batch_size=5, **SAMPLING)
+    assert passes.read == [len(prompt)]
+    assert max(passes.continued) == 5
+    assert len(set(answers)) > 6
+    for seed in (0, 7):
+        assert texts(fresh(loaded), [prompt], seeds=(seed,), **SAMPLING) == (answers[seed],)
+    assert_kept_for_the_cache_alone(loaded)
+
+
+@pytest.mark.parametrize("scored_tokens", [16, 4096])
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_samples_belong_to_their_prompts(batch_size, scored_tokens, loaded):
+    """Not to company, order, slots, passes, or what is kept from before."""
+    whole = texts(loaded, seeds=SEEDS, **SAMPLING)
+    assert whole == texts(plainly(loaded), seeds=SEEDS, **SAMPLING)
+    small = fresh(loaded, scored_tokens=scored_tokens)
+    backwards = texts(small, PROMPTS[::-1], seeds=SEEDS[::-1], batch_size=batch_size, **SAMPLING)
+    assert backwards[::-1] == whole
+    some = [3, 17, 4, 4, 11]
+    picked = texts(small, [PROMPTS[index] for index in some], seeds=tuple(some), batch_size=batch_size, **SAMPLING)
+    assert picked == tuple(whole[index] for index in some)
+    assert whole != texts(small, seeds=SEEDS[::-1], **SAMPLING)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral", "deepseek_v3"])
+def test_windows_caps_and_sinks(name, checkpoint, load):
+    """Rows that grow far beyond the window of what they share."""
+    loaded = fresh(load(checkpoint(name)))
+    ours = texts(loaded, batch_size=4, max_gen_toks=40)
+    assert ours == texts(plainly(loaded), max_gen_toks=40)
+
+
+def test_single_token_answers(loaded):
+    assert texts(loaded, max_gen_toks=1) == texts(plainly(loaded), max_gen_toks=1)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 5, 12, 30])
+def test_cancelled_in_the_middle(asked, loaded, expected):
+    """Nothing stays that was not there before, and what was there is still of use."""
+    beginning = (*PROMPTS[0][:50], 5)
+    texts(loaded, [beginning])
+    before = loaded.prefix_cache.bytes
+    answers = iter([False] * asked)
+    with pytest.raises(Cancelled):
+        generate(loaded, generating(PROMPTS, batch_size=3, max_gen_toks=10), lambda: next(answers, True))
+    assert loaded.prefix_cache.bytes == before
+    assert_kept_for_the_cache_alone(loaded)
+    with watched(loaded) as passes:
+        assert texts(loaded) == expected
+    with watched(loaded) as cold:
+        assert texts(fresh(loaded)) == expected
+    assert sum(cold.read) - sum(passes.read) == 50
+
+
+@pytest.mark.parametrize(("read", "continued"), [(60, 10**9), (10**9, 3), (60, 1)])
+def test_out_of_memory_halves(read, continued, loaded, expected):
+    small = fresh(loaded, scored_tokens=50)  # blocks that can be read alone
+    whole = fresh(loaded)
+    with out_of_memory_beyond(loaded, read=read, continued=continued):
+        assert texts(small) == expected
+        if read >= 100:
+            assert texts(whole) == expected
+    assert_kept_for_the_cache_alone(small)
+    with out_of_memory_beyond(loaded, continued=0), pytest.raises(torch.OutOfMemoryError):
+        texts(whole)
+    assert_kept_for_the_cache_alone(whole)
+
+
+def test_everything_is_let_go(loaded):
+    """But what the prefix cache holds: by reference counts alone, without collecting garbage."""
+    texts(fresh(loaded))
+    before = tensor_bytes()
+    for fields in ({}, {"batch_size": 3}, {"seeds": SEEDS, **SAMPLING}):
+        copy = fresh(loaded)
+        texts(copy, **fields)
+        assert copy.prefix_cache.bytes > 0
+        assert tensor_bytes() - before == copy.prefix_cache.bytes
+        copy.prefix_cache.clear()
+        assert tensor_bytes() == before
+
+
+def test_long_prompts_among_short_ones_stay_where_they_were_read(loaded):
+    prompts = [*PROMPTS, *((index, *range(3, 103)) for index in (250, 251)), *((index, 5) for index in range(20))]
+    assert texts(loaded, prompts) == texts(plainly(loaded), prompts)
+    assert_kept_for_the_cache_alone(loaded)

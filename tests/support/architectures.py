@@ -1,0 +1,65 @@
+"""Configurations of tiny random models, by the way that the engine computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = dict[str, Any]
+"""A config's fields; `model_type` where it is not the name."""
+
+MAX_LENGTH = 256
+_WINDOW = {"sliding_window": 16}
+_ATTENTION: Settings = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": MAX_LENGTH,
+    "initializer_range": 0.3,  # wide enough that answers differ from each other
+}
+_GPT: Settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": MAX_LENGTH, "initializer_range": 0.3}
+_RECURRENT: Settings = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+TREE: dict[str, Settings] = {
+    "cohere2": _ATTENTION | _WINDOW,
+    "deepseek_v3": _ATTENTION
+    | _EXPERTS
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    "gemma2": _ATTENTION | _WINDOW | {"query_pre_attn_scalar": 8},
+    "gemma3_text": _ATTENTION | _WINDOW | {"query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+    "gpt2": _GPT,
+    "gpt_neox": _ATTENTION,
+    "gpt_oss": _ATTENTION | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": _ATTENTION | {"logits_scaling": 2.0},
+    "llama": _ATTENTION,
+    "longrope": _ATTENTION
+    | {"model_type": "phi3", "original_max_position_embeddings": 64}
+    | {"rope_parameters": _LONGROPE | {"original_max_position_embeddings": 64}},
+    "mistral": _ATTENTION | _WINDOW,
+    "mixtral": _ATTENTION | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": _ATTENTION,
+    "opt": _ATTENTION | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi3": _ATTENTION,
+    "qwen2": _ATTENTION,
+    "qwen3": _ATTENTION | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": _ATTENTION | _EXPERTS | {"num_experts": 4},
+    "starcoder2": _ATTENTION | _WINDOW,
+}
+"""Each distinct token is computed once."""
+PLAIN: dict[str, Settings] = {
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2, "initializer_range": 0.3},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    | {"window_size": 16, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.3},
+    "llama4_text": _ATTENTION
+    | {"num_hidden_layers": 4, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    "mamba": _RECURRENT | {"state_size": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": MAX_LENGTH, "initializer_range": 0.3},
+    "recurrent_gemma": _ATTENTION | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "rwkv": _RECURRENT | {"context_length": MAX_LENGTH},
+}
+"""Whole sequences are computed, in padded batches: by what `routes` finds in their configs."""

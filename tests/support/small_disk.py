@@ -1,0 +1,22 @@
+"""A file system so small that a test can fill it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, size: int) -> Generator[Path]:
+    """A tmpfs of `size` bytes at `folder`, which exists; skips the test where this user may not mount."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        pytest.skip(f"this user may not mount a tmpfs: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)

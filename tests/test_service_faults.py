@@ -1,0 +1,113 @@
+"""The running service and what goes wrong in its workers: a request that kills them, a process that stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evalpool_server import run_server
+from fresh_models import change_json
+from service import COMMON, Service, await_end, write_tasks
+
+MODEL = """
+import os, signal
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class FragileConfig(LlamaConfig):
+    model_type = "fragile"
+
+class FragileModel(LlamaForCausalLM):
+    config_class = FragileConfig
+
+    def forward(self, input_ids=None, **arguments):
+        deadly = (input_ids == self.config.deadly_token).reshape(-1)
+        if (deadly[2:] & deadly[1:-1] & deadly[:-2]).any():  # no text of the worker's own checks has it three times
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(input_ids=input_ids, **arguments)
+"""
+CLOZE = """
+task: {name}
+output_type: loglikelihood
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: " yes"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+STALL_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
+    """One CPU worker; one that hangs is killed soon."""
+    folder = tmp_path_factory.mktemp("box")
+    tasks = write_tasks(folder / "tasks")
+    for name, odd in (("with_poison", "~~~"), ("without_poison", "seven")):
+        rows = [{"question": f"is {odd if number == 2 else number} a lucky number?"} for number in range(4)]
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = CLOZE.format(name=name) + COMMON.format(data=tasks / f"{name}.jsonl")
+        (tasks / f"{name}.yaml").write_text(task)
+    config = folder / "evalpool.toml"
+    config.write_text(f"worker_stall_s = {STALL_SECONDS}\nallow_remote_code = true\n")
+    arguments = ("--config", config, "--include-path", tasks, "--cpu-workers", 1)
+    with run_server(folder / "data", *arguments) as server, Service(server) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def fragile_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a class of its own, which kills its process when it reads "~~~"."""
+    from tokenizers import Tokenizer
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("fragile") / "model"))
+    (token,) = set(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("~~~").ids)
+    (folder / "fragile.py").write_text(MODEL)
+    classes = {"AutoConfig": "fragile.FragileConfig", "AutoModelForCausalLM": "fragile.FragileModel"}
+    change_json(folder / "config.json", model_type="fragile", auto_map=classes, deadly_token=token)
+    return folder
+
+
+def submit(box: Service, model: Path, task: str, **options: Any) -> str:
+    model_args = {"pretrained": str(model), "trust_remote_code": True}
+    return box.client.evaluate("hf", [task], model_args, device="cpu", use_cache=False, **options)["job_id"]
+
+
+def test_a_request_that_kills_ends_in_an_error_and_nothing_else_does(box: Service, fragile_model: Path):
+    poisoned = submit(box, fragile_model, "with_poison", max_error_share=0.25)
+    neighbour = submit(box, fragile_model, "without_poison")
+    job = box.finished(poisoned)
+    assert job["attempt"] == 1
+    assert job["progress"]["errored"] == 1
+    assert job["progress"]["tasks"] == {"with_poison": {"done": 4, "total": 4, "errored": 1}}
+    [files] = job["result"].values()
+    errors = json.loads(Path(files["results"]).read_text())["evalpool"]["errors"]
+    assert errors["tasks"]["with_poison"] == {
+        "answered": 3,
+        "errored_excluded": 1,
+        "documents_excluded": 1,
+        "causes": {"its worker process ended: killed by SIGKILL": 1},
+    }
+    samples = list(box.client.samples(poisoned))
+    assert [sample["doc_id"] for sample in samples if "evalpool_error" in sample] == [2]
+    assert box.finished(neighbour)["progress"]["errored"] == 0
+
+
+def test_a_job_that_allows_no_errors_fails_with_the_cause(box: Service, fragile_model: Path):
+    job = box.ended(submit(box, fragile_model, "with_poison"))
+    assert job["status"] == "failed"
+    assert "1 of 4 requests" in job["error"]
+    assert "its worker process ended: killed by SIGKILL (1)" in job["error"]
+
+
+def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=100)
+    box.answering(job_id)
+    [worker] = box.workers_of(job_id)
+    os.kill(worker["pid"], signal.SIGSTOP)
+    await_end(worker["pid"])
+    assert box.finished(job_id)["progress"]["done"] == 100
+    assert f"{worker['worker_id']} has made no progress for {STALL_SECONDS:g} s and is killed" in box.log()
