@@ -40,6 +40,7 @@ class Demand(Record, frozen=True, kw_only=True):
             and self.slot_index in (None, slot.index)
             and self.slot_id in (None, slot.id)
             and (not slot.memory_bytes or self.memory_bytes <= slot.memory_bytes)
+            and (self.gpus == 1 or not slot.is_mig)
         )
 
 

@@ -179,10 +179,12 @@ class Leases:
         missing: dict[str, str] = {}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.gpu_return_timeout_s
-        while held and (missing := await self._not_back(held)) and loop.time() < deadline:
-            await asyncio.sleep(RETURN_POLL_SECONDS)
+        while held and (missing := await self._not_back(held)):
             if not self._watch.answers:
                 deadline = loop.time() + self._settings.gpu_return_timeout_s
+            elif loop.time() >= deadline:
+                break
+            await asyncio.sleep(RETURN_POLL_SECONDS)
         for uuid, reason in missing.items():
             seconds = self._settings.gpu_return_timeout_s
             self._quarantined[uuid] = f"It is quarantined: {seconds:g} s after a worker ended, {reason}."
@@ -270,7 +272,7 @@ class Leases:
 
     def _slot(self, gpu: Gpu) -> Slot:
         memory_bytes = room_bytes(gpu, self._leases.get(gpu.uuid, []))
-        return Slot(id=gpu.uuid, device="cuda", index=gpu.index, memory_bytes=memory_bytes)
+        return Slot(id=gpu.uuid, device="cuda", index=gpu.index, memory_bytes=memory_bytes, is_mig=gpu.is_mig)
 
     def _of(self, worker_id: str) -> list[tuple[str, Lease]]:
         return [(uuid, each) for uuid, leases in self._leases.items() for each in leases if each.worker_id == worker_id]

@@ -254,6 +254,11 @@ class Gpu(Record, frozen=True, kw_only=True):
     uncorrectable_errors: int = 0
     """Memory errors that ECC could not correct, since the driver was loaded."""
 
+    @property
+    def is_mig(self) -> bool:
+        """Whether it is a MIG instance: CUDA shows a process no more than one of them."""
+        return ":" in self.index
+
 
 class Slot(Record, frozen=True, kw_only=True):
     """Room for one worker: a GPU, or a share of the CPU."""
@@ -265,6 +270,8 @@ class Slot(Record, frozen=True, kw_only=True):
     """Of a GPU, its position in PCI order; what `device: "cuda:N"` names."""
     memory_bytes: int = 0
     """Memory that workers of ours may have there, together; 0: not known, and one worker has all of it."""
+    is_mig: bool = False
+    """A MIG instance: CUDA shows a process no more than one, so it cannot be one of several for a replica."""
 
 
 class Worker(Record, frozen=True, kw_only=True):

@@ -44,9 +44,11 @@ def plan_on_gpus(
     if size is None or not any(gpu.total_bytes for gpu in gpus):  # no GPU can be read now: it will be seen
         return ReplicaPlan()
     usable = usable_bytes(gpus, free_fraction)
-    count = fewest_gpus(size, usable)
+    whole = [room for room, gpu in zip(usable, gpus, strict=True) if not gpu.is_mig]
+    count = 1 if fewest_gpus(size, usable) == 1 else fewest_gpus(size, whole)
     if count is None:
-        problem = f"the model needs {_need(size, 1)}, and there is room on {_have(usable)}; {_SMALLER}"
+        only_one = " (a model cannot be spread over MIG instances)" if len(whole) < len(usable) else ""
+        problem = f"the model needs {_need(size, 1)}, and there is room on {_have(usable)}{only_one}; {_SMALLER}"
         raise InvalidRequest(field, problem)
     if count > cap:
         problem = (

@@ -6,6 +6,7 @@ never touch each other's files, and a job that runs again replaces what its lost
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -68,8 +69,11 @@ class ResultFiles:
             with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(parts)
             temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everybody
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everybody
+            if isinstance(error, OSError) and error.filename is None:  # as of a write on a full disk
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         return path
 

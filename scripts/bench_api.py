@@ -275,11 +275,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 def rows_of(state: State, endpoint: Endpoint, ours: Sequence[Round], theirs: Sequence[Round]) -> Iterator[Json]:
-    """One row a server; ours ends with the median ratios of rounds that followed each other."""
+    """One row a server; ours ends with the median ratios of rounds that followed each other.
+
+    Some machines show CPU time by ticks: rounds for which they show none at all have no ratio.
+    """
     pairs = list(zip(ours, theirs, strict=True))
+    cpu_ratios = [our.cpu_a_request / their.cpu_a_request for our, their in pairs if their.cpu_a_request]
     yield _row(state, endpoint, "evalpool", ours) | {
         "rate / FastAPI's": statistics.median(our.rate / their.rate for our, their in pairs),
-        "CPU / FastAPI's": statistics.median(our.cpu_a_request / their.cpu_a_request for our, their in pairs),
+        "CPU / FastAPI's": statistics.median(cpu_ratios) if cpu_ratios else None,
     }
     yield _row(state, endpoint, "FastAPI", theirs)
 

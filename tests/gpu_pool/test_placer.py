@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
@@ -44,6 +45,16 @@ def test_a_replica_of_two_gpus_takes_both_or_none() -> None:
     box.end("j")
     actions = box.gone(worker)
     assert [action.slot_ids for action in box.of(ev.StartWorker, actions)] == [("GPU-0", "GPU-1")]
+
+
+def test_mig_instances_are_not_put_together_for_one_replica() -> None:
+    box = box_of(4)
+    box.slots[:2] = [msgspec.structs.replace(slot, is_mig=True) for slot in box.slots[:2]]
+    box.see({})
+    actions = box.submit("j", spec=GPU["a"], gpus=2)
+    assert [action.slot_ids for action in box.of(ev.StartWorker, actions)] == [("GPU-2", "GPU-3")]
+    assert not box.of(ev.StartWorker, box.submit("k", spec=GPU["b"], gpus=2))
+    assert box.of(ev.StartWorker, box.submit("l", spec=GPU["c"]))
 
 
 def test_a_stream_of_small_jobs_does_not_keep_out_one_that_needs_several_gpus() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,3 +136,12 @@ def test_a_cpu_has_the_memory_of_the_machine() -> None:
     with pytest.raises(InvalidRequest, match=r"needs 16.0 GiB .* this machine has 8.0 GiB") as refused:
         plan_on_cpu(needed, 8 * GIB, field="model")
     assert refused.value.field == "model"
+
+
+def test_mig_instances_hold_a_replica_each_but_never_one_together() -> None:
+    whole = gpus(80, 80)
+    instances = [msgspec.structs.replace(gpu, index=f"2:{n}") for n, gpu in enumerate(gpus(40, 40))]
+    assert plan(size(30), instances).gpus == 1
+    assert plan(size(90), [*instances, *whole], cap=4).gpus == 2
+    with pytest.raises(InvalidRequest, match=r"2 GPUs of 36.0 GiB \(a model cannot be spread over MIG instances\)"):
+        plan(size(60), instances, cap=2)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import small_disk
 
 from gpu_pool.results import ResultFiles, plain_metrics, sanitise_model_name
 
@@ -91,6 +93,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     except RuntimeError:
         assert path.read_bytes() == before
         assert list(tmp_path.rglob("*.*")) == [path]
+
+
+def test_a_full_disk_s_error_names_the_file_and_leaves_no_part_of_it(tmp_path: Path) -> None:
+    with small_disk.mounted(tmp_path, 64 * 1024) as folder:
+        files = ResultFiles(folder, "m")
+        with pytest.raises(OSError, match=r"No space left on device: '.*_samples_task\.jsonl'"):
+            files.write_samples("task", (SAMPLE for _ in range(10_000)))
+        assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_plain_metrics() -> None:

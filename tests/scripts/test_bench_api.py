@@ -34,6 +34,12 @@ def test_ratios_are_medians_over_neighbouring_rounds() -> None:
     assert "rate / FastAPI's" not in other
 
 
+def test_rounds_without_any_cpu_time_have_no_ratio() -> None:
+    ours, theirs = [one_round(1, 1e-4)] * 2, [one_round(1, 0.0), one_round(1, 2e-4)]
+    assert next(rows_of("idle", HEALTH, ours, theirs))["CPU / FastAPI's"] == pytest.approx(0.5)
+    assert next(rows_of("idle", HEALTH, ours[:1], theirs[:1]))["CPU / FastAPI's"] is None
+
+
 def test_a_row_is_of_all_rounds() -> None:
     row, _ = rows_of("idle", HEALTH, [one_round(100, 1e-4, 30), one_round(50, 3e-4, 10)], [one_round(1, 1)] * 2)
     assert row["requests"] == 40
@@ -63,4 +69,7 @@ def test_all_of_it(tiny_model: Path, benchmark_data: Path) -> None:
     }
     assert all(row["requests"] == (2 if "cached" in row["endpoint"] else 6) for row in rows)
     assert all(0 < row["p50 ms"] <= row["p99 ms"] <= row["max ms"] for row in rows)
-    assert all(row["server CPU µs"] > 0 for row in rows)
+    assert all(row["server CPU µs"] >= 0 for row in rows)
+    assert all(
+        sum(row["server CPU µs"] for row in rows if row["server"] == name) > 0 for name in ("evalpool", "FastAPI")
+    )

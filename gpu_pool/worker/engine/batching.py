@@ -23,15 +23,20 @@ _PADDING_SHARE = 0.2
 
 
 def run_batches(
-    run: Callable[[list[T]], list[R]], items: Sequence[T], fits: Callable[[list[T], T], bool]
+    run: Callable[[list[T]], list[R]],
+    items: Sequence[T],
+    fits: Callable[[list[T], T], bool],
+    on_shortage: Callable[[list[T]], None] = lambda _: None,
 ) -> Iterator[R]:
     """What `run` makes of all `items`: of as many at once as `fits` lets in, of fewer where memory does not suffice.
+
+    `on_shortage` is told what was too much; `fits`, which is asked as the work goes on, may take it into account.
 
     Raises:
         torch.OutOfMemoryError: a single item needs more memory than there is.
     """
     for batch in _greedy_batches(items, fits):
-        yield from run_halving(run, batch)
+        yield from run_halving(run, batch, on_shortage)
 
 
 def is_worthwhile(limits: Limits, count: int, width: int, length: int, batch_size: int | None) -> bool:

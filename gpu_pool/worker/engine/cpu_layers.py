@@ -3,12 +3,16 @@
 
 The usual call lays them out anew each time, which costs as much as the product when few rows are continued, or leaves
 it to a slower kernel. What torch.compile does with frozen weights is done here without compiling anything.
+
+oneDNN sums a product's terms one after another. In fp32 what that loses in the logits would be most of what an answer
+differs by from other kernels', so the logits' products are summed in slices.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +29,10 @@ _SHARE_OF_FREE = 0.3
 """Of the free memory: keys, values and activations need the rest more."""
 _ROWS = 32
 """That the layout is chosen for; it serves any number."""
+_SLICE = 256
+"""Most terms of a logit in fp32 that are summed one after another: as exact as MKL, and a tenth slower than in one."""
+_ROWS_AT_ONCE = 64
+"""Of logits in slices: what the slices come to should stay in the cache until it is added up."""
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,8 +51,10 @@ def lay_out_weights(model: nn.Module) -> int:
         return 0
     usable = {dtype for dtype in {weight.dtype for _, weight in layers} if is_usable(dtype)}
     served = [(layer, weight) for layer, weight in layers if weight.dtype in usable]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for layer, weight in served:
-        layer.forward = laid_out(weight, layer.bias)
+        is_sliced = layer is head and weight.dtype is torch.float32
+        layer.forward = laid_out_in_slices(weight, layer.bias) if is_sliced else laid_out(weight, layer.bias)
     return len(served)
 
 
@@ -64,6 +74,27 @@ def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """What computes x @ weight.T + bias, with a copy of `weight` [outputs, inputs]."""
     copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
     return partial(_apply, copy, bias)
+
+
+def laid_out_in_slices(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """The same, with sums of at most _SLICE terms that are added up at the end."""
+    slices = weight.tensor_split(math.ceil(weight.shape[1] / _SLICE), dim=1)
+    first, *others = [laid_out(some, None if index else bias) for index, some in enumerate(slices)]
+    bounds = torch.tensor([some.shape[1] for some in slices]).cumsum(0)[:-1].tolist()
+    return partial(_apply_slices, first, others, bounds, weight.shape[0])
+
+
+def _apply_slices(
+    first: Linear, others: Sequence[Linear], bounds: Sequence[int], outputs: int, input: torch.Tensor
+) -> torch.Tensor:
+    rows = input.reshape(-1, input.shape[-1])
+    result = input.new_empty(len(rows), outputs)
+    for some, into in zip(rows.split(_ROWS_AT_ONCE), result.split(_ROWS_AT_ONCE), strict=True):
+        parts = some.tensor_split(bounds, dim=1)
+        into.copy_(first(parts[0]))
+        for product, part in zip(others, parts[1:], strict=True):
+            into += product(part)
+    return result.view(*input.shape[:-1], outputs)
 
 
 def _apply(copy: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,15 @@ def continue_prompts(
     def run(batch: list[Prompt]) -> list[tuple[int, str]]:
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
-    return dict(run_batches(run, prompts, _prompts_fit(loaded, chunk)))
+    def on_shortage(batch: list[Prompt]) -> None:
+        loaded.limits.shrink_generated(_held(loaded, chunk.options, batch))
+
+    return dict(run_batches(run, prompts, _prompts_fit(loaded, chunk), on_shortage))
+
+
+def _held(loaded: LoadedModel, options: GenerationOptions, batch: Sequence[Prompt]) -> int:
+    """Padded tokens of a batch, contexts and continuations, when all its rows have grown to their limit."""
+    return len(batch) * beams(loaded.model, options) * (len(batch[0].tokens) + batch[0].limit)
 
 
 def _plan_prompts(loaded: LoadedModel, sequences: Sequence[Tokens], chunk: GenerationChunk) -> list[Prompt]:
@@ -96,8 +104,7 @@ def _prompts_fit(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[
         count, width = len(batch) + 1, len(batch[0].tokens)
         if not company.allows(width, len(prompt.tokens)) or count > most_rows:
             return False
-        held = count * beams(loaded.model, options) * (width + batch[0].limit)
-        return held <= limits.generated_tokens
+        return _held(loaded, options, [*batch, prompt]) <= limits.generated_tokens
 
     return fits
 

@@ -65,7 +65,10 @@ def score_pairs(
     def run(batch: list[Context]) -> list[tuple[int, Answer]]:
         return _score_contexts(loaded, batch, batch_size, should_stop)
 
-    return dict(run_batches(run, contexts, _contexts_fit(loaded, batch_size)))
+    def on_shortage(batch: list[Context]) -> None:
+        loaded.limits.shrink(len(batch) * len(batch[0].tokens))
+
+    return dict(run_batches(run, contexts, _contexts_fit(loaded, batch_size), on_shortage))
 
 
 def _plan_contexts(loaded: LoadedModel, requests: Sequence[tuple[Tokens, Tokens]]) -> list[Context]:
@@ -137,9 +140,12 @@ def _score_contexts(
         logits = decode(loaded.model, select(encoded, places), mask[places], decoder_ids)
         return _score_rows(logits, rows, loaded.softmax_dtype)
 
+    def on_shortage(batch: list[tuple[int, Row]]) -> None:
+        loaded.limits.shrink(len(batch) * (ids.shape[1] + len(batch[0][1].inputs)))
+
     rows = [(place, row) for place, context in enumerate(contexts) for row in context.rows]
     rows.sort(key=lambda item: -len(item[1].inputs))
-    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size)))
+    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size), on_shortage))
 
 
 def _score_rows(logits: torch.Tensor, rows: Sequence[Row], dtype: torch.dtype) -> list[tuple[int, Answer]]:

@@ -18,7 +18,7 @@ _LEAST_TOKENS = 128
 
 @dataclass(kw_only=True)
 class Limits:
-    """Bounds of forward passes. Only `scored_tokens` changes: it shrinks for good when memory did not suffice."""
+    """Bounds of forward passes. Those that memory did not suffice for shrink, for good."""
 
     scored_tokens: int
     """Tokens of a forward pass, where the request leaves the batch size to us; of the plain way padded ones."""
@@ -40,8 +40,12 @@ class Limits:
         return self.logits_bytes // (4 * vocabulary)
 
     def shrink(self, tokens: int) -> None:
-        """So many tokens were too many."""
+        """So many tokens of a forward pass were too many."""
         self.scored_tokens = min(self.scored_tokens, max(_LEAST_TOKENS, tokens // 2))
+
+    def shrink_generated(self, tokens: int) -> None:
+        """So many tokens held while generating the plain way were too many."""
+        self.generated_tokens = min(self.generated_tokens, max(_LEAST_TOKENS, tokens // 2))
 
 
 _MOST = {

@@ -111,12 +111,20 @@ class LoadedModel:
 
     def generated_rows(self, longest: int, options: GenerationOptions) -> int:
         """Sequences that may be continued at once, when each may grow to its limit from `longest` tokens of its own."""
+        fitting = self.limits.generated_bytes // self._row_bytes(longest, options)
+        return max(1, min(self.limits.generated_rows, fitting))
+
+    def shrink_generated_rows(self, rows: int, longest: int, options: GenerationOptions) -> None:
+        """Memory did not suffice for so many of them: from now on it is taken to suffice for half as many."""
+        fitting = max(1, rows // 2) * self._row_bytes(longest, options)
+        self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
+
+    def _row_bytes(self, longest: int, options: GenerationOptions) -> int:
         config = self.text_config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * heads * dimension * self.model.dtype.itemsize
-        fitting = self.limits.generated_bytes // (token_bytes * (longest + options.max_gen_toks))
-        return max(1, min(self.limits.generated_rows, fitting))
+        return token_bytes * (longest + options.max_gen_toks)
 
     def check_tokens(self, sequences: Any) -> None:
         """Refuse ids outside the vocabulary: on a GPU they would end the process.

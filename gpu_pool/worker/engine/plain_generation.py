@@ -42,7 +42,15 @@ def generate_rows(
     def run(batch: list[Prompt]) -> list[tuple[int, str]]:
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
-    return dict(run_batches(run, prompts, _fits(loaded, chunk)))
+    def on_shortage(batch: list[Prompt]) -> None:
+        loaded.limits.shrink_generated(_held(loaded, chunk.options, batch))
+
+    return dict(run_batches(run, prompts, _fits(loaded, chunk), on_shortage))
+
+
+def _held(loaded: LoadedModel, options: GenerationOptions, batch: Sequence[Prompt]) -> int:
+    """Padded tokens of a batch when all its rows, none longer than the first, have grown to their limit."""
+    return len(batch) * beams(loaded.model, options) * (len(batch[0].tokens) + options.max_gen_toks)
 
 
 def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
@@ -58,8 +66,7 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
             return False
         if width + options.max_gen_toks > boundary and len(prompt.tokens) != width:
             return False
-        held = count * beams(loaded.model, options) * (width + options.max_gen_toks)
-        return held <= limits.generated_tokens
+        return _held(loaded, options, [*batch, prompt]) <= limits.generated_tokens
 
     return fits
 

@@ -30,7 +30,10 @@ def score_rows(
             raise Cancelled
         return _score_rows(loaded, batch)
 
-    return dict(run_batches(run, rows, _fits(loaded, batch_size)))
+    def on_shortage(batch: list[Row]) -> None:
+        loaded.limits.shrink(len(batch) * len(batch[0].tokens))
+
+    return dict(run_batches(run, rows, _fits(loaded, batch_size), on_shortage))
 
 
 def _fits(loaded: LoadedModel, batch_size: int | None) -> Callable[[list[Row], Row], bool]:

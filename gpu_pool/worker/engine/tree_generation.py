@@ -117,6 +117,8 @@ class _Run:
         """Prompts that have been read: with the logits after their last token."""
         self._rows: list[_Row] = []
         self._slots = Slots(most_rows, loaded.device)
+        self._longest = 0
+        """Tokens of its own that any row had when it started."""
 
     def admit(self, prompts: Sequence[Prompt]) -> None:
         """Take these prompts in, when all blocks of those before them have been read."""
@@ -132,8 +134,9 @@ class _Run:
         self._reserved = self._cache.reserve(layout, sequences)
         self._blocks.extend(layout.blocks)
         shared = [0] * len(sequences) if self._alone else shared_lengths(layout.paths, list(map(len, prompts_of)))
-        longest = max(path.end - length for path, length in zip(layout.paths, shared, strict=True))
-        self._slots.most = min(self._slots.most, self._loaded.generated_rows(longest, self._options))
+        own = (path.end - length for path, length in zip(layout.paths, shared, strict=True))
+        self._longest = max(self._longest, *own)
+        self._slots.most = min(self._slots.most, self._loaded.generated_rows(self._longest, self._options))
         for path, length, some in zip(layout.paths, shared, prompts_of, strict=True):
             sequence = _Sequence(path, length, some)
             hold(path)
@@ -235,7 +238,11 @@ class _Run:
 
     def _continue(self) -> None:
         """One more token for each row."""
-        logits = run_step(self._loaded.model, self._slots, [row.tokens[-1] for row in self._rows])
+        try:
+            logits = run_step(self._loaded.model, self._slots, [row.tokens[-1] for row in self._rows])
+        except torch.OutOfMemoryError:
+            self._loaded.shrink_generated_rows(len(self._rows), self._longest, self._options)
+            raise
         self._append(self._rows, logits)
 
     def _append(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:

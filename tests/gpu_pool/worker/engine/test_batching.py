@@ -41,6 +41,23 @@ def test_all_items_in_batches_that_fit_and_that_memory_takes(items, most, memory
         assert all(sum(batch) + after[0] > most for batch, after in itertools.pairwise(batches))
 
 
+def test_what_was_too_much_bounds_the_batches_that_follow():
+    most, failures = 8, []
+
+    def run(batch: list[int]) -> list[int]:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    def on_shortage(batch: list[int]) -> None:
+        nonlocal most
+        failures.append(len(batch))
+        most = len(batch) // 2
+
+    assert list(run_batches(run, range(40), lambda batch, _: len(batch) < most, on_shortage)) == list(range(40))
+    assert failures == [8, 4, 4]  # the whole, and its halves
+
+
 def test_an_item_that_is_too_much_alone():
     def run(batch: list[int]) -> list[int]:
         if 7 in batch:

@@ -45,15 +45,41 @@ def test_logits_stay(name, layers, dtype, checkpoint):
     assert torch.allclose(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("lay_out", "inputs"), [("laid_out", 40), ("laid_out_in_slices", 40), ("laid_out_in_slices", 700)]
+)
+@pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
-def test_rows_of_any_number_and_shape():
-    layer = nn.Linear(40, 24)
-    linear = cpu_layers.laid_out(layer.weight, layer.bias)
-    for shape in ((40,), (1, 40), (0, 40), (3, 5, 40), (1, 500, 40)):
-        rows = torch.randn(shape)
+def test_rows_of_any_number_and_shape(lay_out, inputs, bias):
+    layer = nn.Linear(inputs, 24, bias=bias)
+    linear = getattr(cpu_layers, lay_out)(layer.weight, layer.bias)
+    for shape in ((), (1,), (0,), (3, 5), (1, 500)):
+        rows = torch.randn(*shape, inputs)
         assert torch.allclose(linear(rows), layer(rows), atol=1e-5)
-    across = torch.randn(6, 4, 40).transpose(0, 1)
+    across = torch.randn(6, 4, inputs).transpose(0, 1)
     assert torch.allclose(linear(across), layer(across), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_logits_in_slices_are_as_exact_as_the_usual_ones():
+    """What one sum of all terms is not, which would show in log-probabilities."""
+    layer, rows = nn.Linear(4096, 300), torch.randn(50, 4096)
+    exact = nn.functional.linear(rows.double(), layer.weight.double(), layer.bias.double())
+
+    def error(linear) -> float:
+        return float((linear(rows) - exact).square().mean().sqrt())
+
+    assert error(cpu_layers.laid_out_in_slices(layer.weight, layer.bias)) < 1.5 * error(layer)
+
+
+@torch.inference_mode()
+def test_only_logits_in_fp32_are_summed_in_slices(checkpoint):
+    for dtype, expected in ((torch.float32, ["lm_head"]), (torch.bfloat16, [])):
+        if is_usable(dtype):
+            model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=dtype)
+            lay_out_weights(model)
+            laid = {name: vars(module).get("forward") for name, module in model.named_modules()}
+            assert [n for n, f in laid.items() if f and f.func is cpu_layers._apply_slices] == expected
 
 
 def test_models_for_the_cpu_are_loaded_so(checkpoint):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from chunks import generating
-from engine_probes import never
+from engine_probes import fresh, never, out_of_memory_beyond, plainly
 from lm_eval_answers import PROMPTS, lm_eval_texts, texts
 
 from gpu_pool.worker.engine.batching import Cancelled
@@ -60,6 +60,19 @@ def test_options_equal_lm_eval_one_at_a_time(kwargs, checkpoint, load, reference
     prompts = [prompt[:40] for prompt in PROMPTS]
     theirs = lm_eval_texts(reference(folder), prompts, max_gen_toks=24, until=["e"], **kwargs)
     assert texts(load(folder), prompts, max_gen_toks=24, until=("e",), kwargs=kwargs) == theirs
+
+
+@pytest.mark.parametrize("way", [fresh, plainly])
+def test_what_memory_did_not_suffice_for_is_not_tried_again(way, checkpoint, load):
+    prompts = [f"{n} {prompt[:30]}" for n in range(6) for prompt in PROMPTS]
+    expected = texts(way(load(checkpoint("llama"))), prompts, max_gen_toks=12)
+    loaded = way(fresh(load(checkpoint("llama")), scored_tokens=50))
+    with out_of_memory_beyond(loaded, read=128, continued=3) as failures:
+        assert texts(loaded, prompts, max_gen_toks=12) == expected
+        assert failures
+        failures.clear()
+        assert texts(loaded, prompts, max_gen_toks=12) == expected
+        assert not failures
 
 
 def test_think_end_token(checkpoint, load, reference):

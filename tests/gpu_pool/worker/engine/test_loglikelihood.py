@@ -107,3 +107,17 @@ def test_real_model_equals_lm_eval(batch_size, smollm2, load, reference):
         for continuation in continuations
     )
     assert_agree(answers(load(smollm2), requests, batch_size), lm_eval_answers(theirs_model, requests))
+
+
+@pytest.mark.parametrize("way", [fresh, plainly])
+def test_what_memory_did_not_suffice_for_is_not_tried_again(way, checkpoint, load):
+    requests = make_requests(30)
+    whole = answers(way(load(checkpoint("llama"))), requests)
+    loaded = way(fresh(load(checkpoint("llama"))))
+    with out_of_memory_beyond(loaded, read=130) as failures:
+        assert_agree(answers(loaded, requests), whole)
+        assert failures
+        failures.clear()
+        loaded.prefix_cache.clear()
+        assert_agree(answers(loaded, requests), whole)
+        assert not failures
