@@ -75,7 +75,8 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     if unusable:
         said.append(f"Not usable: {'; '.join(unusable)}.")
     if ledger.max_gpus is not None and demand.spec.device == "cuda" and ledger.gpus_held() >= ledger.max_gpus:
-        said.append(f"No more than {ledger.max_gpus} GPUs may be held (setting max_gpus).")
+        most = "1 GPU" if ledger.max_gpus == 1 else f"{ledger.max_gpus} GPUs"
+        said.append(f"No more than {most} may be held (setting max_gpus).")
     return " ".join(said)
 
 

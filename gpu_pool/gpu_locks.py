@@ -21,7 +21,7 @@ class GpuLock:
         self._name = f"{uuid.replace('/', '_')}.lock"
         self._descriptor: int | None = None
         self.problem: str | None = None
-        """Why the last `acquire` failed, for people."""
+        """Why the last `acquire` or `look` found it taken, for people."""
 
     @property
     def held(self) -> bool:
@@ -29,37 +29,48 @@ class GpuLock:
 
     def acquire(self) -> bool:
         """Take the lock if nobody holds it, without waiting. True also when it is ours already."""
-        if self._descriptor is None:
-            self.problem = self._try()
+        if self._descriptor is None and (descriptor := self._try(fcntl.LOCK_EX)) is not None:
+            self._descriptor = descriptor
+            _sign(descriptor, b"%d\n" % os.getpid())
         return self.held
 
-    def _try(self) -> str | None:
+    def look(self) -> bool:
+        """Whether nobody else holds it. Two may look at once; one who takes it at that moment may be refused once."""
+        if self._descriptor is None and (descriptor := self._try(fcntl.LOCK_SH)) is not None:
+            os.close(descriptor)
+        return self.problem is None
+
+    def _try(self, kind: int) -> int | None:
+        """The lock file, locked; None where that is not possible, with the `problem` said."""
         try:
             descriptor = self._open()
         except OSError as error:
-            return f"Its lock file {self._folder / self._name} cannot be opened: {error.strerror}."
+            self.problem = f"Its lock file {self._folder / self._name} cannot be opened: {error.strerror}."
+            return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.problem = f"Another evalpool server on this machine{_signature(descriptor)} holds it."
             os.close(descriptor)
-            return "Another evalpool server on this machine holds it."
-        self._descriptor = descriptor
-        return None
+            return None
+        self.problem = None
+        return descriptor
 
     def release(self) -> None:
         """Let go, if it is ours. The file stays: removing it would let two servers lock two files of one name."""
         if self._descriptor is not None:
+            _sign(self._descriptor, b"")
             os.close(self._descriptor)
             self._descriptor = None
 
     def _open(self) -> int:
-        """The lock file, read-only: that suffices to lock, so a file made by another user serves as well."""
+        """The lock file, made when there is none; a file made by another user serves as well."""
         folder = _open_folder(self._folder)
         try:
             try:
                 return _create(self._name, folder)
             except FileExistsError:
-                return os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                return _open_file(self._name, folder)
         finally:
             os.close(folder)
 
@@ -74,8 +85,28 @@ def _open_folder(path: Path) -> int:
 
 
 def _create(name: str, folder: int) -> int:
-    descriptor = os.open(
-        name, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder
-    )
-    os.fchmod(descriptor, 0o644)  # readable for other users whatever the umask
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+    os.fchmod(descriptor, 0o666)  # for other users to lock and to sign, whatever the umask
     return descriptor
+
+
+def _open_file(name: str, folder: int) -> int:
+    try:
+        return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except PermissionError:  # to read it suffices to lock it
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+
+def _sign(descriptor: int, name: bytes) -> None:
+    """Leave the holder's process id for those who find the lock taken."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, name, 0)
+    except OSError:  # a full disk, or a file that may only be read: the lock holds all the same
+        pass
+
+
+def _signature(descriptor: int) -> str:
+    """ " (process 123)" of the holder, as far as it has said so; anybody could have written anything there."""
+    text = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+    return f" (process {text})" if text.isdecimal() else ""

@@ -239,7 +239,8 @@ class Leases:
             return f"ECC could not correct {errors} memory errors: reset it, or release it to use it nevertheless."
         if gpu.uuid in self._leases:
             return why_busy(gpu, strangers, 0.0)
-        return why_busy(gpu, strangers, self._settings.gpu_free_fraction) or _why_locked(gpu)
+        busy = why_busy(gpu, strangers, self._settings.gpu_free_fraction)
+        return gpu.problem or _why_locked(gpu) or busy  # another server's workers would be strangers here
 
     def _new_errors(self, gpu: Gpu) -> int:
         return max(0, gpu.uncorrectable_errors - self._accepted_errors.get(gpu.uuid, 0))
@@ -282,10 +283,8 @@ class Leases:
 
 
 def _why_locked(gpu: Gpu) -> str | None:
-    """Why another server's lock keeps us off, by trying it; between the two lines that server may be refused once."""
     lock = GpuLock(gpu.uuid)
-    lock.acquire()
-    lock.release()
+    lock.look()
     return lock.problem
 
 

@@ -1,56 +1,239 @@
-"""The server on a box with GPUs, which the fake NVML library shows; they can be looked at, not computed on."""
+"""The server on boxes with GPUs, which the fake NVML library shows; its workers are shown on them and need none."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from evalpool_server import Serve
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
-from service import Json, Service, write_tasks
+from gpu_box import STRANGER, GpuBox, gpu_box
+from gpu_worker import USED_MIB
+from service import until
 
 from server.client import EvalError
 
-PLAIN, DIVIDED = gpu_line(), gpu_line(mig=True)
-MIG = ("mig 2 0 20480 0", "mig 2 1 40960 0")
+PLAIN, DIVIDED = gpu_line(used_mib=512), gpu_line(mig=True)
+BOX = (*[PLAIN] * 6, DIVIDED, "mig 6 0 20480 0", "mig 6 1 40960 0")
+WHOLE = range(6)
+STRANGERS = (
+    *(f"proc {n} {STRANGER + n} 2048" for n in WHOLE),
+    *(f"migproc 6 {n} {STRANGER + 6 + n} 1024" for n in (0, 1)),
+)
 
 
-def test_a_box_with_gpus(
-    serve: Serve, tiny_model: Path, tmp_path: Path, fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def nvml(fake_nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> FakeNvml:
+    nvml = FakeNvml(fake_nvml_library, tmp_path_factory.mktemp("nvml"))
+    nvml.write(*BOX)
+    return nvml
+
+
+@pytest.fixture(scope="module")
+def box(nvml: FakeNvml, tmp_path_factory: pytest.TempPathFactory) -> Generator[GpuBox]:
+    """Six whole GPUs of 80 GiB, and one of two instances."""
+    settings = ("yield_to_foreign = true", "gpu_return_timeout_s = 1")
+    with gpu_box(tmp_path_factory.mktemp("box"), nvml, *settings) as box:
+        yield box
+
+
+@pytest.fixture(autouse=True)
+def _every_gpu_is_free_again(box: GpuBox, nvml: FakeNvml) -> Generator[None]:
+    yield
+    nvml.write(*BOX, *STRANGERS)
+    until(lambda: not box.client.gpus()["held"], "idle workers have made way for strangers")
+    nvml.write(*BOX)
+
+
+def test_what_there_is_and_what_is_refused(box: GpuBox, tiny_model: Path):
+    shown = box.client.gpus()["gpus"]
+    uuids = {str(n): gpu_uuid(n) for n in WHOLE} | {"6:0": mig_uuid(6, 0), "6:1": mig_uuid(6, 1)}
+    assert {gpu["index"]: gpu["uuid"] for gpu in shown} == uuids
+    field, problem = box.refused(tiny_model, num_gpus=9)
+    assert (field, "at most 8" in problem) == ("num_gpus", True)
+    field, problem = box.refused(tiny_model, None, num_gpus=9)
+    assert (field, "at most 8" in problem) == ("num_gpus", True)
+    field, problem = box.refused(tiny_model, "cuda:9")
+    assert (field, "cuda:6:1" in problem) == ("device", True)
+    assert box.finished(box.job_on(tiny_model, "cpu"))["model"]["device"] == "cpu"
+    assert box.finished(box.job_on(tiny_model, None))["model"]["device"] == "cuda"
+
+
+def test_a_job_waits_while_strangers_are_everywhere(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    nvml.write(*BOX, *STRANGERS)
+    job = box.job_on(tiny_model)
+    reason = box.waits(job, "0 of the 8 GPUs")
+    assert f"GPU 3: Other processes use it: {STRANGER + 3} (2.0 GiB)" in reason
+    assert f"GPU 6:1: Other processes use it: {STRANGER + 7} (1.0 GiB)" in reason
+    assert not any(gpu["free"] for gpu in box.client.gpus()["gpus"])
+    with nvml.holding():
+        nvml.write(*BOX, *STRANGERS[:3], *STRANGERS[4:])
+        assert box.worker_of(job)["slots"] == [gpu_uuid(3)]
+    box.finished(job)
+
+
+def test_a_stranger_beside_a_worker_is_told_of_and_an_idle_worker_yields(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    with nvml.holding():
+        job = box.job_on(tiny_model, "cuda:0")
+        worker = box.worker_of(job)
+        nvml.write(*BOX, f"proc 0 {STRANGER} 2048")
+        sentence = f"GPU 0 ({gpu_uuid(0)}) is also used by other processes: {STRANGER} (2.0 GiB)"
+        until(lambda: sentence in box.client.log(job), "the job's log tells of the stranger")
+        assert f"{sentence} (beside {worker['worker_id']})" in box.log()
+        gpu = box.gpu(0)
+        assert gpu["foreign_processes"] == [{"pid": STRANGER, "used_bytes": 2 << 30}]
+        assert (gpu["worker_ids"], gpu["free"]) == ([worker["worker_id"]], False)
+        assert gpu["reason"] == f"Other processes use it: {STRANGER} (2.0 GiB)."
+        assert box.worker_of(job) == worker
+    box.finished(job)
+    box.gpu_once(0, worker_ids=[], reason=f"Other processes use it: {STRANGER} (2.0 GiB).")
+    nvml.write(*BOX)
+    box.gpu_once(0, free=True, reason=None)
+
+
+def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
+    box: GpuBox, nvml: FakeNvml, tiny_model: Path
 ):
-    fake_nvml.write(PLAIN, PLAIN, DIVIDED, *MIG, "proc 0 4321 2048")
-    fake_nvml.install(monkeypatch)
-    with Service(serve("--include-path", write_tasks(tmp_path / "tasks"), "--cpu-workers", 1)) as box:
-        shown = {gpu["index"]: gpu for gpu in box.client.gpus()["gpus"]}
-        uuids = {"0": gpu_uuid(0), "1": gpu_uuid(1), "2:0": mig_uuid(2, 0), "2:1": mig_uuid(2, 1)}
-        assert {index: gpu["uuid"] for index, gpu in shown.items()} == uuids
-        assert [index for index, gpu in shown.items() if gpu["free"]] == ["1", "2:0", "2:1"]
-        assert shown["0"]["reason"] == "Other processes use it: 4321 (2.0 GiB)."
-
-        refuses(box, tiny_model, "num_gpus", "at most 4", num_gpus=5, device="cuda")
-        refuses(box, tiny_model, "num_gpus", "at most 4", num_gpus=5, device=None)
-        refuses(box, tiny_model, "device", "cuda:2:1", device="cuda:9")
-
-        waiting = box.submit(tiny_model, "quick_choice", limit=4, device="cuda:0")
-        for device in ("cuda:1", "cuda", None):
-            assert_no_cuda(box.ended(box.submit(tiny_model, "quick_choice", limit=4, device=device)))
-        assert box.job(waiting)["status"] == "queued"
-        fake_nvml.write(PLAIN, PLAIN, DIVIDED, *MIG)  # the other process has ended
-        assert_no_cuda(box.ended(waiting))
-        assert box.finished(box.submit(tiny_model, "quick_choice", limit=4))["model"]["device"] == "cpu"
-        assert {gpu["worker_id"] for gpu in box.client.gpus()["gpus"]} == {None}
-
-
-def refuses(box: Service, model: Path, field: str, reason: str, **options: object) -> None:
-    """Assert that such a job is refused for that field."""
-    with pytest.raises(EvalError) as refused:
-        box.submit(model, "quick_choice", **options)
-    assert refused.value.response.status_code == 422
-    assert [problem["field"] for problem in refused.value.fields] == [field]
-    assert reason in refused.value.fields[0]["problem"]
+    with nvml.holding():
+        first = box.job_on(tiny_model, "cuda:1")
+        worker = box.worker_of(first)
+        nvml.write(*BOX, f"keep {worker['pid']}")
+        os.kill(worker["pid"], signal.SIGKILL)
+        why = (
+            f"It is quarantined: 1 s after a worker ended, processes of {worker['worker_id']} are still on it: "
+            f"{worker['pid']} ({USED_MIB / 1024:.1f} GiB)."
+        )
+        gpu = box.gpu_once(1, quarantined=True)
+        assert (gpu["reason"], gpu["free"], gpu["worker_ids"]) == (why, False, [])
+    second = box.job_on(tiny_model, "cuda:1")
+    for job, cause in ((first, "It has lost its workers. "), (second, "")):
+        box.waits(job, f"{cause}0 of the 1 GPUs that would do are free. Not usable: GPU 1: {why}")
+    nvml.write(*BOX)
+    assert box.gpu(1)["quarantined"]  # also when nothing is wrong any more
+    assert box.client.release_gpu(gpu_uuid(1))["reason"] is None
+    box.finished(first)
+    box.finished(second)
+    for uuid, status, words in ((gpu_uuid(1), 409, "is not quarantined"), ("GPU-9", 404, gpu_uuid(1))):
+        with pytest.raises(EvalError, match=words) as refused:
+            box.client.release_gpu(uuid)
+        assert refused.value.response.status_code == status
 
 
-def assert_no_cuda(job: Json) -> None:
-    """Assert that the job failed because PyTorch cannot use the GPU."""
-    assert job["status"] == "failed"
-    assert "cuda" in job["error"].lower()
+def test_a_job_goes_on_elsewhere_when_its_gpu_is_lost(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    with nvml.holding():
+        job = box.job_on(tiny_model)
+        before = box.worker_of(job)
+        number = [gpu_uuid(n) for n in WHOLE].index(before["slots"][0])
+        nvml.write(*BOX, f"error * 15 {number}")
+        after = until(
+            lambda: [worker for worker in box.workers_of(job) if worker["worker_id"] != before["worker_id"]],
+            "the job has another worker",
+        )
+        assert after[0]["slots"] != before["slots"]
+        gpu = box.gpu_once(number, lost=True, worker_ids=[])
+        assert (gpu["free"], gpu["quarantined"]) == (False, False)
+        assert "GPU is lost (NVML error 15)" in gpu["reason"]
+    assert box.finished(job)["attempt"] == 1
+    nvml.write(*BOX)
+    box.gpu_once(number, lost=False, free=True)
+
+
+def test_a_driver_that_goes_and_comes_back(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    with nvml.holding():
+        running = box.job_on(tiny_model)
+        worker = box.worker_of(running)
+        nvml.write(*BOX, "error * 9")
+        waiting = box.job_on(tiny_model, variant=1)
+        box.waits(waiting, "Driver Not Loaded (NVML error 9)")
+        assert "Driver Not Loaded (NVML error 9)" in box.client.gpus()["problem"]
+        assert box.worker_of(running) == worker
+    box.finished(running)
+    nvml.write(*BOX)
+    box.finished(waiting)
+    assert box.client.gpus()["problem"] is None
+
+
+def test_a_model_that_needs_two_gpus(box: GpuBox, nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
+    large = with_weights(tiny_model, tmp_path / "large", gib=100)
+    field, problem = box.refused(large, num_gpus=1)
+    assert field == "num_gpus"
+    assert "must be at least 2, but is 1: on each of 2 GPUs the model needs 51." in problem
+    assert "there is room on 6 GPUs of 72.0 GiB and 1 of 36.0 GiB and 1 of 18.0 GiB" in problem
+    with nvml.holding():
+        job = box.job_on(large, num_gpus=2)
+        worker = box.worker_of(job)
+        numbers = [[gpu_uuid(n) for n in WHOLE].index(uuid) for uuid in worker["slots"]]
+        assert worker["description"] == f"CUDA_VISIBLE_DEVICES={numbers[0]},{numbers[1]}"
+        assert [box.gpu(n)["worker_ids"] for n in numbers] == [[worker["worker_id"]]] * 2
+    box.finished(job)
+    field, problem = box.refused(with_weights(tiny_model, tmp_path / "vast", gib=1000), num_gpus=8)
+    assert field == "model_args.pretrained"
+    assert "the model needs 1001." in problem
+    assert "there is room on 6 GPUs of 72.0 GiB" in problem
+
+
+def test_two_servers_share_the_box(box: GpuBox, nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
+    lists = ('allow_gpus = ["0,1,2"]', 'deny_gpus = ["1"]', "max_gpus = 1")
+    times = ("idle_worker_s = 0.5", "drop_timeout_s = 0.5", "gpu_return_timeout_s = 600")
+    with gpu_box(tmp_path / "other", nvml, *lists, *times) as other:
+        assert_only_what_is_allowed_is_used(other, nvml, tiny_model)
+        held = f"Another evalpool server on this machine (process {other.server.process.pid}) holds it."
+        with nvml.holding():
+            job = other.job_on(tiny_model, "cuda:0")
+            other.worker_of(job)
+            waiting = box.job_on(tiny_model, "cuda:0")
+            box.waits(waiting, f"Not usable: GPU 0: {held}")
+            assert box.gpu(0)["reason"] == held
+        other.finished(job)
+        box.finished(waiting)  # once the other has dropped its idle worker
+        pid = leave_memory_behind(other, nvml, tiny_model, gpu=2)
+        waiting = box.job_on(tiny_model, "cuda:2", variant=1)
+        box.waits(waiting, f"Not usable: GPU 2: {held}")
+        other.server.stop()
+        box.waits(waiting, f"Not usable: GPU 2: Other processes use it: {pid} (20.0 GiB)")
+        nvml.write(*BOX)
+        box.finished(waiting)
+
+
+def assert_only_what_is_allowed_is_used(box: GpuBox, nvml: FakeNvml, model: Path) -> None:
+    shown = box.client.gpus()
+    assert ([gpu["index"] for gpu in shown["gpus"]], shown["max_gpus"], shown["problem"]) == (["0", "2"], 1, None)
+    assert box.refused(model, num_gpus=2) == ("num_gpus", "must be at most 1: no more GPUs are held (setting max_gpus)")
+    assert box.refused(model, "cuda:1")[0] == "device"
+    with nvml.holding():
+        first = box.job_on(model, "cuda:0")
+        box.worker_of(first)
+        second = box.job_on(model, "cuda:2")
+        box.waits(second, "No more than 1 GPU may be held (setting max_gpus).")
+        assert box.client.gpus()["held"] == 1
+    box.finished(first)
+    box.finished(second)
+
+
+def leave_memory_behind(box: GpuBox, nvml: FakeNvml, model: Path, gpu: int) -> int:
+    """Cancel a job whose worker hangs, on a GPU that keeps its memory; returns the pid that NVML goes on showing."""
+    with nvml.holding():
+        job = box.job_on(model, f"cuda:{gpu}")
+        worker = box.worker_of(job)
+        nvml.write(*BOX, f"keep {worker['pid']}")
+        os.kill(worker["pid"], signal.SIGSTOP)
+        box.client.cancel_job(job)
+        assert box.ended(job)["status"] == "cancelled"
+    reason = f"{worker['worker_id']} has ended; its memory is not back yet."
+    assert not box.gpu_once(gpu, reason=reason, worker_ids=[worker["worker_id"]])["free"]
+    waiting = box.job_on(model, f"cuda:{gpu}")
+    box.waits(waiting, f"GPU {gpu} by {worker['worker_id']} (gone, its memory is not back yet)")
+    return worker["pid"]
+
+
+def with_weights(model: Path, folder: Path, gib: int) -> Path:
+    """The model with a header that says it has so many GiB more."""
+    shutil.copytree(model, folder)
+    tensor = {"dtype": "F32", "shape": [gib, 1024, 1024, 256], "data_offsets": [0, 0]}
+    header = json.dumps({"model.layers.0.mlp.gate_proj.weight": tensor}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder

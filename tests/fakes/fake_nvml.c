@@ -9,10 +9,16 @@
  *   error <function> <code> [gpu]                          that function fails (on that GPU only)
  *   hang <function> [gpu]                                  that function does not return while this line stands
  *   ecc <gpu> <count>                                      uncorrectable memory errors
+ *   keep <pid>                                             what a process of the second file had stays when it ends
+ *
+ * A second file beside it, with ".live" at the end of its name, has lines of processes that really exist:
+ *
+ *   live <gpu> <pid> <used_MiB>                            like proc, but for as long as that process lives
  *
  * <function> may be "*". A used_MiB of -1 is memory that the driver does not tell. Error codes are NVML's: 3 not
- * supported, 4 no permission, 9 driver not loaded, 15 GPU lost, 16 reset required, 999 unknown. GPU i has the uuid GPU-fa4e0000-0000-4000-8000-<i>, its
- * instance p MIG-fa4e0000-0000-5000-8000-<i><p>. Only what gpu_pool and torch ask about discovery is there.
+ * supported, 4 no permission, 9 driver not loaded, 15 GPU lost, 16 reset required, 999 unknown. GPU i has the uuid
+ * GPU-fa4e0000-0000-4000-8000-<i>, its instance p MIG-fa4e0000-0000-5000-8000-<i><p>. Only what gpu_pool and torch ask
+ * about discovery is there.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +64,8 @@ static Gpu gpus[MAX_GPUS];
 static Process processes[MAX_PROCESSES];
 static Error errors[MAX_ERRORS];
 static Device devices[MAX_GPUS][MAX_INSTANCES + 1];
-static int gpu_count, process_count, error_count, initialized;
+static unsigned kept[MAX_PROCESSES];
+static int gpu_count, process_count, error_count, kept_count, initialized;
 
 static unsigned long long mib(unsigned long long count) { return count << 20; }
 
@@ -84,13 +91,29 @@ static void add_instance(const char *line) {
         gpus[gpu].instances[position] = (Instance){1, mib(total), mib(used)};
 }
 
+/* Whether a process has this number and has not ended, or is to be taken for one. */
+static int lives(unsigned pid) {
+    char path[32], state = 'Z';
+    for (int i = 0; i < kept_count; i++)
+        if (kept[i] == pid) return 1;
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    FILE *file = fopen(path, "r");
+    if (file) {
+        if (fscanf(file, "%*d (%*[^)]) %c", &state) != 1) state = 'Z';
+        fclose(file);
+    }
+    return state != 'Z' && state != 'X';
+}
+
 static void add_process(const char *line) {
     Process process = {.instance = WHOLE};
+    int is_live = sscanf(line, "live %d %u %lld", &process.gpu, &process.pid, &process.used_mib) == 3;
     if (process_count == MAX_PROCESSES) return;
-    if (sscanf(line, "proc %d %u %lld", &process.gpu, &process.pid, &process.used_mib) != 3 &&
+    if (!is_live && sscanf(line, "proc %d %u %lld", &process.gpu, &process.pid, &process.used_mib) != 3 &&
         sscanf(line, "migproc %d %d %u %lld", &process.gpu, &process.instance, &process.pid, &process.used_mib) != 4)
         return;
     if (process.gpu < 0 || process.gpu >= MAX_GPUS || process.instance >= MAX_INSTANCES) return;
+    if (is_live && !lives(process.pid)) return;
     processes[process_count++] = process;
     if (process.used_mib < 0) return;
     Gpu *gpu = &gpus[process.gpu];
@@ -114,19 +137,33 @@ static void add_ecc(const char *line) {
     if (sscanf(line, "ecc %u %llu", &gpu, &count) == 2 && gpu < MAX_GPUS) gpus[gpu].uncorrectable = count;
 }
 
-static void read_state(void) {
+static void add_kept(const char *line) {
+    unsigned pid;
+    if (kept_count < MAX_PROCESSES && sscanf(line, "keep %u", &pid) == 1) kept[kept_count++] = pid;
+}
+
+static void read_file(const char *path) {
     char line[256];
-    const char *path = getenv("FAKE_NVML_STATE");
-    FILE *file = path ? fopen(path, "r") : NULL;
-    gpu_count = process_count = error_count = 0;
+    FILE *file = fopen(path, "r");
     while (file && fgets(line, sizeof line, file)) {
         add_gpu(line);
         add_instance(line);
         add_process(line);
         add_error(line);
         add_ecc(line);
+        add_kept(line);
     }
     if (file) fclose(file);
+}
+
+static void read_state(void) {
+    char live_path[512];
+    const char *path = getenv("FAKE_NVML_STATE");
+    gpu_count = process_count = error_count = kept_count = 0;
+    if (!path) return;
+    read_file(path);
+    snprintf(live_path, sizeof live_path, "%s.live", path);
+    read_file(live_path);
 }
 
 /* The scripted error of `function` on `gpu` (-1: on none), or SUCCESS. */

@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pynvml
@@ -33,6 +35,16 @@ class FakeNvml:
         draft = self.state_path.with_suffix(".draft")
         draft.write_text("".join(f"{line}\n" for line in lines))
         draft.replace(self.state_path)
+
+    @contextmanager
+    def holding(self) -> Generator[None]:
+        """Workers of `gpu_worker` owe their answers meanwhile, and so keep their jobs running."""
+        hold = Path(f"{self.state_path}.hold")
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
 
     def variables(self) -> dict[str, str]:
         """What a process needs in its environment: the library, this machine's state, a lock folder of its own."""

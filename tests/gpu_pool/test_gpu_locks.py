@@ -30,7 +30,7 @@ def test_one_of_two_holds_a_lock_until_it_releases(folder: Path) -> None:
     assert first.acquire()
     assert first.acquire()
     assert not second.acquire()
-    assert second.problem == "Another evalpool server on this machine holds it."
+    assert second.problem == f"Another evalpool server on this machine (process {os.getpid()}) holds it."
     assert not second.held
     assert other.acquire()
     first.release()
@@ -38,6 +38,28 @@ def test_one_of_two_holds_a_lock_until_it_releases(folder: Path) -> None:
     assert second.acquire()
     assert second.problem is None
     assert not first.acquire()
+
+
+def test_looking_takes_nothing(folder: Path) -> None:
+    first, second = GpuLock("GPU-1", folder), GpuLock("GPU-1", folder)
+    assert first.look()
+    assert second.acquire()
+    assert second.look()
+    assert not first.look()
+    assert first.problem == f"Another evalpool server on this machine (process {os.getpid()}) holds it."
+    assert not first.held
+    second.release()
+    assert first.look()
+    assert first.problem is None
+
+
+def test_who_holds_it_is_said_only_where_it_is_known(folder: Path) -> None:
+    first, second = GpuLock("GPU-1", folder), GpuLock("GPU-1", folder)
+    assert first.acquire()
+    for text in ("", "me, \x1b[31mhonestly", "\xff"):
+        (folder / "GPU-1.lock").write_text(text)
+        assert not second.acquire()
+        assert second.problem == "Another evalpool server on this machine holds it."
 
 
 def test_a_lock_dies_with_its_process(folder: Path) -> None:
@@ -70,7 +92,7 @@ def test_other_users_can_lock_whatever_the_umask(folder: Path) -> None:
         os.umask(umask)
     (file,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o1777
-    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666
 
 
 def test_links_are_not_followed(tmp_path: Path, folder: Path) -> None:

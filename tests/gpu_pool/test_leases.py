@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,12 +100,15 @@ async def test_all_or_nothing(leases: Leases, nvml: FakeNvml) -> None:
     assert [(await view(leases, n)).worker_ids for n in (0, 1)] == [("worker-1",)] * 2
 
 
-async def test_another_server_s_lock_is_respected_and_seen(leases: Leases) -> None:
-    held = "Another evalpool server on this machine holds it."
+async def test_another_server_s_lock_is_respected_and_seen(leases: Leases, nvml: FakeNvml) -> None:
+    held = f"Another evalpool server on this machine (process {os.getpid()}) holds it."
     other = GpuLock(UUID[0])
     assert other.acquire()
     assert await leases.take("worker-1", [UUID[0]]) == f"GPU 0: {held}"
     assert await reasons(leases) == {"cpu:0": None, UUID[0]: held, UUID[1]: None}
+    nvml.write(*TWO, f"proc 0 {STRANGER} 9000")  # its worker
+    assert (await reasons(leases))[UUID[0]] == held
+    nvml.write(*TWO)
     other.release()
     assert await leases.take("worker-1", [UUID[0]]) is None
     assert (await reasons(leases))[UUID[0]] is None

@@ -8,6 +8,7 @@ import select
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from evalpool_server import Server
@@ -16,6 +17,7 @@ from server.client import EvalClient
 
 PATIENCE_SECONDS = 120.0  # a bound for a loaded machine, not an expectation
 DOCUMENTS = 3000
+NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -85,10 +87,10 @@ class Service:
     def __exit__(self, *exception: object) -> None:
         self.client.close()
 
-    def submit(self, model: Path, *tasks: str, **options: Any) -> str:
+    def submit(self, model: Path, *tasks: str, model_args: Mapping[str, Any] = NO_ARGS, **options: Any) -> str:
         """The new job's id; the response cache is off unless `use_cache` says otherwise."""
         options = {"use_cache": False, "device": "cpu"} | options
-        return self.client.evaluate("hf", list(tasks), {"pretrained": str(model)}, **options)["job_id"]
+        return self.client.evaluate("hf", list(tasks), {"pretrained": str(model), **model_args}, **options)["job_id"]
 
     def job(self, job_id: str) -> Json:
         return self.client.get_job(job_id)
