@@ -143,9 +143,7 @@ class Pool:
             await self._look_once()
 
     async def _look_once(self) -> None:
-        slots = await self._leases.look()
-        contested = self._leases.contested() if self.settings.yield_to_foreign else frozenset[str]()
-        self._runner.put(ev.SlotsSeen, slots=slots, lost=self._leases.lost(), contested=contested)
+        await self._runner.look()
         for sentence, worker_ids in self._leases.news():
             logger.warning("%s (beside %s)", sentence, ", ".join(worker_ids))
             workers = self._runner.scheduler.workers

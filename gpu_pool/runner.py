@@ -109,6 +109,12 @@ class Runner:
         self._events.put_nowait((event(now=time.monotonic(), **fields), done))
         await done
 
+    async def look(self) -> None:
+        """Let the scheduler know what the hardware shows now."""
+        slots = await self._leases.look()
+        contested = self._leases.contested() if self._settings.yield_to_foreign else frozenset[str]()
+        self.put(ev.SlotsSeen, slots=slots, lost=self._leases.lost(), contested=contested)
+
     def submit(self, demand: ev.Demand) -> None:
         """Let the scheduler have a queued job whose model is known now, unless the job has ended meanwhile."""
         job_id = demand.job_id
@@ -281,7 +287,7 @@ class Runner:
     async def _reclaim(self, action: ev.ReclaimSlots) -> None:
         await self._leases.reclaim(action.worker_id)
         if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
-            self.put(ev.SlotsSeen, slots=await self._leases.look(), lost=self._leases.lost())
+            await self.look()
         self.put(ev.SlotsReturned, worker_id=action.worker_id)
 
     def _drop(self, worker_id: str, job_id: str) -> None:

@@ -111,8 +111,8 @@ def gpu_table(gpus: Iterable[Json]) -> Table:
         table.add_column(name, overflow="fold")
     for gpu in gpus:
         free = f"{gpu['free_bytes'] / GIB:.1f} of {gpu['total_bytes'] / GIB:.1f}"
-        state = gpu["reason"] or ("[green]free[/]" if gpu["free"] else "held")
-        table.add_row(gpu["index"], gpu["uuid"], gpu["name"], free, "\n".join(gpu["worker_ids"]), state)
+        state = escape(gpu["reason"] or "") or ("[green]free[/]" if gpu["free"] else "held")
+        table.add_row(gpu["index"], gpu["uuid"], escape(gpu["name"]), free, "\n".join(gpu["worker_ids"]), state)
     return table
 
 

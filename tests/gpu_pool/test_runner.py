@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
 from gpu_pool.gpus import Inventory
@@ -31,12 +32,16 @@ async def store(tmp_path: Path) -> object:
     await store.close()
 
 
+def make_runner(settings: PoolSettings, jobs: LiveJobs, leases: Leases) -> Runner:
+    """A runner on a box that cannot start any process."""
+    processes = Processes(evaluator=no_process, worker=no_process, address=str)
+    return Runner(settings, jobs, leases, processes, lambda job_id: settings.data_dir / job_id, lambda job: None)
+
+
 async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: Path) -> None:
     settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
     jobs = LiveJobs(store, {})
-    processes = Processes(evaluator=no_process, worker=no_process, address=str)
-    leases = Leases(settings, Inventory(visible_devices=""))
-    runner = Runner(settings, jobs, leases, processes, lambda job_id: tmp_path / job_id, lambda job: None)
+    runner = make_runner(settings, jobs, Leases(settings, Inventory(visible_devices="")))
     (tmp_path / "file").touch()
     spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
     job = Job(
@@ -56,4 +61,23 @@ async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: 
     assert (await store.get("j")).state is JobState.FAILED
     assert "cannot be started" in ((await store.get("j")).error or "")
     assert not loop.done()
+    await asyncio.wait_for(runner.stop(), 30)
+
+
+async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
+    store: Store, tmp_path: Path, fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvml.install_here(monkeypatch)
+    fake_nvml.write(gpu_line(), gpu_line())
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1, yield_to_foreign=True)
+    leases = Leases(settings, Inventory(None))
+    runner = make_runner(settings, LiveJobs(store, {}), leases)
+    runner.start()
+    assert await leases.take("stays", [gpu_uuid(0)]) is None
+    assert await leases.take("ends", [gpu_uuid(1)]) is None
+    fake_nvml.write(gpu_line(), gpu_line(), f"proc 0 {2**22 + 77} 2048")
+    await runner.look()
+    await runner._reclaim(ev.ReclaimSlots(worker_id="ends", slot_ids=(gpu_uuid(1),)))
+    await runner.handle(ev.Tick)
+    assert runner.scheduler.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)

@@ -133,10 +133,31 @@ def test_cancel(run: Run, pool: FakePool) -> None:
     assert (again.returncode, again.stderr) == (1, "error: Job already finished or cancelled\n")
 
 
+def test_gpus_are_shown_with_what_is_wrong_and_released(run: Run) -> None:
+    ready, quarantined = (line.split() for line in run("gpus").stdout.splitlines() if "GPU-" in line)
+    assert ready == ["0", "GPU-1", "H100", "79.0", "of", "80.0", "free"]
+    assert " ".join(quarantined) == "1 GPU-2 H100 79.0 of 80.0 It is quarantined: its memory is not back."
+    released = run("gpus", "release", "GPU-2")
+    assert (released.returncode, released.stdout) == (0, "GPU 1 is released\n")
+    assert "quarantined" not in run("gpus").stdout
+    for uuid, words in (("GPU-2", "is not quarantined"), ("GPU-9", "there are GPU-1, GPU-2")):
+        refused = run("gpus", "release", uuid)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: ")
+        assert words in refused.stderr
+
+
 def test_the_cache_is_shown_and_pruned(run: Run, pool: FakePool) -> None:
     with closing(ResponseCache(cache_path(pool.folder))) as cache:
         cache.store({b"a": "text"}, CachedModel("ab" * 32, "/models/one"))
-    assert "/models/one" in run("cache", "stats").stdout
+    title, _, *rows = run("cache", "stats").stdout.splitlines()
+    assert title.startswith("1 answers in ")
+    assert "10737418240 bytes" in title
+    [row] = [row for row in rows if "/models/one" in row]
+    assert "abababababab" in row
+    unknown = run("cache", "prune", "--model", "/models/two")
+    assert (unknown.returncode, "/models/one" in unknown.stderr) == (1, True)
+    assert run("cache", "prune").stdout.startswith("0 answers deleted")
     assert run("cache", "prune", "--older-than-days", "0").stdout.startswith("1 answers deleted")
     assert json.loads(run("cache", "stats", "--json").stdout)["entries"] == 0
 
