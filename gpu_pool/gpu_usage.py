@@ -17,6 +17,8 @@ GIB = 1024**3
 RETURN_TOLERANCE_BYTES = 512 * 1024**2
 """Memory that the driver itself may hold more of after a worker than before (contexts, caches); no model is smaller."""
 
+UNLISTED = 0
+"""Stands for the pid of processes that NVML does not list, but whose memory shows."""
 Processes = tuple[tuple[int, int], ...]
 """(pid, bytes used) each; 0 bytes where the driver does not tell."""
 
@@ -97,7 +99,8 @@ def why_not_back(gpu: Gpu, lease: Lease, neighbours: Iterable[Lease], strangers:
         return f"processes of {lease.worker_id} are still on it: {describe(left)}"
     if any(not size for _, size in strangers):
         return None
-    grown = unexplained_bytes(gpu) - lease.unexplained_before
+    unlisted = sum(size for pid, size in strangers if pid == UNLISTED)
+    grown = unexplained_bytes(gpu) - unlisted - lease.unexplained_before
     hidden = sum(each.memory_bytes for each in neighbours if not _measured_bytes(gpu, each))
     if grown > hidden + RETURN_TOLERANCE_BYTES:
         return f"{grown / GIB:.1f} GiB more are in use than before {lease.worker_id}, by no process that is listed"
@@ -115,8 +118,8 @@ def could_be(lease: Lease, size: int, gpu: Gpu) -> bool:
 
 
 def describe(processes: Processes) -> str:
-    """ "77 (5.0 GiB), 78 (0.0 GiB)"."""
-    return ", ".join(f"{pid} ({size / GIB:.1f} GiB)" for pid, size in processes)
+    """ "77 (5.0 GiB), unlisted (1.0 GiB)"."""
+    return ", ".join(f"{pid if pid != UNLISTED else 'unlisted'} ({size / GIB:.1f} GiB)" for pid, size in processes)
 
 
 def _measured_bytes(gpu: Gpu, lease: Lease) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 
 from gpu_pool.errors import GpuNotFound, GpuNotQuarantined
 from gpu_pool.gpu_locks import GpuLock
 from gpu_pool.gpu_usage import (
+    UNLISTED,
     Lease,
     Processes,
     could_be,
@@ -24,6 +26,7 @@ from gpu_pool.gpus import Inventory
 from gpu_pool.process_table import ProcessTable
 from gpu_pool.records import Gpu, GpuView, Slot
 from gpu_pool.settings import PoolSettings
+from gpu_pool.unlisted_use import UnlistedUse
 
 RETURN_POLL_SECONDS = 0.25
 
@@ -44,7 +47,10 @@ class Leases:
         self._seen_gpus = False
         self._leases: dict[str, list[Lease]] = {}
         self._locks: dict[str, GpuLock] = {}
+        self.at_rest: Callable[[str, float], bool] = lambda worker_id, since: False
+        """Whether a worker has had nothing to do since that time (monotonic seconds); for its owner to tell."""
         self._strangers: dict[str, Processes] = {}
+        self._unlisted = UnlistedUse()
         self._reported: set[tuple[str, int]] = set()
         self._quarantined: dict[str, str] = {}
         self._accepted_errors: dict[str, int] = {}
@@ -76,11 +82,12 @@ class Leases:
 
     async def look(self) -> tuple[tuple[Slot, str | None], ...]:
         """Every slot that exists now, and why it cannot be used (None: it can, as far as others are concerned)."""
+        began = time.monotonic()
         gpus = await self._watch.look()
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
         self._seen_gpus |= bool(gpus)
         for gpu in gpus:
-            self._tell_apart(gpu)
+            self._tell_apart(gpu, began)
         seen = [(self._slot(gpu), self._why_not(gpu)) for gpu in gpus]
         return (*((slot, None) for slot in self._cpu_slots), *seen)
 
@@ -212,6 +219,7 @@ class Leases:
             if not self._leases[uuid]:
                 del self._leases[uuid]
                 self._locks.pop(uuid).release()
+                self._unlisted.forget(uuid)
                 self._reported = {key for key in self._reported if key[0] != uuid}
 
     async def release_gpu(self, uuid: str) -> GpuView:
@@ -245,8 +253,8 @@ class Leases:
     def _new_errors(self, gpu: Gpu) -> int:
         return max(0, gpu.uncorrectable_errors - self._accepted_errors.get(gpu.uuid, 0))
 
-    def _tell_apart(self, gpu: Gpu) -> None:
-        """Note which processes on it are our workers', and which are strangers'."""
+    def _tell_apart(self, gpu: Gpu, began: float) -> None:
+        """Note which processes on it are our workers', and which are strangers', by a look that began then."""
         leases = self._leases.get(gpu.uuid, [])
         strangers: list[tuple[int, int]] = []
         for pid, size in gpu.processes:
@@ -254,6 +262,10 @@ class Leases:
                 lease.pids.add(pid)
             elif not self._is_ours(pid):
                 strangers.append((pid, size))
+        if leases:
+            at_rest = all(self.at_rest(lease.worker_id, began) for lease in leases)
+            if unlisted := self._unlisted.note(gpu, at_rest=at_rest):
+                strangers.append((UNLISTED, unlisted))
         self._strangers[gpu.uuid] = tuple(strangers)
 
     def _owner(self, gpu: Gpu, leases: list[Lease], pid: int, size: int) -> Lease | None:

@@ -103,6 +103,13 @@ class Ledger:
             return False
         return slot_id not in self.unusable or bool(self.holders.get(slot_id))
 
+    def at_rest(self, worker_id: str, since: float) -> bool:
+        """Whether a live worker has had nothing to do since that time, nor has to let go of anything."""
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.state is not WorkerState.IDLE or worker.idle_since > since:
+            return False
+        return not any(worker_id in ending.holders for ending in self.ending.values())
+
     def gpus_held(self) -> int:
         """GPUs on which workers of ours are, or whose memory is not back yet."""
         return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")

@@ -67,6 +67,7 @@ class Runner:
         )
         self._settings = settings
         self._leases = leases
+        leases.at_rest = self.scheduler.at_rest
         self._processes = processes
         self._job_dir = job_dir
         self._refresh = refresh

@@ -337,6 +337,7 @@ class GpuProcess(Response, frozen=True, kw_only=True):
     """A process on a GPU."""
 
     pid: int
+    """0: processes that NVML does not list, told by the memory that grows beside workers without jobs."""
     used_bytes: int
     """0 where the driver does not tell."""
 

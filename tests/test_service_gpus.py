@@ -95,6 +95,18 @@ def test_a_stranger_beside_a_worker_is_told_of_and_an_idle_worker_yields(box: Gp
     box.gpu_once(0, free=True, reason=None)
 
 
+def test_a_stranger_that_is_not_listed_shows_by_its_memory(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    hidden = ("error nvmlDeviceGetComputeRunningProcesses_v3 4",)
+    nvml.write(*BOX, *hidden)
+    box.finished(box.job_on(tiny_model, "cuda:0"))
+    [worker_id] = box.gpu(0)["worker_ids"]
+    assert box.gpu(0)["reason"] is None
+    nvml.write(gpu_line(used_mib=30 * 1024), *BOX[1:], *hidden)
+    sentence = f"GPU 0 ({gpu_uuid(0)}) is also used by other processes: unlisted (29.5 GiB) (beside {worker_id})"
+    until(lambda: sentence in box.log(), "the log tells of the stranger")
+    box.gpu_once(0, worker_ids=[], quarantined=False, reason="Only 50.0 of 80.0 GiB are free; 90% must be.")
+
+
 def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
     box: GpuBox, nvml: FakeNvml, tiny_model: Path
 ):

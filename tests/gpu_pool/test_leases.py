@@ -15,6 +15,7 @@ from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
 
 from gpu_pool.errors import GpuNotFound, GpuNotQuarantined
 from gpu_pool.gpu_locks import GpuLock
+from gpu_pool.gpu_usage import UNLISTED
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.process_table import ProcessTable
@@ -230,6 +231,47 @@ async def test_a_container_that_hides_all_processes(nvml: FakeNvml) -> None:
     nvml.write(*TWO, hidden)
     await leases.reclaim("worker-1")
     assert (await view(leases)).free
+
+
+async def test_memory_that_grows_beside_a_worker_at_rest_is_a_stranger_s(nvml: FakeNvml) -> None:
+    leases = make_leases(in_container=True)
+    resting = {"worker-1"}
+    leases.at_rest = lambda worker_id, since: worker_id in resting
+
+    def write(used_gib: int) -> None:
+        nvml.write(gpu_line(used_mib=used_gib * 1024), TWO[1], f"error {PROCESSES} 4")
+
+    write(1)
+    assert await leases.take("worker-1", [UUID[0]]) is None
+    write(40)
+    assert (await view(leases)).strangers == ()
+    for used in (45, 30, 45):
+        write(used)
+        shown = await view(leases)
+    assert shown.strangers == ((UNLISTED, 15 * GIB),)
+    assert shown.reason == "Other processes use it: unlisted (15.0 GiB)."
+    assert leases.contested() == {UUID[0]}
+    [(sentence, _)] = leases.news()
+    assert sentence == f"GPU 0 ({UUID[0]}) is also used by other processes: unlisted (15.0 GiB)"
+    resting.clear()
+    write(16)  # the worker ends, the stranger stays
+    await leases.reclaim("worker-1")
+    shown = await view(leases)
+    assert (shown.quarantined, shown.reason) == (False, "Only 64.0 of 80.0 GiB are free; 90% must be.")
+
+
+async def test_memory_that_grows_while_a_worker_computes_may_be_its_own(nvml: FakeNvml) -> None:
+    leases = make_leases(in_container=True)
+    resting: set[str] = set()
+    leases.at_rest = lambda worker_id, since: worker_id in resting
+    hidden = f"error {PROCESSES} 4"
+    assert await leases.take("worker-1", [UUID[0]]) is None
+    for used, busy in ((10, False), (40, True), (50, True), (60, False), (60, False)):
+        nvml.write(gpu_line(used_mib=used * 1024), TWO[1], hidden)
+        resting = set() if busy else {"worker-1"}
+        assert (await view(leases)).strangers == ()
+    nvml.write(gpu_line(used_mib=60 * 1024 + 400), TWO[1], hidden)
+    assert (await view(leases)).strangers == ()  # too little to be sure
 
 
 # -------------------------------------------------------------------- giving back
