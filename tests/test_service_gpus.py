@@ -18,12 +18,9 @@ from service import until
 from server.client import EvalError
 
 PLAIN, DIVIDED = gpu_line(used_mib=512), gpu_line(mig=True)
-BOX = (*[PLAIN] * 6, DIVIDED, "mig 6 0 20480 0", "mig 6 1 40960 0")
-WHOLE = range(6)
-STRANGERS = (
-    *(f"proc {n} {STRANGER + n} 2048" for n in WHOLE),
-    *(f"migproc 6 {n} {STRANGER + 6 + n} 1024" for n in (0, 1)),
-)
+BOX = (PLAIN,) * 6
+UUIDS = [gpu_uuid(n) for n in range(6)]
+STRANGERS = tuple(f"proc {n} {STRANGER + n} 2048" for n in range(6))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ def nvml(fake_nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> F
 
 @pytest.fixture(scope="module")
 def box(nvml: FakeNvml, tmp_path_factory: pytest.TempPathFactory) -> Generator[GpuBox]:
-    """Six whole GPUs of 80 GiB, and one of two instances."""
+    """Six GPUs of 80 GiB."""
     settings = ("yield_to_foreign = true", "gpu_return_timeout_s = 1")
     with gpu_box(tmp_path_factory.mktemp("box"), nvml, *settings) as box:
         yield box
@@ -49,9 +46,10 @@ def _every_gpu_is_free_again(box: GpuBox, nvml: FakeNvml) -> Generator[None]:
     nvml.write(*BOX)
 
 
-def test_what_there_is_and_what_is_refused(box: GpuBox, tiny_model: Path):
+def test_what_there_is_and_what_is_refused(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    nvml.write(*BOX, DIVIDED, "mig 6 0 20480 0", "mig 6 1 40960 0")
     shown = box.client.gpus()["gpus"]
-    uuids = {str(n): gpu_uuid(n) for n in WHOLE} | {"6:0": mig_uuid(6, 0), "6:1": mig_uuid(6, 1)}
+    uuids = {str(n): UUIDS[n] for n in range(6)} | {"6:0": mig_uuid(6, 0), "6:1": mig_uuid(6, 1)}
     assert {gpu["index"]: gpu["uuid"] for gpu in shown} == uuids
     field, problem = box.refused(tiny_model, num_gpus=9)
     assert (field, "at most 8" in problem) == ("num_gpus", True)
@@ -66,13 +64,13 @@ def test_what_there_is_and_what_is_refused(box: GpuBox, tiny_model: Path):
 def test_a_job_waits_while_strangers_are_everywhere(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
     nvml.write(*BOX, *STRANGERS)
     job = box.job_on(tiny_model)
-    reason = box.waits(job, "0 of the 8 GPUs")
+    reason = box.waits(job, "0 of the 6 GPUs")
     assert f"GPU 3: Other processes use it: {STRANGER + 3} (2.0 GiB)" in reason
-    assert f"GPU 6:1: Other processes use it: {STRANGER + 7} (1.0 GiB)" in reason
+    assert f"GPU 5: Other processes use it: {STRANGER + 5} (2.0 GiB)" in reason
     assert not any(gpu["free"] for gpu in box.client.gpus()["gpus"])
     with nvml.holding():
         nvml.write(*BOX, *STRANGERS[:3], *STRANGERS[4:])
-        assert box.worker_of(job)["slots"] == [gpu_uuid(3)]
+        assert box.worker_of(job)["slots"] == [UUIDS[3]]
     box.finished(job)
 
 
@@ -81,7 +79,7 @@ def test_a_stranger_beside_a_worker_is_told_of_and_an_idle_worker_yields(box: Gp
         job = box.job_on(tiny_model, "cuda:0")
         worker = box.worker_of(job)
         nvml.write(*BOX, f"proc 0 {STRANGER} 2048")
-        sentence = f"GPU 0 ({gpu_uuid(0)}) is also used by other processes: {STRANGER} (2.0 GiB)"
+        sentence = f"GPU 0 ({UUIDS[0]}) is also used by other processes: {STRANGER} (2.0 GiB)"
         until(lambda: sentence in box.client.log(job), "the job's log tells of the stranger")
         assert f"{sentence} (beside {worker['worker_id']})" in box.log()
         gpu = box.gpu(0)
@@ -102,7 +100,7 @@ def test_a_stranger_that_is_not_listed_shows_by_its_memory(box: GpuBox, nvml: Fa
     [worker_id] = box.gpu(0)["worker_ids"]
     assert box.gpu(0)["reason"] is None
     nvml.write(gpu_line(used_mib=30 * 1024), *BOX[1:], *hidden)
-    sentence = f"GPU 0 ({gpu_uuid(0)}) is also used by other processes: unlisted (29.5 GiB) (beside {worker_id})"
+    sentence = f"GPU 0 ({UUIDS[0]}) is also used by other processes: unlisted (29.5 GiB) (beside {worker_id})"
     until(lambda: sentence in box.log(), "the log tells of the stranger")
     box.gpu_once(0, worker_ids=[], quarantined=False, reason="Only 50.0 of 80.0 GiB are free; 90% must be.")
 
@@ -126,10 +124,10 @@ def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
         box.waits(job, f"{cause}0 of the 1 GPUs that would do are free. Not usable: GPU 1: {why}")
     nvml.write(*BOX)
     assert box.gpu(1)["quarantined"]  # also when nothing is wrong any more
-    assert box.client.release_gpu(gpu_uuid(1))["reason"] is None
+    assert box.client.release_gpu(UUIDS[1])["reason"] is None
     box.finished(first)
     box.finished(second)
-    for uuid, status, words in ((gpu_uuid(1), 409, "is not quarantined"), ("GPU-9", 404, gpu_uuid(1))):
+    for uuid, status, words in ((UUIDS[1], 409, "is not quarantined"), ("GPU-9", 404, UUIDS[1])):
         with pytest.raises(EvalError, match=words) as refused:
             box.client.release_gpu(uuid)
         assert refused.value.response.status_code == status
@@ -138,20 +136,47 @@ def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
 def test_a_job_goes_on_elsewhere_when_its_gpu_is_lost(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
     with nvml.holding():
         job = box.job_on(tiny_model)
-        before = box.worker_of(job)
-        number = [gpu_uuid(n) for n in WHOLE].index(before["slots"][0])
+        number = UUIDS.index(box.worker_of(job)["slots"][0])
         nvml.write(*BOX, f"error * 15 {number}")
-        after = until(
-            lambda: [worker for worker in box.workers_of(job) if worker["worker_id"] != before["worker_id"]],
-            "the job has another worker",
-        )
-        assert after[0]["slots"] != before["slots"]
+        await_move(box, job, away_from=UUIDS[number])
         gpu = box.gpu_once(number, lost=True, worker_ids=[])
         assert (gpu["free"], gpu["quarantined"]) == (False, False)
         assert "GPU is lost (NVML error 15)" in gpu["reason"]
     assert box.finished(job)["attempt"] == 1
     nvml.write(*BOX)
     box.gpu_once(number, lost=False, free=True)
+
+
+def test_a_job_that_has_no_other_gpu_waits_until_its_own_is_back(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    with nvml.holding():
+        job = box.job_on(tiny_model, "cuda:4")
+        box.worker_of(job)
+        nvml.write(*BOX, "error * 16 4")
+        box.waits(job, "It has lost its workers. 0 of the 1 GPUs", "NVML error 16")
+        nvml.write(*BOX)
+        box.worker_of(job)
+    assert box.finished(job)["attempt"] == 1
+
+
+def test_a_job_goes_on_elsewhere_when_its_gpu_is_divided(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    with nvml.holding():
+        job = box.job_on(tiny_model)
+        number = UUIDS.index(box.worker_of(job)["slots"][0])
+        nvml.write(*BOX[:number], DIVIDED, *BOX[number + 1 :], f"mig {number} 0 20480 0")
+        await_move(box, job, away_from=UUIDS[number])
+        assert UUIDS[number] not in {gpu["uuid"] for gpu in box.client.gpus()["gpus"]}
+        assert box.gpu(f"{number}:0")["uuid"] == mig_uuid(number, 0)
+    assert box.finished(job)["attempt"] == 1
+
+
+def test_a_driver_that_hangs_stops_nobody(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
+    nvml.write(*BOX, "hang nvmlDeviceGetMemoryInfo 5")
+    job = box.job_on(tiny_model)
+    box.waits(job, "GPU 0: NVML has not answered for 2 s")
+    assert box.client.health()["status"] == "healthy"
+    assert box.finished(box.job_on(tiny_model, "cpu"))
+    nvml.write(*BOX)
+    box.finished(job)
 
 
 def test_a_driver_that_goes_and_comes_back(box: GpuBox, nvml: FakeNvml, tiny_model: Path):
@@ -174,15 +199,15 @@ def test_a_model_that_needs_two_gpus(box: GpuBox, nvml: FakeNvml, tiny_model: Pa
     field, problem = box.refused(large, num_gpus=1)
     assert field == "num_gpus"
     assert "must be at least 2, but is 1: on each of 2 GPUs the model needs 51." in problem
-    assert "there is room on 6 GPUs of 72.0 GiB and 1 of 36.0 GiB and 1 of 18.0 GiB" in problem
+    assert "there is room on 6 GPUs of 72.0 GiB" in problem
     with nvml.holding():
         job = box.job_on(large, num_gpus=2)
         worker = box.worker_of(job)
-        numbers = [[gpu_uuid(n) for n in WHOLE].index(uuid) for uuid in worker["slots"]]
+        numbers = [UUIDS.index(uuid) for uuid in worker["slots"]]
         assert worker["description"] == f"CUDA_VISIBLE_DEVICES={numbers[0]},{numbers[1]}"
         assert [box.gpu(n)["worker_ids"] for n in numbers] == [[worker["worker_id"]]] * 2
     box.finished(job)
-    field, problem = box.refused(with_weights(tiny_model, tmp_path / "vast", gib=1000), num_gpus=8)
+    field, problem = box.refused(with_weights(tiny_model, tmp_path / "vast", gib=1000), num_gpus=6)
     assert field == "model_args.pretrained"
     assert "the model needs 1001." in problem
     assert "there is room on 6 GPUs of 72.0 GiB" in problem
@@ -240,6 +265,16 @@ def leave_memory_behind(box: GpuBox, nvml: FakeNvml, model: Path, gpu: int) -> i
     waiting = box.job_on(model, f"cuda:{gpu}")
     box.waits(waiting, f"GPU {gpu} by {worker['worker_id']} (gone, its memory is not back yet)")
     return worker["pid"]
+
+
+def await_move(box: GpuBox, job_id: str, away_from: str) -> None:
+    """Until the job has a worker, and that on another GPU."""
+
+    def look() -> bool:
+        slots = [slot for worker in box.workers_of(job_id) for slot in worker["slots"]]
+        return bool(slots) and away_from not in slots
+
+    until(look, f"job {job_id} goes on elsewhere")
 
 
 def with_weights(model: Path, folder: Path, gib: int) -> Path:

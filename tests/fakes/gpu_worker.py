@@ -44,7 +44,7 @@ def _answer(worker: FakeWorker, chunk: Chunk) -> msg.Message:
 
 
 def _number(visible_device: str) -> int:
-    """The GPU that is named so: by its number, or by a UUID, which ends with it."""
+    """The GPU that is named so: by its number, or by a UUID, which ends with it. No MIG instances."""
     return int(visible_device.rpartition("-")[2])
 
 

@@ -123,6 +123,24 @@ def test_a_running_job_is_cancelled_when_its_evaluator_is_gone_and_its_worker_le
     assert box.scheduler.workers["worker-4"].state is WorkerState.IDLE
 
 
+def test_a_worker_is_at_rest_when_it_has_no_job_and_has_let_go_of_the_last() -> None:
+    box = Box()
+    box.submit("j")
+    box.now = 4.0
+    assert not box.scheduler.at_rest("worker-4", 4.0)
+    box.load("worker-4")
+    assert not box.scheduler.at_rest("worker-4", 4.0)
+    box.now = 5.0
+    box.do(ev.CancelRequested, job_id="j")
+    assert box.scheduler.workers["worker-4"].state is WorkerState.IDLE
+    assert not box.scheduler.at_rest("worker-4", 5.0)
+    box.do(ev.WorkerDroppedJob, worker_id="worker-4", job_id="j")
+    assert box.scheduler.at_rest("worker-4", 5.0)
+    assert not box.scheduler.at_rest("worker-4", 4.9)
+    box.gone("worker-4")
+    assert not box.scheduler.at_rest("worker-4", 5.0)
+
+
 def test_a_worker_that_dies_instead_of_letting_go_ends_the_cancellation_too() -> None:
     box = Box()
     box.submit("j")
