@@ -42,7 +42,7 @@ def box(nvml: FakeNvml, tmp_path_factory: pytest.TempPathFactory) -> Generator[G
 def _every_gpu_is_free_again(box: GpuBox, nvml: FakeNvml) -> Generator[None]:
     yield
     nvml.write(*BOX, *STRANGERS)
-    until(lambda: not box.client.gpus()["held"], "idle workers have made way for strangers")
+    until(lambda: not box.gpu_workers() and not box.client.gpus()["held"], "idle workers have made way for strangers")
     nvml.write(*BOX)
 
 

@@ -52,6 +52,10 @@ class GpuBox(Service):
 
         return until(look, f"job {job_id} waits because of {words}")
 
+    def gpu_workers(self) -> list[Json]:
+        """Those that are on GPUs, there or not."""
+        return [worker for worker in self.client.workers()["workers"] if worker["model"]["device"] == "cuda"]
+
     def worker_of(self, job_id: str) -> Json:
         """The one worker that computes for the job, once it does."""
 
