@@ -17,6 +17,7 @@ from fake_worker import Chunk, FakeWorker, answer
 
 from gpu_pool import messages as msg
 from gpu_pool.child import enter_child
+from gpu_pool.worker import entry
 
 USED_MIB = 20480
 """On each of its GPUs."""
@@ -26,10 +27,11 @@ POLL_SECONDS = 0.01
 def gpu_worker_main(connection: Connection, start: msg.WorkerStart, parent_pid: int) -> NoReturn:
     """Stands in for `worker_main`, on a CPU too. Its description says which GPUs CUDA would have."""
     enter_child(parent_pid, start.log_path)
-    gpus = [_number(name) for name in start.visible_devices.split(",") if name]
+    visible = entry._environment(start)["CUDA_VISIBLE_DEVICES"]
+    gpus = [_number(name) for name in visible.split(",") if name]
     _occupy(gpus)
     FakeWorker(start.worker_id, Path(start.socket_path), _answer)
-    description = f"CUDA_VISIBLE_DEVICES={start.visible_devices}"
+    description = f"CUDA_VISIBLE_DEVICES={visible}"
     memory_bytes = len(gpus) * USED_MIB << 20
     connection.send_bytes(msg.encode(msg.WorkerReady(memory_bytes=memory_bytes, description=description)))
     while not isinstance(message := msg.decode_to_worker(connection.recv_bytes()), msg.Shutdown):

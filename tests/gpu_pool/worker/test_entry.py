@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from chunks import generating, scoring
 from worker_process import ENDLESS, PATIENCE_SECONDS, SCORE, Process, WorkerProcess, received, worker_start
@@ -181,6 +182,13 @@ def test_missing_model_is_reported(checkpoint, tmp_path, spawn_worker):
     assert isinstance(failed, LoadFailed)
     assert not failed.content_changed
     assert str(tmp_path / "nothing") in failed.error
+    assert process.exit_code() == 1
+
+
+def test_a_worker_that_does_not_find_its_gpu_says_so(checkpoint, tmp_path, spawn_worker):
+    start = worker_start(tmp_path, checkpoint("llama"))
+    process = spawn_worker(msgspec.structs.replace(start, spec=msgspec.structs.replace(start.spec, device="cuda")))
+    assert "is to run on a GPU, but CUDA shows none" in process.receive().error
     assert process.exit_code() == 1
 
 
