@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
@@ -39,6 +40,12 @@ class GpuLock:
         if self._descriptor is None and (descriptor := self._try(fcntl.LOCK_SH)) is not None:
             os.close(descriptor)
         return self.problem is None
+
+    def keep(self) -> None:
+        """Say that it is in use, now and then: what nobody touches for days is removed from temporary folders."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # another user's file that may only be read
+                os.utime(self._descriptor)
 
     def _try(self, kind: int) -> int | None:
         """The lock file, locked; None where that is not possible, with the `problem` said."""
@@ -99,11 +106,9 @@ def _open_file(name: str, folder: int) -> int:
 
 def _sign(descriptor: int, name: bytes) -> None:
     """Leave the holder's process id for those who find the lock taken."""
-    try:
+    with contextlib.suppress(OSError):  # a full disk, or a file that may only be read: the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, name, 0)
-    except OSError:  # a full disk, or a file that may only be read: the lock holds all the same
-        pass
 
 
 def _signature(descriptor: int) -> str:

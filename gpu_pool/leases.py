@@ -86,6 +86,8 @@ class Leases:
         gpus = await self._watch.look()
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
         self._seen_gpus |= bool(gpus)
+        for lock in self._locks.values():
+            lock.keep()
         for gpu in gpus:
             self._tell_apart(gpu, began)
         seen = [(self._slot(gpu), self._why_not(gpu)) for gpu in gpus]

@@ -62,6 +62,19 @@ def test_who_holds_it_is_said_only_where_it_is_known(folder: Path) -> None:
         assert second.problem == "Another evalpool server on this machine holds it."
 
 
+def test_a_file_that_may_only_be_read_locks_as_well(folder: Path) -> None:
+    folder.mkdir()
+    lock, other = GpuLock("GPU-1", folder), GpuLock("GPU-1", folder)
+    descriptor = os.open(folder / "GPU-1.lock", os.O_RDONLY | os.O_CREAT)
+    lock._open = lambda: descriptor  # root may write every file
+    assert lock.acquire()
+    lock.keep()
+    assert not other.acquire()
+    assert other.problem == "Another evalpool server on this machine holds it."
+    lock.release()
+    assert other.acquire()
+
+
 def test_a_lock_dies_with_its_process(folder: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:

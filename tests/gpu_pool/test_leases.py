@@ -14,7 +14,7 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
 
 from gpu_pool.errors import GpuNotFound, GpuNotQuarantined
-from gpu_pool.gpu_locks import GpuLock
+from gpu_pool.gpu_locks import GpuLock, default_folder
 from gpu_pool.gpu_usage import UNLISTED
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
@@ -114,6 +114,14 @@ async def test_another_server_s_lock_is_respected_and_seen(leases: Leases, nvml:
     assert await leases.take("worker-1", [UUID[0]]) is None
     assert (await reasons(leases))[UUID[0]] is None
     assert not other.acquire()
+
+
+async def test_the_lock_of_a_gpu_that_is_held_does_not_grow_old(leases: Leases, nvml: FakeNvml) -> None:
+    assert await leases.take("worker-1", [UUID[0]]) is None
+    file = default_folder() / f"{UUID[0]}.lock"
+    os.utime(file, (0, 0))
+    await leases.look()
+    assert file.stat().st_mtime > 0
 
 
 async def test_a_gpu_has_one_worker_unless_the_operator_allows_more(leases: Leases) -> None:
