@@ -101,6 +101,19 @@ async def test_a_grandchild_that_holds_the_pipe_dies_with_its_parent(tmp_path: P
     assert ends(grandchild)
 
 
+async def test_whatever_a_child_has_started_dies_with_it(tmp_path: Path) -> None:
+    bystander = await start(fake_children.echo, tmp_path / "bystander")
+    watched = await start(fake_children.with_scattered_offspring, tmp_path)
+    offspring = [os.pidfd_open(int(pid)) for pid in (await watched.said.get()).split()]
+    watched.child.send(DropJob(job_id="die"))
+    assert await watched.child.gone == "exit code 3"
+    assert all(map(ends, offspring))
+    bystander.child.send(DropJob(job_id="a"))
+    assert await bystander.said.get() == "a"
+    bystander.child.kill()
+    await bystander.child.gone
+
+
 async def test_what_a_killed_child_still_says_is_not_heard(tmp_path: Path) -> None:
     watched = await start(fake_children.echo, tmp_path)
     watched.child.kill()
