@@ -262,7 +262,7 @@ class JobRun:
                 score.samples = None
         harness.release(task)
         self._scores[name] = score
-        metrics = plain_metrics(score.metrics)
+        [metrics] = self._errored.beside({name: plain_metrics(score.metrics)}, {}).values()
         _log.info("%s: %s", name, metrics)
         self._send(TaskDone(job_id=self._job.job_id, task=name, metrics=metrics, samples_path=self._samples.get(name)))
 
@@ -279,6 +279,9 @@ class JobRun:
         self, tasks: Mapping[str, Any], groups: Mapping[str, Any], report: Report, files: ResultFiles
     ) -> JobDone:
         results = harness.combine_scores((self._scores[name] for name in tasks), groups)
+        for scores in ("results", "groups"):
+            if scores in results:
+                results[scores] = self._errored.beside(results[scores], results["group_subtasks"])
         metrics = {name: plain_metrics(values) for name, values in results["results"].items()}
         for name in groups:
             if name in metrics:
