@@ -69,7 +69,9 @@ class JobRun:
         self._shared: SharedAnswers | None = None
         if job.evaluation.use_cache:
             model = CachedModel(job.model.fingerprint, job.model.args.pretrained)
-            self._shared = SharedAnswers(workshop.cache, model, self._on_shared, self.dispatcher.submit)
+            self._shared = SharedAnswers(
+                workshop.cache, model, self._on_shared, self.dispatcher.submit, self._on_failure
+            )
             self.dispatcher.shared = self._shared
         self._computed_before = workshop.paces.computed()
         self._lock = threading.Lock()
@@ -94,7 +96,7 @@ class JobRun:
         Raises:
             PoolError: the job cannot be completed, and why.
         """
-        with self._progress, contextlib.closing(self.dispatcher), self._sharing():
+        with self._progress, self._sharing(), contextlib.closing(self.dispatcher):
             harness.seed_everything(self._evaluation)
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)

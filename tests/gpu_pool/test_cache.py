@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import fake_children
@@ -257,6 +258,26 @@ def test_a_lock_that_is_not_let_go_is_waited_for_once(
     assert caplog.text.count("could not be written") == 1
     cache.store({b"after": "text"})
     assert len(cache.lookup([b"%d" % i for i in range(20)])) == 20  # what could not be written came with it
+
+
+def test_at_its_end_a_job_waits_once_more_to_end_its_claims(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would wait for them as long as the process lives."""
+    with closing(ResponseCache(path)) as cache, ExitStack() as stack:
+        assert cache.reserve([b"a", b"b"]) == ({}, set())
+        holder = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+        monkeypatch.setattr(cache_file, "PATIENCE_S", 0.05)
+        holder.execute("BEGIN IMMEDIATE")
+        cache.store({b"a": "text"})
+        monkeypatch.undo()
+        leaving = threading.Thread(target=cache.leave, args=(CachedModel("", ""), 1))
+        leaving.start()
+        leaving.join(4 * cache_file.IMPATIENCE_S)
+        assert leaving.is_alive()
+        holder.execute("ROLLBACK")
+        leaving.join()
+        with closing(ResponseCache(path)) as other:
+            assert other.unclaimed([b"a", b"b"]) == {b"a", b"b"}
+            assert other.lookup([b"a"]) == {b"a": "text"}, "and to keep what could not be written before"
 
 
 def test_a_full_disk_costs_the_cache_not_the_job(path: Path) -> None:
