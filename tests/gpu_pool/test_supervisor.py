@@ -64,6 +64,19 @@ async def test_messages_go_both_ways_and_output_goes_to_the_log(tmp_path: Path) 
     assert (tmp_path / "child.log").read_text() == "started\nfrom below python\n"
 
 
+async def test_a_log_that_cannot_be_written_costs_the_log_not_the_child(tmp_path: Path) -> None:
+    (tmp_path / "no folder").touch()
+    (tmp_path / "a folder" / "child.log").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "child.log").symlink_to("/dev/full")
+    for folder in ("no folder", "a folder", "full"):
+        watched = await start(fake_children.echo, tmp_path / folder)
+        watched.child.send(DropJob(job_id=folder))
+        assert await watched.said.get() == folder
+        await watched.child.stop(PATIENCE_SECONDS)
+        assert watched.causes == ["exit code 0"]
+
+
 async def test_last_words_are_heard_before_the_death(tmp_path: Path) -> None:
     watched = await start(fake_children.last_words, tmp_path)
     assert await watched.child.gone == "killed by SIGSEGV"

@@ -237,6 +237,15 @@ def test_a_checkpoint_that_changed_after_submission(
     ]
 
 
+def test_a_log_that_cannot_be_written_costs_the_log_not_the_job(evaluator, job_id, start_worker, tmp_path) -> None:
+    for number, log_path in enumerate([Path("/dev/full"), tmp_path, tmp_path / "file" / "below" / "job.log"]):
+        (tmp_path / "file").touch()
+        evaluator.start(f"{job_id}-{number}", log_path=log_path, tasks=("local_choice",), use_cache=False, limit=2)
+        evaluator.attach(f"{job_id}-{number}", f"w{number}", start_worker())
+        assert isinstance(evaluator.finish()[-1], msg.JobDone)
+    assert "belongs into another log: [Errno 20]" in (evaluator.folder / "evaluator.log").read_text()
+
+
 def test_questions_between_jobs(evaluator) -> None:
     evaluator.send(msg.CheckTasks(check_id=7, tasks=("local_choice", "local_choise")))
     checked = evaluator.receive()
