@@ -89,10 +89,15 @@ class ResponseCache:
         return found
 
     def store(self, answers: Mapping[bytes, Answer], model: CachedModel = UNKNOWN_MODEL) -> None:
-        """Keep these answers and end their claims, in one transaction; the first answer to a key stays."""
+        """Keep these answers and end their claims, in one transaction; the first answer to a key stays.
+
+        So are those before that could not be written, which without `answers` is all that is done.
+        """
         with self._pending:
             self._unsaved.update((key, _encode(answer)) for key, answer in answers.items())
             self._unreleased.update(answers)
+            if not self._unsaved and not self._unreleased:
+                return
             if self._file.write(lambda connection: self._write_pending(connection, model), False):
                 self._unsaved.clear()
                 self._unreleased.clear()
@@ -146,13 +151,15 @@ class ResponseCache:
         """End all claims of this process; note how many answers of the model were of use."""
 
         def work(connection: sqlite3.Connection) -> bool:
+            _insert(connection, self._unsaved, model)
             connection.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
             if hits:
                 connection.execute("UPDATE models SET hits = hits + ? WHERE id = ?", (hits, _id(connection, model)))
             return True
 
         with self._pending:
-            if self._file.write(work, False):
+            if self._file.write(work, False, is_last_chance=True):  # what stays claimed others wait for, for minutes
+                self._unsaved.clear()
                 self._unreleased.clear()
 
     def close(self) -> None:

@@ -71,8 +71,13 @@ class CacheFile:
         """What `work` finds, outside any transaction; `otherwise` when the file cannot be read."""
         return self._attempt("read", work, otherwise)
 
-    def write(self, work: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
-        """What `work` returns, in one transaction; `otherwise` when the file cannot be written: it is as it was."""
+    def write(
+        self, work: Callable[[sqlite3.Connection], Result], otherwise: Result, *, is_last_chance: bool = False
+    ) -> Result:
+        """What `work` returns, in one transaction; `otherwise` when the file cannot be written: it is as it was.
+
+        A last chance waits for others once more, even if that was in vain before.
+        """
 
         def transaction(connection: sqlite3.Connection) -> Result:
             connection.execute("BEGIN IMMEDIATE")
@@ -85,6 +90,8 @@ class CacheFile:
                 raise
             return result
 
+        if is_last_chance:
+            self._impatient.discard("written")
         return self._attempt("written", transaction, otherwise)
 
     def close(self) -> None:

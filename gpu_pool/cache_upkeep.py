@@ -20,7 +20,7 @@ from gpu_pool.records import Record
 SHORTEST_PREFIX = 8
 """Characters of a fingerprint that name a model."""
 PIECE = 1000
-"""Answers that are deleted at a time: some 10 ms of the lock."""
+"""Answers that are deleted at a time, and pages that are given back: some 10 ms of the lock."""
 PIECES_A_STORE = 8
 """Most pieces that go when answers come to a cache that is full: no batch of a job pays for all that is too much."""
 PAUSE_S = 0.005
@@ -113,9 +113,11 @@ def prune(
             deleted = _delete_matching(connection, older_than_days or 0, models)
         if deleted and deleted >= COMPACT_SHARE * entries:
             connection.execute("REINDEX responses")
-        if deleted:
-            connection.execute("PRAGMA incremental_vacuum").fetchall()
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if not _pragma(connection, "auto_vacuum"):  # an older file, and no room for a copy when it was taken over
+            connection.execute("VACUUM")
+        while _give_back(connection, PIECE):
+            time.sleep(PAUSE_S)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return Pruned(entries=deleted, freed_bytes=max(0, before - _file_bytes(path)))
 
 
@@ -129,8 +131,15 @@ def make_room(connection: sqlite3.Connection, max_bytes: int, pieces: int = PIEC
         if _pragma(connection, "freelist_count") >= surplus or not (gone := _delete_oldest(connection)):
             break
         deleted += gone
-    connection.execute(f"PRAGMA incremental_vacuum({surplus})").fetchall()
+    _give_back(connection, min(surplus, pieces * PIECE))
     return deleted
+
+
+def _give_back(connection: sqlite3.Connection, pages: int) -> bool:
+    """Make the file smaller by so many deleted pages; whether it could, and there are more. Outside any transaction."""
+    before = _pragma(connection, "freelist_count")
+    connection.executescript(f"PRAGMA incremental_vacuum({pages})")  # `execute` does one step of it: a single page
+    return 0 < _pragma(connection, "freelist_count") < before
 
 
 def _shrink(connection: sqlite3.Connection, max_bytes: int) -> int:

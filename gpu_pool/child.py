@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
@@ -24,10 +26,35 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
+class _Output(io.FileIO):
+    """A descriptor that takes everything: on a full disk what is said is lost, and not the work of whoever says it."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def forgive_output() -> None:
+    """Let nothing that this process prints or logs raise OSError."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        getattr(sys, name).flush()
+        raw = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
+
+
 def redirect_output(path: str | os.PathLike[str]) -> None:
-    """Append stdout and stderr, C-level output included, to the file at `path`."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    """Append stdout and stderr, C-level output included, to the file at `path`.
+
+    Where that cannot be opened, they stay where they are, and say why.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        say(f"what follows belongs into another log: {error}")
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)
@@ -47,6 +74,5 @@ def enter_child(parent_pid: int, log_path: str | os.PathLike[str]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    forgive_output()
     redirect_output(log_path)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -18,7 +18,8 @@ def new_owner() -> str:
 def is_alive(owner: str) -> bool:
     """Whether the owner's process still runs; a number that was given to another process since is told apart."""
     pid, start_time, _ = owner.split("/")
-    return _start_time(int(pid)) == int(start_time)
+    now = _start_time(int(pid))
+    return now is not None and str(now) == start_time
 
 
 def _start_time(pid: int) -> int | None:

@@ -14,6 +14,7 @@ from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.runner import EvaluatorChild, WorkerChild
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import spawn
+from gpu_pool.warden import Warden
 from gpu_pool.worker.entry import worker_main
 
 MAX_SOCKET_PATH = 100
@@ -21,16 +22,22 @@ MAX_SOCKET_PATH = 100
 
 
 class LocalProcesses:
-    """Spawns evaluators, desks and workers; owns the folder of the workers' sockets until `close`."""
+    """Spawns evaluators, desks and workers, once `start`ed; owns the folder of their sockets until `close`."""
 
     def __init__(self, settings: PoolSettings, visible_device: Callable[[str], str]) -> None:
         """`visible_device(slot_id)`: what CUDA_VISIBLE_DEVICES must say for a GPU."""
         self._settings = settings
         self._visible_device = visible_device
         self._sockets = _socket_folder(settings.data_dir)
+        self._warden = Warden(settings.data_dir)
+
+    async def start(self) -> None:
+        """End what a lost server's children may have left. Raises OSError when the data folder cannot be written."""
+        await self._warden.start()
 
     def close(self) -> None:
-        """Remove the sockets of workers that have ended."""
+        """All processes have ended: remove their sockets."""
+        self._warden.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def desk(self, name: str) -> EvaluatorChild:
@@ -51,7 +58,7 @@ class LocalProcesses:
             cache_max_bytes=settings.cache_max_bytes,
             runs_jobs=runs_jobs,
         )
-        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator)
+        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator, self._warden)
 
     async def worker(self, worker_id: str, spec: ModelSpec, slots: list[Slot], memory_bytes: int) -> WorkerChild:
         """A worker in these slots, that may take `memory_bytes` of each (0: all). Raises OSError, as above."""
@@ -68,7 +75,7 @@ class LocalProcesses:
             threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
             allow_remote_code=settings.allow_remote_code,
         )
-        return await spawn(worker_id, worker_main, start, msg.decode_from_worker)
+        return await spawn(worker_id, worker_main, start, msg.decode_from_worker, self._warden)
 
     def address(self, worker_id: str) -> str:
         """Where the worker listens for evaluators."""

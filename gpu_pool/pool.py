@@ -93,6 +93,7 @@ class Pool:
         self._lock = _lock_folder(data_dir)
         self._processes = LocalProcesses(self.settings, self._leases.visible_device)
         self._store = await Store.open(database_of(self.settings), alone=True)
+        await self._processes.start()
         self._desk = Desk(self._processes.desk)
         self._admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(

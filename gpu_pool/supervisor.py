@@ -7,7 +7,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic
 
@@ -15,20 +18,29 @@ import msgspec
 
 from gpu_pool.channel import Channel, OversizeFrame, Received
 from gpu_pool.messages import Message, Shutdown
+from gpu_pool.offspring import end_all, marked
+from gpu_pool.warden import Warden
 
 DRAIN_SECONDS = 0.5
 """How long a dead child's pipe is read on: a forked grandchild may hold it open for ever."""
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
+SWEEP_SECONDS = 5.0
+"""How long the search for what a dead child has started may take, some 10 ms as a rule: the kernel makes whoever asks
+for the environment of a process wait when that is stuck."""
 
 logger = logging.getLogger(__name__)
 _spawn = multiprocessing.get_context("spawn")
+_sweepers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="sweep")
 
 
 class Child(Generic[Received]):
     """One spawned process that leads its own process group, and the server's end of its control pipe."""
 
-    def __init__(self, name: str, process: Any, channel: Channel[Received]) -> None:
+    def __init__(
+        self, name: str, process: Any, channel: Channel[Received], mark: str, warden: Warden | None = None
+    ) -> None:
+        """`mark` is that of all that the process starts."""
         self.name = name
         self.pid: int = process.pid
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -39,6 +51,8 @@ class Child(Generic[Received]):
         """Ended by us: whatever it still says is not wanted."""
         self._process = process
         self._channel = channel
+        self._mark = mark
+        self._warden = warden
         self._dead = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -86,15 +100,25 @@ class Child(Generic[Received]):
         reading = asyncio.create_task(self._read(on_message), name=f"read {self.name}")
         await self._dead.wait()
         self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
+        await self._end_offspring()
         await asyncio.wait([reading], timeout=DRAIN_SECONDS)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         self._channel.close()
+        if self._warden:
+            self._warden.forget(self.pid)
         self._process.join()
         cause = self.why or describe_exit(self._process.exitcode)
         self._process.close()
         await on_death(cause)
         self.gone.set_result(cause)
+
+    async def _end_offspring(self) -> None:
+        """What left the group too: it may hold the pipe, or memory of a GPU."""
+        sweep = asyncio.get_running_loop().run_in_executor(_sweepers, end_all, self._mark, {self.pid})
+        _, unfinished = await asyncio.wait([sweep], timeout=SWEEP_SECONDS)
+        if unfinished:
+            logger.warning("processes that %s may have started cannot be looked for now", self.name)
 
     async def _read(self, on_message: Callable[[Received], Awaitable[None]]) -> None:
         try:
@@ -118,16 +142,22 @@ async def spawn(
     target: Callable[[Connection, Any, int], None],
     start: Any,
     decode: Callable[[bytes], Received],
+    warden: Warden | None = None,
 ) -> Child[Received]:
-    """Start `target(connection, start, parent_pid)` in a new interpreter.
+    """Start `target(connection, start, parent_pid)` in a new interpreter, with `warden` to end what it leaves behind.
 
     Must run on the main thread's loop: the kernel ends the child with the *thread* that started it.
     """
     ours, theirs = _spawn.Pipe(duplex=True)
     process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
-    process.start()
+    mark = f"{warden.mark if warden else uuid.uuid4().hex}/{uuid.uuid4().hex}"
+    resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
+    with marked(mark):
+        process.start()
+    if warden:
+        warden.watch(process.pid or 0)
     theirs.close()  # or its death would never show as the end of the pipe
-    return Child(name, process, await Channel[Received].over(ours, decode))
+    return Child(name, process, await Channel[Received].over(ours, decode), mark, warden)
 
 
 def describe_exit(exitcode: int | None) -> str:

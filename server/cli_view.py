@@ -17,6 +17,8 @@ from server.client import FINAL, EvalClient, Json
 
 GIB = 1024**3
 POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server
+ERRORED = "evalpool_errored"
+"""In a task's or group's metrics: its requests that ended in an error."""
 COLORS = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "queued": "dim"}
 
 
@@ -53,9 +55,9 @@ class JobBars:
         """Draw `job` as GET /jobs/{id} gave it."""
         job_id, progress = job["job_id"], job["progress"] or {}
         counts = progress.get("tasks", {})
-        self._draw((job_id, ""), f"[bold]{_label(job)}[/] {_state(job)}", progress, _remaining(progress))
+        self._draw((job_id, ""), f"[bold]{_label(job)}[/] {_state(job)}", progress, _note(progress))
         for task, count in counts.items() if len(counts) > 1 else ():
-            self._draw((job_id, task), f"  {task}", count, "")
+            self._draw((job_id, task), f"  {task}", count, _errored(count))
         if job["status"] in FINAL:
             for (owner, _), bar in self._ids.items():
                 if owner == job_id:
@@ -117,12 +119,18 @@ def gpu_table(gpus: Iterable[Json]) -> Table:
 
 
 def score_table(metrics: dict[str, Json]) -> Table:
-    """Scores with standard errors."""
+    """Scores with standard errors and, where there are any, how many requests ended in an error."""
     table = Table("Task", "Metric", "Filter", title="Scores", title_justify="left")
     table.add_column("Score", justify="right")
     table.add_column("± stderr", justify="right")
-    for score in scores(metrics):
-        table.add_row(score.task, score.metric, score.filter, _number(score.value), _number(score.stderr))
+    errored = {task: values[ERRORED] for task, values in metrics.items() if ERRORED in values}
+    if errored:
+        table.add_column("Errored requests", justify="right", style="red")
+    shown = list(scores(metrics))
+    shown += [Score(task, "", "", None, None) for task in errored if task not in {score.task for score in shown}]
+    for score in shown:
+        row = [score.task, score.metric, score.filter, _number(score.value), _number(score.stderr)]
+        table.add_row(*row, *([str(errored.get(score.task, 0))] if errored else []))
     return table
 
 
@@ -139,6 +147,7 @@ def job_table(jobs: list[Json]) -> Table:
         model = (request.get("model_args") or {}).get("pretrained") or request["model"]
         name = str(model).rstrip("/").rpartition("/")[2]
         share = f"{progress['done']}/{progress['total']}" if progress else ""
+        share = "\n".join(filter(None, (share, _errored(progress))))
         table.add_row(job["job_id"], _state(job), share, ", ".join(request["tasks"]), name)
     return table
 
@@ -187,9 +196,14 @@ def _state(job: Json) -> str:
     return f"[{COLORS[status]}]{text.get(status, status)}[/]"
 
 
-def _remaining(progress: Json) -> str:
+def _note(progress: Json) -> str:
     seconds = progress.get("eta_seconds")
-    return "" if seconds is None else f"about {seconds:.0f} s left"
+    remaining = "" if seconds is None else f"about {seconds:.0f} s left"
+    return ", ".join(filter(None, (_errored(progress), remaining)))
+
+
+def _errored(count: Json) -> str:
+    return f"[red]{count['errored']} errored[/]" if count.get("errored") else ""
 
 
 def _number(value: Any) -> str:

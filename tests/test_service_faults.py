@@ -17,6 +17,8 @@ from service import COMMON, Service, await_end, write_tasks
 
 MODEL = """
 import os, signal
+from pathlib import Path
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class FragileConfig(LlamaConfig):
@@ -25,10 +27,18 @@ class FragileConfig(LlamaConfig):
 class FragileModel(LlamaForCausalLM):
     config_class = FragileConfig
 
+    def reads_thrice(self, token, input_ids):  # as no text of the worker's own checks does
+        found = (input_ids == token).reshape(-1)
+        return (found[2:] & found[1:-1] & found[:-2]).any()
+
     def forward(self, input_ids=None, **arguments):
-        deadly = (input_ids == self.config.deadly_token).reshape(-1)
-        if (deadly[2:] & deadly[1:-1] & deadly[:-2]).any():  # no text of the worker's own checks has it three times
+        if self.reads_thrice(self.config.deadly_token, input_ids):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.reads_thrice(self.config.losing_token, input_ids):
+            lost = Path(self.config.device_is_lost)
+            if lost.exists():
+                lost.unlink()
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
         return super().forward(input_ids=input_ids, **arguments)
 """
 CLOZE = """
@@ -46,7 +56,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     """One CPU worker; one that hangs is killed soon."""
     folder = tmp_path_factory.mktemp("box")
     tasks = write_tasks(folder / "tasks")
-    for name, odd in (("with_poison", "~~~"), ("without_poison", "seven")):
+    for name, odd in (("with_poison", "~~~"), ("without_poison", "seven"), ("with_loss", "^^^")):
         rows = [{"question": f"is {odd if number == 2 else number} a lucky number?"} for number in range(4)]
         (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = CLOZE.format(name=name) + COMMON.format(data=tasks / f"{name}.jsonl")
@@ -60,14 +70,19 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
 
 @pytest.fixture(scope="module")
 def fragile_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in a class of its own, which kills its process when it reads "~~~"."""
+    """The tiny model in a class of its own, which kills its process when it reads "~~~".
+
+    While there is a file `lost` beside it, it removes that when it reads "^^^", and its device is lost.
+    """
     from tokenizers import Tokenizer
 
     folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("fragile") / "model"))
-    (token,) = set(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("~~~").ids)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (deadly,), (losing,) = (set(tokenizer.encode(text).ids) for text in ("~~~", "^^^"))
     (folder / "fragile.py").write_text(MODEL)
     classes = {"AutoConfig": "fragile.FragileConfig", "AutoModelForCausalLM": "fragile.FragileModel"}
-    change_json(folder / "config.json", model_type="fragile", auto_map=classes, deadly_token=token)
+    change_json(folder / "config.json", model_type="fragile", auto_map=classes, deadly_token=deadly)
+    change_json(folder / "config.json", losing_token=losing, device_is_lost=str(folder.with_name("lost")))
     return folder
 
 
@@ -101,6 +116,18 @@ def test_a_job_that_allows_no_errors_fails_with_the_cause(box: Service, fragile_
     assert job["status"] == "failed"
     assert "1 of 4 requests" in job["error"]
     assert "its worker process ended: killed by SIGKILL (1)" in job["error"]
+
+
+def test_a_worker_whose_device_is_lost_ends_and_another_one_answers(box: Service, fragile_model: Path):
+    lost = fragile_model.with_name("lost")
+    lost.touch()
+    job = box.finished(submit(box, fragile_model, "with_loss"))
+    assert not lost.exists()
+    assert (job["attempt"], job["progress"]["errored"]) == (1, 0)
+    assert job["metrics"]["with_loss"] == box.finished(submit(box, fragile_model, "with_loss"))["metrics"]["with_loss"]
+    logs = [log.read_text() for log in (box.server.data_dir / "logs").glob("worker-*.log")]
+    [last_words] = [log.splitlines()[-1] for log in logs if "AcceleratorError" in log]
+    assert last_words == "the worker ends: AcceleratorError: CUDA error: unspecified launch failure"
 
 
 def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Path):

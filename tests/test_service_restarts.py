@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import select
 from pathlib import Path
 
 from evalpool_server import Serve
-from service import Service, write_tasks
+from service import PATIENCE_SECONDS, STORY, Service, until, write_task_files, write_tasks
+
+OFFSPRING = """
+import os, subprocess, time
+from pathlib import Path
+
+started = Path(__file__).with_name("started")
+
+def tell(document):
+    if not started.exists():
+        pids = [
+            os.getpid(),
+            subprocess.Popen(["sleep", "1000"]).pid,
+            subprocess.Popen(["sleep", "1000"], start_new_session=True).pid,
+            subprocess.Popen(["sleep", "1000"], process_group=0, env={"PATH": os.environ["PATH"]}).pid,
+            os.fork(),
+        ]
+        while not pids[-1]:
+            time.sleep(60)
+        started.with_name("starting").write_text(" ".join(map(str, pids)))
+        started.with_name("starting").rename(started)
+    return f"Tell me: {document['question']}"
+"""
 
 
 def arguments(folder: Path) -> tuple[object, ...]:
@@ -13,6 +37,15 @@ def arguments(folder: Path) -> tuple[object, ...]:
     config = folder / "evalpool.toml"
     config.write_text("evaluators = 1\n")
     return ("--config", config, "--include-path", write_tasks(folder / "tasks"), "--cpu-workers", 1)
+
+
+def write_breeding_task(folder: Path) -> Path:
+    """`breeding_story`: its code starts processes that would live for ever; the file `started` names them."""
+    write_task_files(
+        folder, {"breeding_story": STORY.replace('"Tell me: {{question}}"', "!function offspring.tell")}, 1
+    )
+    (folder / "offspring.py").write_text(OFFSPRING)
+    return folder
 
 
 def test_a_crash_loses_nothing(serve: Serve, tiny_model: Path, tmp_path: Path):
@@ -37,6 +70,18 @@ def test_a_crash_loses_nothing(serve: Serve, tiny_model: Path, tmp_path: Path):
         assert resumed["progress"]["cached"] + sum(resumed["progress"]["workers"].values()) == 400
         assert after.client.samples_page(running)["total"] == 400
         assert after.finished(queued)["metrics"] == finished["metrics"]
+
+
+def test_what_the_code_of_a_task_started_dies_with_a_killed_server(serve: Serve, tiny_model: Path, tmp_path: Path):
+    tasks = write_breeding_task(tmp_path / "tasks")
+    with Service(serve("--include-path", tasks, "--cpu-workers", 1)) as service:
+        service.submit(tiny_model, "breeding_story")
+        until((tasks / "started").exists, "it has started processes")
+        left = [os.pidfd_open(int(pid)) for pid in (tasks / "started").read_text().split()]
+        service.server.kill()  # asserts that no process is left, as far as its environment tells
+    for descriptor in left:
+        assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0]
+        os.close(descriptor)
 
 
 def test_a_polite_end_puts_running_jobs_back(serve: Serve, tiny_model: Path, tmp_path: Path):

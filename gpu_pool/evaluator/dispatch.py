@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
 from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
@@ -147,8 +147,6 @@ class Dispatcher:
         """A worker lives and cannot compute `chunk`, which it does not hold any more."""
         suspect = chunk if isinstance(chunk, Suspect) else Suspect(chunk.units)
         _log.warning("Worker %s failed on %d requests: %s", link.worker_id, len(suspect.units), error)
-        if self.shared is not None:
-            self.shared.give_up(suspect.units)
         with self._changed:
             cause = self._suspects.failed(suspect)
             self._changed.notify_all()
@@ -157,10 +155,11 @@ class Dispatcher:
 
     def left(self, link: Link) -> None:
         """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
+        died_in = {chunk_id for chunk_id in link.in_flight if link.has_died and chunk_id in link.begun}
         if self.shared is not None:
-            self.shared.give_up([unit for chunk in link.in_flight.values() for unit in chunk.units])
+            self.shared.give_up([unit for chunk in self._unsuspected(link, died_in) for unit in chunk.units])
         with self._changed:
-            causes = self._take_back(link)
+            causes = self._take_back(link, died_in)
             self._changed.notify_all()
             if causes:
                 self._changed.wait_for(lambda: link.cause or self._closed, CAUSE_SECONDS)
@@ -172,13 +171,24 @@ class Dispatcher:
         if link.then:
             link.then()
 
-    def _take_back(self, link: Link) -> list[Unit]:
+    def _unsuspected(self, link: Link, died_in: Set[int]) -> list[Chunk | Suspect]:
+        """Of what a worker held: what other jobs may compute.
+
+        Suspects stay ours, or what is known of them would be lost, while they kill more workers.
+        """
+        return [
+            chunk
+            for chunk_id, chunk in link.in_flight.items()
+            if self._closed or (chunk_id not in died_in and not isinstance(chunk, Suspect))
+        ]
+
+    def _take_back(self, link: Link, died_in: Set[int]) -> list[Unit]:
         """Put what a worker held where it is asked next; returns the units that are known to be the cause."""
         causes: list[Unit] = []
         if self._closed:
             return causes
         for chunk_id, chunk in reversed(link.in_flight.items()):  # the first one will be asked first
-            if link.has_died and chunk_id in link.begun:
+            if chunk_id in died_in:
                 _log.warning("Worker %s died while it computed %d requests", link.worker_id, len(chunk.units))
                 self.done(link, chunk)
                 cause = self._suspects.died(chunk if isinstance(chunk, Suspect) else Suspect(chunk.units))
@@ -191,6 +201,8 @@ class Dispatcher:
         return causes
 
     def _end_in_error(self, unit: Unit, error: str) -> None:
+        if self.shared is not None:
+            self.shared.give_up([unit])
         unit.error = error
         self._on_errors([unit])
 

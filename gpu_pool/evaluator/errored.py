@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+METRIC = "evalpool_errored"
+"""Beside a task's or group's scores: its requests that ended in an error. Not there when there are none."""
 MOST_CAUSES = 3
 """Distinct causes in the error of a job."""
 
@@ -33,6 +35,20 @@ class Errored:
         """Requests that ended in an error, of each task that has some."""
         with self._lock:
             return {task: count for task, count in self._by_task.items() if count}
+
+    def beside(
+        self, metrics: Mapping[str, Mapping[str, Any]], subtasks: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, Any]]:
+        """The scores of tasks and groups with METRIC; `subtasks` are tasks and groups directly below a group."""
+        by_task = self.by_task
+
+        def count(name: str) -> int:
+            return by_task.get(name, 0) + sum(map(count, subtasks.get(name, ())))
+
+        return {
+            name: {**values, METRIC: errored} if (errored := count(name)) else dict(values)
+            for name, values in metrics.items()
+        }
 
     def too_many(self, total: int, *, is_final: bool) -> str | None:
         """Why the job must fail, if that is certain; `is_final`: it has `total` requests, and not more."""

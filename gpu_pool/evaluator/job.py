@@ -69,7 +69,9 @@ class JobRun:
         self._shared: SharedAnswers | None = None
         if job.evaluation.use_cache:
             model = CachedModel(job.model.fingerprint, job.model.args.pretrained)
-            self._shared = SharedAnswers(workshop.cache, model, self._on_shared, self.dispatcher.submit)
+            self._shared = SharedAnswers(
+                workshop.cache, model, self._on_shared, self.dispatcher.submit, self._on_failure
+            )
             self.dispatcher.shared = self._shared
         self._computed_before = workshop.paces.computed()
         self._lock = threading.Lock()
@@ -94,7 +96,7 @@ class JobRun:
         Raises:
             PoolError: the job cannot be completed, and why.
         """
-        with self._progress, contextlib.closing(self.dispatcher), self._sharing():
+        with self._progress, self._sharing(), contextlib.closing(self.dispatcher):
             harness.seed_everything(self._evaluation)
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
@@ -262,7 +264,7 @@ class JobRun:
                 score.samples = None
         harness.release(task)
         self._scores[name] = score
-        metrics = plain_metrics(score.metrics)
+        [metrics] = self._errored.beside({name: plain_metrics(score.metrics)}, {}).values()
         _log.info("%s: %s", name, metrics)
         self._send(TaskDone(job_id=self._job.job_id, task=name, metrics=metrics, samples_path=self._samples.get(name)))
 
@@ -279,6 +281,9 @@ class JobRun:
         self, tasks: Mapping[str, Any], groups: Mapping[str, Any], report: Report, files: ResultFiles
     ) -> JobDone:
         results = harness.combine_scores((self._scores[name] for name in tasks), groups)
+        for scores in ("results", "groups"):
+            if scores in results:
+                results[scores] = self._errored.beside(results[scores], results["group_subtasks"])
         metrics = {name: plain_metrics(values) for name, values in results["results"].items()}
         for name in groups:
             if name in metrics:

@@ -34,17 +34,22 @@ class SharedAnswers:
         model: CachedModel,
         on_answers: Callable[[Sequence[Unit]], None],
         ask: Callable[[Sequence[Unit]], None],
+        on_failure: Callable[[str], None],
     ) -> None:
-        """From threads of others and its own, `on_answers(units)` is called with units that another job answered, and
-        `ask(units)` with units to be asked again, because whoever had claimed them has given them up."""
+        """From threads of others and its own, `on_answers(units)` is called with units that another job answered,
+        `ask(units)` with units to be asked again, because whoever had claimed them has given them up, and
+        `on_failure(error)` when the job cannot go on."""
         self._cache = cache
         self._model = model
         self._on_answers = on_answers
         self._ask = ask
+        self._on_failure = on_failure
         self._hits = 0
         self._changed = threading.Condition()
         self._elsewhere: dict[bytes, tuple[Unit, float]] = {}
         """What others compute, and until when (monotonic) they are waited for."""
+        self._overdue: set[bytes] = set()
+        """What was waited for in vain: it is computed here, whoever claims it."""
         self._closed = False
         self._watcher: threading.Thread | None = None
 
@@ -58,7 +63,7 @@ class SharedAnswers:
         reservation = self._cache.reserve([unit.key for unit in units if unit.key])
         if answered := self._take(units, reservation.answers):
             self._on_answers(answered)
-        elsewhere = [unit for unit in units if unit.key in reservation.elsewhere]
+        elsewhere = [unit for unit in units if unit.key in reservation.elsewhere - self._overdue]
         if elsewhere:
             self._wait_for(elsewhere)
         gone = {*map(id, answered), *map(id, elsewhere)}
@@ -71,7 +76,7 @@ class SharedAnswers:
             self._cache.store(answers, self._model)
 
     def give_up(self, units: Sequence[Unit]) -> None:
-        """These were reserved and will not be computed now: others may."""
+        """These were reserved and will not be computed here: others may."""
         keys = [unit.key for unit in units if unit.key]
         if keys:
             self._cache.release(keys)
@@ -109,10 +114,16 @@ class SharedAnswers:
                 self._changed.wait_for(lambda: self._elsewhere or self._closed)
                 if self._changed.wait_for(lambda: self._closed, LOOK_SECONDS):
                     return
-            self._look()
+            try:
+                self._look()
+            except Exception as error:  # a job must end, not wait for a thread that died
+                _log.exception("Answers of other jobs cannot be waited for")
+                self._on_failure(f"Answers of other jobs cannot be waited for: {error!r}")
+                return
 
     def _look(self) -> None:
         """Pick up what has been answered, and take over what nobody is at any more."""
+        self._cache.store({}, self._model)  # what could not be written before: others may wait for it, as we for theirs
         with self._changed:
             waiting = dict(self._elsewhere)
         free = self._cache.unclaimed(list(waiting))  # before the answers: they come first, then the claims go
@@ -125,9 +136,8 @@ class SharedAnswers:
         with self._changed:
             for key in (*answers, *again):
                 self._elsewhere.pop(key, None)
+            self._overdue |= late
         if answered := self._take([unit for unit, _ in waiting.values()], answers):
             self._on_answers(answered)
         if again:
-            units = [waiting[key][0] for key in again]
-            units.sort(key=lambda unit: unit.order)
-            self._ask(units)
+            self._ask(sorted((waiting[key][0] for key in again), key=lambda unit: unit.order))

@@ -6,7 +6,7 @@ import os
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
-from gpu_pool.child import die_with_parent, enter_child, say
+from gpu_pool.child import die_with_parent, enter_child, forgive_output, say
 from gpu_pool.messages import WorkerStart
 
 
@@ -29,6 +29,7 @@ def rank_main(connection: Connection, start: WorkerStart, rank: int, parent_pid:
     It stays in the worker's process group, writes to its log and has its environment.
     """
     die_with_parent(parent_pid)
+    forgive_output()
     from gpu_pool.worker.rank import run_rank
 
     run_rank(connection, start, rank)

@@ -151,10 +151,10 @@ def shard_workers(ranks: int) -> None:
 
     spawn = local_processes.spawn
 
-    async def spawn_sharded(name: str, target: Any, start: Any, decode: Any) -> Any:
+    async def spawn_sharded(name: str, target: Any, start: Any, *others: Any) -> Any:
         if isinstance(start, WorkerStart):
             start = msgspec.structs.replace(start, tensor_parallel=ranks)
-        return await spawn(name, target, start, decode)
+        return await spawn(name, target, start, *others)
 
     local_processes.spawn = spawn_sharded
 

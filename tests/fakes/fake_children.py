@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -70,6 +72,28 @@ def with_grandchild(connection: Connection, folder: str, parent_pid: int) -> Non
         while True:
             time.sleep(60)  # a grandchild that would live for ever
     connection.send_bytes(encode(Dropped(job_id=str(pid))))
+    connection.recv_bytes()
+    os._exit(3)
+
+
+def with_scattered_offspring(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Start what would live for ever, in all the ways of getting away; report the pids, and die when told to."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    sleep = ("sleep", "1000")
+    pids = [
+        subprocess.Popen(sleep).pid,
+        subprocess.Popen(sleep, process_group=0).pid,
+        subprocess.Popen(sleep, process_group=0, env={"PATH": os.environ["PATH"]}).pid,
+        subprocess.Popen(sleep, start_new_session=True).pid,
+    ]
+    orphan = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=2).pid)"
+    pids.append(int(subprocess.check_output([sys.executable, "-c", orphan])))
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        while True:
+            time.sleep(60)
+    connection.send_bytes(encode(Dropped(job_id=" ".join(map(str, [*pids, pid])))))
     connection.recv_bytes()
     os._exit(3)
 

@@ -41,6 +41,7 @@ class FakeWorker:
         self.address = address
         self.chunks: list[Chunk] = []
         self._behaviour = behaviour
+        self._clients: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(address))
         self._listener.listen()
@@ -52,14 +53,22 @@ class FakeWorker:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
+    def die(self) -> None:
+        """As a process that is killed: every connection ends."""
+        self.close()
+        for client in self._clients:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client.detach(),), daemon=True).start()
+                self._clients.append(client)
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _serve(self, descriptor: int) -> None:
-        with suppress(OSError, EOFError), Connection(descriptor) as connection:
+    def _serve(self, client: socket.socket) -> None:
+        with suppress(OSError, EOFError), client, Connection(os.dup(client.fileno())) as connection:
             assert isinstance(msg.decode_to_worker_data(connection.recv_bytes()), msg.Hello)
             welcome = msg.Welcome(
                 worker_id=self.worker_id,

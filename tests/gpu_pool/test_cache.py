@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import fake_children
@@ -14,6 +15,9 @@ import pytest
 from gpu_pool import cache_file
 from gpu_pool.cache import CachedModel, ResponseCache, answer_key
 from gpu_pool.cache_upkeep import cache_use, prune
+
+EMPTY_BYTES = 64 * 1024
+"""More than the file of an empty cache has."""
 
 
 @pytest.fixture
@@ -175,16 +179,29 @@ def test_pruning_gives_space_back(path: Path) -> None:
             cache.store(answers, CachedModel(model, f"/models/{model}"))
         cache.leave(CachedModel("b", "/models/b"), 7)
         assert prune(path, 10**9).entries == 0
-        before = cache_use(path, 10**9).file_bytes
+        before, full = cache_use(path, 10**9).file_bytes, path.stat().st_size
         pruned = prune(path, 10**9, models=["a"])
         assert pruned.entries == 5000
         assert pruned.freed_bytes > 0.4 * before
-        assert path.stat().st_size < 0.6 * before
+        assert path.stat().st_size < 0.6 * full
         [model] = cache_use(path, 10**9).models
         assert (model.fingerprint, model.name, model.entries, model.hits) == ("b", "/models/b", 5000, 7)
         assert len(cache.lookup(list(answers))) == 5000
         assert prune(path, 10**9).entries == 0
         assert prune(path, 10**9, older_than_days=0).entries == 5000
+        assert path.stat().st_size < EMPTY_BYTES
+
+
+def test_a_smaller_bound_is_kept_too(path: Path) -> None:
+    with closing(ResponseCache(path)) as cache:
+        cache.store({b"%d" % i: "x" * 500 for i in range(5000)})
+        assert prune(path, 1_000_000).entries > 3000
+        assert 500_000 < path.stat().st_size <= 1_000_000
+    with closing(ResponseCache(path, max_bytes=400_000)) as cache:  # jobs do it as well, and while they store
+        cache.store({b"new": "x"})
+        assert cache_use(path, 400_000).entries < 800
+        assert prune(path, 400_000).entries == 0
+        assert path.stat().st_size <= 400_000
 
 
 def test_an_older_file_is_taken_over(path: Path) -> None:
@@ -199,7 +216,23 @@ def test_an_older_file_is_taken_over(path: Path) -> None:
         assert cache.lookup([b"7"]) == {b"7": "text 7"}
         cache.store({b"new": "text"})
         assert cache_use(path, 10**9).entries == 3001
+        assert path.stat().st_size > EMPTY_BYTES
         assert prune(path, 10**9, older_than_days=0).entries == 3001
+        assert path.stat().st_size < EMPTY_BYTES
+
+
+def test_an_older_file_that_there_was_no_room_to_copy_shrinks_later(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for table in cache_file._TABLES:
+            connection.execute(table)
+        connection.execute(f"PRAGMA user_version={cache_file._VERSION}")
+    with closing(ResponseCache(path)) as cache:
+        cache.store({b"%d" % i: "x" * 500 for i in range(1000)})
+        assert prune(path, 10**9, older_than_days=0).entries == 1000
+        assert path.stat().st_size < EMPTY_BYTES
+        cache.store({b"a": "text"})
+        assert cache.lookup([b"a"]) == {b"a": "text"}
 
 
 # ---------------------------------------------------------------- trouble
@@ -225,6 +258,26 @@ def test_a_lock_that_is_not_let_go_is_waited_for_once(
     assert caplog.text.count("could not be written") == 1
     cache.store({b"after": "text"})
     assert len(cache.lookup([b"%d" % i for i in range(20)])) == 20  # what could not be written came with it
+
+
+def test_at_its_end_a_job_waits_once_more_to_end_its_claims(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would wait for them as long as the process lives."""
+    with closing(ResponseCache(path)) as cache, ExitStack() as stack:
+        assert cache.reserve([b"a", b"b"]) == ({}, set())
+        holder = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+        monkeypatch.setattr(cache_file, "PATIENCE_S", 0.05)
+        holder.execute("BEGIN IMMEDIATE")
+        cache.store({b"a": "text"})
+        monkeypatch.undo()
+        leaving = threading.Thread(target=cache.leave, args=(CachedModel("", ""), 1))
+        leaving.start()
+        leaving.join(4 * cache_file.IMPATIENCE_S)
+        assert leaving.is_alive()
+        holder.execute("ROLLBACK")
+        leaving.join()
+        with closing(ResponseCache(path)) as other:
+            assert other.unclaimed([b"a", b"b"]) == {b"a", b"b"}
+            assert other.lookup([b"a"]) == {b"a": "text"}, "and to keep what could not be written before"
 
 
 def test_a_full_disk_costs_the_cache_not_the_job(path: Path) -> None:

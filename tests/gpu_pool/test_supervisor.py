@@ -64,6 +64,19 @@ async def test_messages_go_both_ways_and_output_goes_to_the_log(tmp_path: Path) 
     assert (tmp_path / "child.log").read_text() == "started\nfrom below python\n"
 
 
+async def test_a_log_that_cannot_be_written_costs_the_log_not_the_child(tmp_path: Path) -> None:
+    (tmp_path / "no folder").touch()
+    (tmp_path / "a folder" / "child.log").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "child.log").symlink_to("/dev/full")
+    for folder in ("no folder", "a folder", "full"):
+        watched = await start(fake_children.echo, tmp_path / folder)
+        watched.child.send(DropJob(job_id=folder))
+        assert await watched.said.get() == folder
+        await watched.child.stop(PATIENCE_SECONDS)
+        assert watched.causes == ["exit code 0"]
+
+
 async def test_last_words_are_heard_before_the_death(tmp_path: Path) -> None:
     watched = await start(fake_children.last_words, tmp_path)
     assert await watched.child.gone == "killed by SIGSEGV"
@@ -99,6 +112,19 @@ async def test_a_grandchild_that_holds_the_pipe_dies_with_its_parent(tmp_path: P
     watched.child.send(DropJob(job_id="die"))
     assert await watched.child.gone == "exit code 3"
     assert ends(grandchild)
+
+
+async def test_whatever_a_child_has_started_dies_with_it(tmp_path: Path) -> None:
+    bystander = await start(fake_children.echo, tmp_path / "bystander")
+    watched = await start(fake_children.with_scattered_offspring, tmp_path)
+    offspring = [os.pidfd_open(int(pid)) for pid in (await watched.said.get()).split()]
+    watched.child.send(DropJob(job_id="die"))
+    assert await watched.child.gone == "exit code 3"
+    assert all(map(ends, offspring))
+    bystander.child.send(DropJob(job_id="a"))
+    assert await bystander.said.get() == "a"
+    bystander.child.kill()
+    await bystander.child.gone
 
 
 async def test_what_a_killed_child_still_says_is_not_heard(tmp_path: Path) -> None:

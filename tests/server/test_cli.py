@@ -107,6 +107,28 @@ def test_results_show_scores_with_errors_and_paths(run: Run, pool: FakePool) -> 
     assert json.loads(as_json)["arc_easy"]["acc,none"] == 0.4321
 
 
+def test_errored_requests_are_shown_with_the_scores(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    metrics = {
+        "arc_easy": {"acc,none": 0.4321, "evalpool_errored": 37},
+        "piqa": {"acc,none": 0.5},
+        "boolq": {"alias": "boolq", "evalpool_errored": 12},  # all of them: it has no scores
+    }
+    counts = {task: values.get("evalpool_errored", 0) for task, values in metrics.items()}
+    tasks = {task: TaskProgress(done=99, total=99, errored=count) for task, count in counts.items()}
+    result = JobResult(model_name="tiny", results_path="/out/r.json", metrics=metrics)
+    progress = Progress(phase=Phase.SCORING, tasks=tasks)
+    pool.change(job_id, state=JobState.COMPLETED, result=result, progress=progress)
+    watched = run("watch", job_id)
+    for table in (run("results", job_id).stdout, watched.stdout):
+        rows = {row[0]: row for line in table.splitlines() if (row := line.replace("│", " ").split())}
+        assert "Errored" in table
+        assert [rows[task][-1] for task in metrics] == ["37", "0", "12"]
+    for note in ("49 errored", "37 errored", "12 errored"):
+        assert note in watched.stderr
+    assert "49 errored" in run("jobs").stdout
+
+
 def test_watch_ends_with_the_job(run: Run, pool: FakePool) -> None:
     job_id = submit(run)
     complete(pool, job_id)

@@ -157,8 +157,10 @@ class Evaluator:
             pass
         return message
 
-    def start(self, job_id: str, model: ModelSpec | None = None, **evaluation: Any) -> Path:
-        """Send RunJob; returns the job's folder."""
+    def start(
+        self, job_id: str, model: ModelSpec | None = None, *, log_path: Path | None = None, **evaluation: Any
+    ) -> Path:
+        """Send RunJob; returns the job's folder, where its log is, too, unless `log_path` says otherwise."""
         model = model or self.model
         job_dir = self.folder / job_id
         job_dir.mkdir()
@@ -168,7 +170,7 @@ class Evaluator:
                 evaluation=Evaluation(model=model.args.pretrained, **evaluation),
                 model=model,
                 output_dir=str(job_dir),
-                log_path=str(job_dir / "job.log"),
+                log_path=str(log_path or job_dir / "job.log"),
             )
         )
         return job_dir

@@ -123,11 +123,14 @@ def test_a_job_within_its_error_share_completes_and_says_what_is_missing(evaluat
     ours = {"tasks": ("local_choice", "local_generation"), "system_instruction": job_id}  # not cached by other tests
     evaluator.start(job_id, max_error_share=0.1, **ours)
     evaluator.attach(job_id, "w", start_worker(failing_on_the_first))
-    *_, done = evaluator.finish()
+    first, *_, done = evaluator.finish()
     assert isinstance(done, msg.JobDone)
+    assert isinstance(first, msg.TaskDone)
+    assert first.metrics["evalpool_errored"] == 1
     assert done.result.errored == {"local_choice": 1}
     assert done.progress.tasks["local_choice"] == TaskProgress(done=36, total=36, errored=1)
     assert done.progress.tasks["local_generation"].errored == 0
+    assert [metrics.get("evalpool_errored") for metrics in done.result.metrics.values()] == [1, None]
 
     results = json.loads(Path(done.result.results_path).read_text())
     assert results["evalpool"]["errors"] == {
@@ -143,6 +146,7 @@ def test_a_job_within_its_error_share_completes_and_says_what_is_missing(evaluat
             "local_generation": {"answered": 24, "errored_excluded": 0, "documents_excluded": 0, "causes": {}},
         },
     }
+    assert results["results"] == done.result.metrics
     assert results["n-samples"]["local_choice"] == {"original": 12, "effective": 11}
     samples = [json.loads(line) for line in Path(done.result.samples["local_choice"]).read_text().splitlines()]
     assert len(samples) == 12
@@ -166,6 +170,7 @@ def test_a_task_without_any_answer_has_no_scores(evaluator, job_id, start_worker
     assert isinstance(done, msg.JobDone)
     assert sum(done.result.errored.values()) == done.progress.total == done.progress.errored
     assert not any("," in key for metrics in done.result.metrics.values() for key in metrics)
+    assert done.result.metrics["local_group"]["evalpool_errored"] == done.progress.total
     samples = [json.loads(line) for line in Path(done.result.samples["local_choice"]).read_text().splitlines()]
     assert [sample["evalpool_error"] for sample in samples] == ["out of memory"] * 2
 
@@ -230,6 +235,15 @@ def test_a_checkpoint_that_changed_after_submission(
     assert evaluator.finish() == [
         msg.JobFailed(job_id=job_id, error=f"{latest} has changed since the job was submitted", content_changed=True)
     ]
+
+
+def test_a_log_that_cannot_be_written_costs_the_log_not_the_job(evaluator, job_id, start_worker, tmp_path) -> None:
+    for number, log_path in enumerate([Path("/dev/full"), tmp_path, tmp_path / "file" / "below" / "job.log"]):
+        (tmp_path / "file").touch()
+        evaluator.start(f"{job_id}-{number}", log_path=log_path, tasks=("local_choice",), use_cache=False, limit=2)
+        evaluator.attach(f"{job_id}-{number}", f"w{number}", start_worker())
+        assert isinstance(evaluator.finish()[-1], msg.JobDone)
+    assert "belongs into another log: [Errno 20]" in (evaluator.folder / "evaluator.log").read_text()
 
 
 def test_questions_between_jobs(evaluator) -> None:

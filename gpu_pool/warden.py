@@ -1,0 +1,126 @@
+"""The warden: a small process that outlives the server, to end all that the server's children have started.
+
+Children themselves die with the server (`child.die_with_parent`), but then nobody is left who knows what they started.
+The warden reads from a pipe that closes with the server, however that ends. When it was killed as well, the next server
+on the data folder does its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+from gpu_pool.offspring import VARIABLE, end_all
+
+RESTART_SECONDS = 1.0
+"""Before another one is started in the place of one that ended."""
+END_SECONDS = 5.0
+"""How long it may take to end, once it is not needed."""
+
+logger = logging.getLogger(__name__)
+
+
+class Warden:
+    """The server's side: starts the process, tells it of children, replaces it. `start` it, use it, `close` it."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        """Of everything that this server starts."""
+        self._record = data_dir / "processes.mark"
+        """The mark of the last server that ran here."""
+        self._children: set[int] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._restart: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """End what the last server on this data folder has left, and watch over what this one will start."""
+        with contextlib.suppress(FileNotFoundError):
+            if left := await asyncio.to_thread(end_all, self._record.read_text()):
+                logger.warning("%d processes that the last server's children had started are ended", len(left))
+        self._record.write_text(self.mark)
+        self._start()
+
+    def watch(self, pid: int) -> None:
+        """A child runs now, and leads a session, or will."""
+        self._children.add(pid)
+        self._tell(f"+{pid}\n")
+
+    def forget(self, pid: int) -> None:
+        """The child has ended, and all that it started; its number is about to be free again."""
+        self._children.discard(pid)
+        self._tell(f"-{pid}\n")
+
+    def close(self) -> None:
+        """No child runs any more."""
+        if self._restart:
+            self._restart.cancel()
+        if process := self._process:
+            self._let_go(process)
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self) -> None:
+        self._restart = None
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        try:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "gpu_pool.warden", self.mark],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # what is sent to the server's group is not meant for it
+                cwd=Path(__file__).parents[1],
+                env=environment,
+            )
+        except OSError as error:
+            logger.warning("no process can be started that would outlive the server: %s", error)
+            self._start_later()
+            return
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)  # nothing in the server waits for it
+        self._descriptor = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(self._descriptor, self._on_end, process)
+        self._tell("".join(f"+{pid}\n" for pid in self._children))
+
+    def _on_end(self, process: subprocess.Popen[bytes]) -> None:
+        self._let_go(process)
+        logger.warning("the warden process ended (%s); another one is started", process.wait())
+        self._start_later()
+
+    def _start_later(self) -> None:
+        self._restart = asyncio.get_running_loop().call_later(RESTART_SECONDS, self._start)
+
+    def _let_go(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = None
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        assert process.stdin is not None
+        process.stdin.close()
+
+    def _tell(self, lines: str) -> None:
+        if self._process and self._process.stdin:
+            with contextlib.suppress(OSError):  # it has ended, or is stopped: marks are enough for most
+                os.write(self._process.stdin.fileno(), lines.encode())
+
+
+def main(mark: str) -> None:
+    """Read "+pid" and "-pid" of the server's children until the server is gone; then end what is left of them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with the server, not before
+    sessions: set[int] = set()
+    for line in sys.stdin:
+        change = sessions.add if line[0] == "+" else sessions.discard
+        change(int(line[1:]))
+    end_all(mark, sessions)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,120 @@
+"""What is left when a server and its children are killed at once: real processes, all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import fake_children
+import pytest
+
+from gpu_pool.warden import Warden
+
+PATIENCE_SECONDS = 30
+SERVER = """
+import asyncio, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {fakes!r})
+import fake_children
+from gpu_pool.messages import decode_from_worker
+from gpu_pool.supervisor import spawn
+from gpu_pool.warden import Warden
+
+async def main():
+    folder = Path({folder!r})
+    warden = Warden(folder)
+    await warden.start()
+    child = await spawn("child", fake_children.with_scattered_offspring, str(folder), decode_from_worker, warden)
+    async def on_message(message): print(warden._process.pid, child.pid, message.job_id, flush=True)
+    async def on_death(cause): pass
+    await child.watch(on_message, on_death)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+class Running(NamedTuple):
+    """Pids of a server, its warden, its child, and what that has started."""
+
+    server: subprocess.Popen[str]
+    warden: int
+    child: int
+    offspring: Sequence[int]
+
+    def kill(self, *pids: int) -> None:
+        """SIGKILL to the server, its child and these, with none of them left to see another one die."""
+        together = (self.server.pid, self.child, *pids)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in together:
+                os.kill(pid, number)
+        self.server.wait()
+
+
+@contextmanager
+def running(folder: Path) -> Generator[Running]:
+    (folder / "server.py").write_text(SERVER.format(fakes=str(Path(fake_children.__file__).parent), folder=str(folder)))
+    command = [sys.executable, folder / "server.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        warden, child, *offspring = map(int, server.stdout.readline().split())
+        try:
+            yield Running(server, warden, child, offspring)
+        finally:
+            server.kill()
+            for pid in (warden, child, *offspring):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def watched(pids: Sequence[int]) -> list[int]:
+    """A pidfd of each, while they live."""
+    return [os.pidfd_open(pid) for pid in pids]
+
+
+def ends(descriptor: int) -> bool:
+    readable, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
+    os.close(descriptor)
+    return bool(readable)
+
+
+def test_all_that_children_started_ends_with_the_server(tmp_path: Path) -> None:
+    with running(tmp_path) as all_of_them:
+        left = watched([all_of_them.warden, *all_of_them.offspring])
+        all_of_them.kill()
+        assert all(map(ends, left))
+
+
+async def test_the_next_server_ends_what_no_warden_was_left_for(tmp_path: Path) -> None:
+    """All but what shares neither mark nor anything else with us: of that only the warden knew."""
+    with running(tmp_path) as all_of_them:
+        _, _, without_mark, *_ = all_of_them.offspring
+        left = watched([pid for pid in all_of_them.offspring if pid != without_mark])
+        all_of_them.kill(all_of_them.warden)
+        assert select.select(left, [], [], 0)[0] == []
+        warden = Warden(tmp_path)
+        await warden.start()
+        warden.close()
+        assert all(map(ends, left))
+
+
+async def test_a_warden_that_ends_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warden = Warden(tmp_path)
+    await warden.start()
+    first = warden._process
+    assert first is not None
+    first.kill()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while warden._process in (None, first):
+            await asyncio.sleep(0.01)
+    assert "another one is started" in caplog.text
+    warden.close()
+    warden.close()
