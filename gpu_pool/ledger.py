@@ -36,6 +36,8 @@ class Running(msgspec.Struct, kw_only=True):
     """How long it had a worker, until `working_since`."""
     working_since: float | None = None
     """Since when it has had one; None while it has none."""
+    interrupted: float | None = None
+    """When it last lost or gave back its last worker; None when it never did."""
 
     @property
     def rank(self) -> float:
@@ -170,7 +172,7 @@ class Ledger:
         run.workers.remove(worker_id)
         run.returning.discard(worker_id)
         if not run.workers and run.working_since is not None:
-            run.seconds, run.working_since = run.ran(self.now), None
+            run.seconds, run.working_since, run.interrupted = run.ran(self.now), None, self.now
         if worker := self.workers.get(worker_id):
             jobs, state = worker.jobs - {run.demand.job_id}, worker.state
             if not jobs and state is WorkerState.BUSY:

@@ -35,8 +35,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Workers without a job that are in the way."""
     give_back: tuple[str, ...] = ()
     """Workers in the way that their jobs can do without."""
-    drained: tuple[str, ...] = ()
-    """All slots of workers in the way whose jobs have to end first."""
+    busy: tuple[str, ...] = ()
+    """Workers in the way whose jobs have to end, or to pause, first."""
 
 
 class _Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,9 +113,7 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
         readiness=max(degrees.values(), default=Readiness.NOW),
         stop=tuple(name for name, degree in degrees.items() if degree is Readiness.UNUSED),
         give_back=tuple(name for name, degree in degrees.items() if degree is Readiness.SPARE),
-        drained=tuple(
-            slot for name, worker in going.items() if degrees[name] is Readiness.BUSY for slot in worker.slots
-        ),
+        busy=tuple(name for name, degree in degrees.items() if degree is Readiness.BUSY),
     )
 
 
