@@ -121,40 +121,40 @@ class Placer(Ledger):
         return any(self.workers[worker_id].spec.replica_key in self.waiting.by_model for worker_id in worker_ids)
 
     def _serve_heads(self) -> None:
-        """The first in line whose patience is at its end go before all others, ready evaluator or not."""
+        """The first in line whose patience is at its end go before all others, if there is an evaluator for them.
+
+        (Those of jobs that have paused are not: slots that are held for a job without one would be idle.)
+        """
         for device, head in list(self.heads.items()):
             demand = self.waiting.get(head.job_id)
             if demand is None:
                 del self.heads[device]
-            elif self._is_over(head.since):
+            elif self._ready and self._is_over(head.since):
                 self._served.add(head.job_id)
                 if not self._serve(demand, urgent=True):
                     del self.heads[device]
 
     def _serve(self, demand: ev.Demand, *, urgent: bool = False) -> bool:
-        """Start a waiting job, or make room for it. False: nothing can be done for it now, nor for others alike.
+        """Start a waiting job with a ready evaluator, or make room for it and keep the evaluator for it.
 
-        Only for an urgent one slots are held that others must first be done with.
+        False: nothing can be done for it now, nor for others alike. Only for an urgent one slots are held that others
+        must first be done with.
         """
         choice = self._first_choice(demand)
         if choice is None:
             return False
         if isinstance(choice, Worker) or choice.readiness is Readiness.NOW:
-            if self._ready:
-                self._begin(demand, self._ready.pop(0), choice)
-            elif isinstance(choice, Plan):
-                self._promised.update(choice.slots)
+            self._begin(demand, self._ready.pop(0), choice)
             return True
         self._starved.add(demand.spec.device)
-        if urgent:
-            self._hold(choice)
-        elif choice.readiness is Readiness.BUSY:
+        if choice.readiness is not Readiness.BUSY:
+            self._make_room(choice)
+        elif not urgent:
             self._note_head(demand)
             return False
-        else:
-            self._make_room(choice)
-        if self._ready and choice.readiness is not Readiness.BUSY:
-            self._ready.pop(0)  # it will be wanted in a moment
+        elif not self._hold(choice):
+            return True
+        self._ready.pop(0)  # it will be wanted in a moment
         return True
 
     def _note_head(self, demand: ev.Demand) -> None:
@@ -248,21 +248,22 @@ class Placer(Ledger):
         for worker_id in plan.give_back:
             self._give_back(worker_id)
 
-    def _hold(self, plan: Plan) -> None:
+    def _hold(self, plan: Plan) -> bool:
         """Make room, and keep from others what jobs have to leave first: they end, or pause when other slots are idle.
 
-        Slots that would not become free together are left alone while a job there must not pause yet.
+        False: the slots would not become free together, and a job there must not pause yet; they are left alone.
         """
         busy = [self.workers[worker_id] for worker_id in plan.busy]
         drained = {slot_id for worker in busy for slot_id in worker.slots}
         at_once = len(plan.slots) == 1 or (len(busy) == 1 and drained.issuperset(plan.slots))
         if not at_once and not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
-            return
+            return False
         self._make_room(plan)
         self._promised.update(drained)
         if not at_once and not drained.issuperset(plan.slots):
             for worker in busy:
                 self._take_back(worker.id)
+        return True
 
     def _may_pause(self, job_id: str) -> bool:
         """Not again before it has worked for a while."""
