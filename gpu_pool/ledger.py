@@ -17,6 +17,10 @@ from gpu_pool.records import Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 
+LOADS_REMEMBERED = 1000
+"""Models of which it is known how long they take to load: those that were loaded last."""
+
+
 class Running(msgspec.Struct, kw_only=True):
     """A job with an evaluator."""
 
@@ -83,7 +87,7 @@ class Ledger:
         self.closed: frozenset[str] = frozenset()
         """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
         self.load_seconds: dict[str, float] = {}
-        """Replica key -> how long the model last took to load."""
+        """Replica key -> how long the model last took to load, of the LOADS_REMEMBERED models that were loaded last."""
         self.run_seconds: float | None = None
         """How long a job runs, a running average."""
         self.loading_since: dict[str, float] = {}
@@ -122,6 +126,14 @@ class Ledger:
         self.replicas.setdefault(worker.spec.replica_key, []).append(worker.id)
         for slot_id in worker.slots:
             self.holders.setdefault(slot_id, []).append(worker.id)
+
+    def note_load(self, worker_id: str) -> None:
+        """A worker has loaded."""
+        replica_key = self.workers[worker_id].spec.replica_key
+        self.load_seconds.pop(replica_key, None)  # the latest ones are last
+        self.load_seconds[replica_key] = self.now - self.loading_since.pop(worker_id)
+        if len(self.load_seconds) > LOADS_REMEMBERED:
+            del self.load_seconds[next(iter(self.load_seconds))]
 
     def update_worker(self, worker_id: str, **changes: Any) -> None:
         """Change fields of a worker."""

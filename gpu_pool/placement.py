@@ -58,12 +58,13 @@ def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
-    runs = [ledger.running[job_id] for job_id in worker.jobs]
-    if all(worker.id in run.returning for run in runs):
-        return Readiness.LEAVING
-    if all(can_spare(worker.id, job_id, ledger) for job_id in worker.jobs):
-        return Readiness.SPARE
-    return Readiness.BUSY
+    degree = Readiness.LEAVING
+    for job_id in worker.jobs:
+        if not can_spare(worker.id, job_id, ledger):
+            return Readiness.BUSY
+        if worker.id not in ledger.running[job_id].returning:
+            degree = Readiness.SPARE
+    return degree
 
 
 def can_spare(worker_id: str, job_id: str, ledger: Ledger) -> bool:
