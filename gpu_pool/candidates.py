@@ -69,7 +69,9 @@ class Candidates:
 
     def _push(self, number: int, after: Entry | None) -> None:
         entry = self._lines[number].after(after)
-        while entry and number < self._cold and self._ledger.waiting[entry[1]].spec.replica_key in self._ledger.replicas:
+        while (
+            entry and number < self._cold and self._ledger.waiting[entry[1]].spec.replica_key in self._ledger.replicas
+        ):
             entry = self._lines[number].after(entry)
         if entry:
             heapq.heappush(self._heap, (self._place(number, entry), entry, number))
