@@ -16,7 +16,6 @@ from gpu_pool.order import WaitingJobs, rank
 from gpu_pool.records import Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
-
 LOADS_REMEMBERED = 1000
 """Models of which it is known how long they take to load: those that were loaded last."""
 

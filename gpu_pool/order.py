@@ -79,7 +79,7 @@ class Line:
 
 
 class WaitingJobs:
-    """Demands of the jobs that wait: in one line for all, one for each model and shape, and the firsts of these by shape.
+    """Demands of the jobs that wait: in one line for all, one for each model and shape, and the firsts of these.
 
     Of jobs of one shape that need a new replica only the first has to be looked at: where it does not fit, none does.
     """

@@ -54,6 +54,8 @@ class Placer(Ledger):
         """Slots that are promised in this pass: their workers are for nobody else."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
+        self._full: set[Shape] = set()
+        """Shapes for which no slots are free in this pass."""
         self._served: set[str] = set()
         """Waiting jobs that were prepared for in this pass before all others."""
         self._ready: list[str] = []
@@ -63,17 +65,13 @@ class Placer(Ledger):
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        for marks in (self._promised, self._starved, self._served):
+        for marks in (self._promised, self._starved, self._full, self._served):
             marks.clear()
         self._ready = [name for name, job in self.evaluators.items() if job is None]
         stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
-        overdue = [run for run in stuck if self._is_over(run.interrupted)]
-        for run in overdue:
-            self._resupply(run, urgent=True)
+        self._resupply([run for run in stuck if self._is_over(run.interrupted)], urgent=True)
         self._serve_heads()
-        for run in stuck:
-            if run not in overdue:
-                self._resupply(run, urgent=False)
+        self._resupply([run for run in stuck if not self._is_over(run.interrupted)], urgent=False)
         if self._ready:
             candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
             while self._ready and (demand := candidates.next()):
@@ -91,30 +89,39 @@ class Placer(Ledger):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas = replicas_for(demand, self, self._promised)
-        if replicas and replicas[0].state is not WorkerState.STARTING:
+        replicas, shape = replicas_for(demand, self, self._promised), shape_of(demand)
+        if replicas and (replicas[0].state is not WorkerState.STARTING or shape in self._full):
             return replicas[0]
         plan = find_plan(demand, self, self._promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
+        self._full.add(shape)
         return replicas[0] if replicas else plan
 
     def _is_over(self, since: float | None) -> bool:
         """Whether patience is over with what began then."""
         return since is not None and self.now - since >= self.patience_s
 
-    def _resupply(self, run: Running, *, urgent: bool) -> None:
-        """Get a running job without workers one, or what is needed for one."""
-        replicas = replicas_for(run.demand, self, self._promised)
-        choice = replicas[0] if replicas else self._first_choice(run.demand)
-        if choice is None or self._take(run, choice):
-            return
-        assert isinstance(choice, Plan)
-        self._starved.add(run.demand.spec.device)
-        if urgent:
-            self._hold(choice)
-        elif choice.readiness is not Readiness.BUSY and not self._are_wanted(choice.stop):
-            self._make_room(choice)
+    def _resupply(self, runs: list[Running], *, urgent: bool) -> None:
+        """Get running jobs without workers one each, rather one that others share, or what is needed for one."""
+        hopeless: set[Shape] = set()
+        for run in runs:
+            demand, shape = run.demand, shape_of(run.demand)
+            replicas = replicas_for(demand, self, self._promised)
+            choice = replicas[0] if replicas else None
+            if choice is None and shape not in hopeless:
+                choice = find_plan(demand, self, self._promised)
+            if choice is None:
+                hopeless.add(shape)
+            elif not self._take(run, choice):
+                assert isinstance(choice, Plan)
+                self._starved.add(demand.spec.device)
+                if urgent:
+                    self._hold(choice)
+                elif choice.readiness is Readiness.BUSY or self._are_wanted(choice.stop):
+                    hopeless.add(shape)
+                else:
+                    self._make_room(choice)
 
     def _are_wanted(self, worker_ids: tuple[str, ...]) -> bool:
         """Whether jobs on the models of some of these workers wait, which an evaluator will soon be ready for."""

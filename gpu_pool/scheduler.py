@@ -26,7 +26,7 @@ of them to find one request that kills, and reports by itself what it cannot go 
 SPARE_EVALUATORS = 8
 """Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
 SHARING_EVALUATORS = 4
-"""Further evaluators for each GPU: their jobs share its replica, which computes for one while others prepare or score."""
+"""Further evaluators for each GPU: their jobs share its replica, which computes for some while others prepare."""
 
 
 class Scheduler(Placer):
@@ -46,8 +46,8 @@ class Scheduler(Placer):
         """`evaluators` is how many jobs may run at once. None: one for each slot, one more, and SHARING_EVALUATORS for
         each GPU, those as far as the machine's memory goes, which `evaluators_that_fit` says (None: for all).
 
-        A job is started `max_attempts` times unless it says otherwise; a worker is stopped after `idle_worker_s` without
-        a job."""
+        A job is started `max_attempts` times unless it says otherwise; a worker is stopped after `idle_worker_s`
+        without a job."""
         super().__init__(max_workers_per_gpu=max_workers_per_gpu, max_gpus=max_gpus, patience_s=patience_s)
         self._evaluators_asked = evaluators
         self._evaluators_that_fit = evaluators_that_fit

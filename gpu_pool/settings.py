@@ -10,7 +10,6 @@ from msgspec import Meta
 
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Record
 
-
 _EVALUATOR_BYTES = 768 * 1024**2
 """What an evaluator usually takes: lm-eval, a tokenizer, the documents of a few tasks."""
 _EVALUATORS_SHARE = 0.25
