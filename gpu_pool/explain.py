@@ -33,7 +33,7 @@ def explain(ledger: Ledger, seconds_left: Mapping[str, float], limit: int) -> li
         if shape not in reasons:
             reasons[shape] = _situation(demand, ledger, seconds_left)
         has_evaluator = demand.job_id in ledger.running
-        reason = "It has lost its workers. " * has_evaluator + _queue_reason(demand, ledger) + reasons[shape]
+        reason = "It has no workers now. " * has_evaluator + _queue_reason(demand, ledger) + reasons[shape]
         starts_in = forecast.start(demand, has_evaluator)
         waits.append(WaitingView(job_id=demand.job_id, needs=_needs(demand), reason=reason, starts_in=starts_in))
     return waits

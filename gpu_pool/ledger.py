@@ -16,6 +16,9 @@ from gpu_pool.order import WaitingJobs, rank
 from gpu_pool.records import Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
+LOADS_REMEMBERED = 1000
+"""Models of which it is known how long they take to load: those that were loaded last."""
+
 
 class Running(msgspec.Struct, kw_only=True):
     """A job with an evaluator."""
@@ -36,6 +39,8 @@ class Running(msgspec.Struct, kw_only=True):
     """How long it had a worker, until `working_since`."""
     working_since: float | None = None
     """Since when it has had one; None while it has none."""
+    interrupted: float | None = None
+    """When it last lost or gave back its last worker; None when it never did."""
 
     @property
     def rank(self) -> float:
@@ -81,7 +86,7 @@ class Ledger:
         self.closed: frozenset[str] = frozenset()
         """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
         self.load_seconds: dict[str, float] = {}
-        """Replica key -> how long the model last took to load."""
+        """Replica key -> how long the model last took to load, of the LOADS_REMEMBERED models that were loaded last."""
         self.run_seconds: float | None = None
         """How long a job runs, a running average."""
         self.loading_since: dict[str, float] = {}
@@ -127,6 +132,14 @@ class Ledger:
         self.replicas.setdefault(worker.spec.replica_key, []).append(worker.id)
         for slot_id in worker.slots:
             self.holders.setdefault(slot_id, []).append(worker.id)
+
+    def note_load(self, worker_id: str) -> None:
+        """A worker has loaded."""
+        replica_key = self.workers[worker_id].spec.replica_key
+        self.load_seconds.pop(replica_key, None)  # the latest ones are last
+        self.load_seconds[replica_key] = self.now - self.loading_since.pop(worker_id)
+        if len(self.load_seconds) > LOADS_REMEMBERED:
+            del self.load_seconds[next(iter(self.load_seconds))]
 
     def update_worker(self, worker_id: str, **changes: Any) -> None:
         """Change fields of a worker."""
@@ -177,7 +190,7 @@ class Ledger:
         run.workers.remove(worker_id)
         run.returning.discard(worker_id)
         if not run.workers and run.working_since is not None:
-            run.seconds, run.working_since = run.ran(self.now), None
+            run.seconds, run.working_since, run.interrupted = run.ran(self.now), None, self.now
         if worker := self.workers.get(worker_id):
             jobs, state = worker.jobs - {run.demand.job_id}, worker.state
             if not jobs and state is WorkerState.BUSY:

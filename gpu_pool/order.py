@@ -79,7 +79,7 @@ class Line:
 
 
 class WaitingJobs:
-    """Demands of the jobs that wait, in one line for all, one for each shape, and one for each model and shape.
+    """Demands of the jobs that wait: in one line for all, one for each model and shape, and the firsts of these.
 
     Of jobs of one shape that need a new replica only the first has to be looked at: where it does not fit, none does.
     """
@@ -87,18 +87,21 @@ class WaitingJobs:
     def __init__(self) -> None:
         self._demands: dict[str, Demand] = {}
         self._all = Line()
-        self.by_shape: dict[Shape, Line] = {}
         self.by_model: dict[str, dict[Shape, Line]] = {}
         """By replica key, then by shape."""
+        self.firsts: dict[Shape, Line] = {}
+        """By shape, the first job of each model."""
 
     def add(self, demand: Demand) -> None:
         """A job waits."""
         self.pop(demand.job_id)
         self._demands[demand.job_id] = demand
-        shape = shape_of(demand)
-        lines = self.by_model.setdefault(demand.spec.replica_key, {})
-        for line in (self._all, self.by_shape.setdefault(shape, Line()), lines.setdefault(shape, Line())):
-            line.add(demand.job_id, rank(demand.order, demand.priority))
+        shape, its_rank = shape_of(demand), rank(demand.order, demand.priority)
+        line = self.by_model.setdefault(demand.spec.replica_key, {}).setdefault(shape, Line())
+        before = line.after(None)
+        self._all.add(demand.job_id, its_rank)
+        line.add(demand.job_id, its_rank)
+        self._keep_first(shape, before, line.after(None))
 
     def pop(self, job_id: str) -> Demand | None:
         """A job waits no more; None when it did not."""
@@ -106,15 +109,28 @@ class WaitingJobs:
         if demand is None:
             return None
         shape, key = shape_of(demand), demand.spec.replica_key
-        for line in (self._all, self.by_shape[shape], self.by_model[key][shape]):
-            line.discard(job_id)
-        if not self.by_model[key][shape]:
+        line = self.by_model[key][shape]
+        before = line.after(None)
+        self._all.discard(job_id)
+        line.discard(job_id)
+        self._keep_first(shape, before, line.after(None))
+        if not line:
             del self.by_model[key][shape]
         if not self.by_model[key]:
             del self.by_model[key]
-        if not self.by_shape[shape]:
-            del self.by_shape[shape]
         return demand
+
+    def _keep_first(self, shape: Shape, before: Entry | None, after: Entry | None) -> None:
+        """The first job of a model and shape was `before`, and is `after`."""
+        if before == after:
+            return
+        firsts = self.firsts.setdefault(shape, Line())
+        if before is not None:
+            firsts.discard(before[1])
+        if after is not None:
+            firsts.add(after[1], after[0])
+        if not firsts:
+            del self.firsts[shape]
 
     def position(self, job_id: str) -> int | None:
         """How many go before this job; None when it does not wait."""

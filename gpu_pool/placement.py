@@ -35,8 +35,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Workers without a job that are in the way."""
     give_back: tuple[str, ...] = ()
     """Workers in the way that their jobs can do without."""
-    drained: tuple[str, ...] = ()
-    """All slots of workers in the way whose jobs have to end first."""
+    busy: tuple[str, ...] = ()
+    """Workers in the way whose jobs have to end, or to pause, first."""
 
 
 class _Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,12 +58,13 @@ def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
-    runs = [ledger.running[job_id] for job_id in worker.jobs]
-    if all(worker.id in run.returning for run in runs):
-        return Readiness.LEAVING
-    if all(can_spare(worker.id, job_id, ledger) for job_id in worker.jobs):
-        return Readiness.SPARE
-    return Readiness.BUSY
+    degree = Readiness.LEAVING
+    for job_id in worker.jobs:
+        if not can_spare(worker.id, job_id, ledger):
+            return Readiness.BUSY
+        if worker.id not in ledger.running[job_id].returning:
+            degree = Readiness.SPARE
+    return degree
 
 
 def can_spare(worker_id: str, job_id: str, ledger: Ledger) -> bool:
@@ -74,14 +75,18 @@ def can_spare(worker_id: str, job_id: str, ledger: Ledger) -> bool:
 
 def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) -> list[Worker]:
     """Live workers with the job's model that it may use, loaded and least used ones first; none on slots in `taken`."""
-    found = [
-        worker
-        for worker in map(ledger.workers.__getitem__, ledger.replicas.get(demand.spec.replica_key, ()))
-        if worker.state is not WorkerState.STOPPING
-        and not any(slot_id in taken for slot_id in worker.slots)
-        and all(demand.accepts(ledger.slots[slot_id]) for slot_id in worker.slots)
-    ]
-    return sorted(found, key=lambda worker: (worker.state is WorkerState.STARTING, len(worker.jobs), worker.id))
+    found: list[Worker] = []
+    for worker_id in ledger.replicas.get(demand.spec.replica_key, ()):
+        worker = ledger.workers[worker_id]
+        if worker.state is not WorkerState.STOPPING:
+            for slot_id in worker.slots:
+                if slot_id in taken or not demand.accepts(ledger.slots[slot_id]):
+                    break
+            else:
+                found.append(worker)
+    if len(found) > 1:
+        found.sort(key=lambda worker: (worker.state is WorkerState.STARTING, len(worker.jobs), worker.id))
+    return found
 
 
 def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart: Iterable[str] = ()) -> Plan | None:
@@ -91,14 +96,19 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
     replicas on one GPU.
     """
     avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
-    degrees: dict[str, Readiness] = {}
-    ways = [
-        (_way(demand, slot, ledger, degrees), slot.id)
+    suited = [
+        slot
         for slot in ledger.slots.values()
         if demand.accepts(slot) and slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id)
     ]
-    if len(ways) < demand.gpus:
+    if len(suited) < demand.gpus:
         return None
+    if ledger.max_gpus is None:
+        free = [slot.id for slot in suited if not ledger.holders.get(slot.id)]
+        if len(free) >= demand.gpus:  # no need to look at the others
+            return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
+    degrees: dict[str, Readiness] = {}
+    ways = [(_way(demand, slot, ledger, degrees), slot.id) for slot in suited]
     ways.sort(key=lambda way: (way[0].readiness, way[0].tie))  # stable: then in the order of the box
     chosen = ways[: demand.gpus]
     going = {worker.id: worker for way, _ in chosen for worker in way.workers}
@@ -113,9 +123,7 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
         readiness=max(degrees.values(), default=Readiness.NOW),
         stop=tuple(name for name, degree in degrees.items() if degree is Readiness.UNUSED),
         give_back=tuple(name for name, degree in degrees.items() if degree is Readiness.SPARE),
-        drained=tuple(
-            slot for name, worker in going.items() if degrees[name] is Readiness.BUSY for slot in worker.slots
-        ),
+        busy=tuple(name for name, degree in degrees.items() if degree is Readiness.BUSY),
     )
 
 

@@ -1,9 +1,10 @@
 """Which job gets which workers: decisions over the ledger, made anew after every event. Pure.
 
-1. Running jobs that have lost all their workers get new ones.
-2. The first waiting job that has to wait for others to end, once it has been first for PATIENCE_SECONDS, is passed no
-   more: slots are held for it as they become free, and nobody else is let onto them. (So a job that needs several
-   slots at once gets them, and a stream of jobs on one loaded model cannot keep it for ever.)
+1. The first waiting job that has to wait for others to end, once it has been first for PATIENCE_SECONDS, is passed no
+   more: slots are held for it as they become free, and nobody else is let onto them. So a stream of jobs on one loaded
+   model cannot keep it for ever. Of a set of slots none stays idle until the last is free: as soon as one is, the jobs
+   on the others pause. They give their workers back, and go on where they were when they get new ones.
+2. Running jobs without workers get new ones, those that have waited for PATIENCE_SECONDS before all others.
 3. Waiting jobs start by rank, as many as there are evaluators; one that does not fit is passed by those behind it.
 4. Running jobs grow onto what nobody waits for.
 
@@ -26,8 +27,8 @@ from gpu_pool.records import Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 PATIENCE_SECONDS = 300.0
-"""How long the first job in line is passed by others; and by how much longer than in truth a job is taken to have
-waited while a replica of its model is loaded and unused, which spares loading it again."""
+"""How long the first job in line is passed by others, how long a job that has paused works before it may pause again,
+and how much earlier and later jobs go whose model is loaded (see Candidates)."""
 UNKNOWN_LOAD_SECONDS = 10.0
 """Assumed cost of loading a model that has never been loaded here."""
 
@@ -53,6 +54,8 @@ class Placer(Ledger):
         """Slots that are promised in this pass: their workers are for nobody else."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
+        self._full: set[Shape] = set()
+        """Shapes for which no slots are free in this pass."""
         self._served: set[str] = set()
         """Waiting jobs that were prepared for in this pass before all others."""
         self._ready: list[str] = []
@@ -62,19 +65,20 @@ class Placer(Ledger):
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        for marks in (self._promised, self._starved, self._served):
+        for marks in (self._promised, self._starved, self._full, self._served):
             marks.clear()
         self._ready = [name for name, job in self.evaluators.items() if job is None]
-        for run in sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank):
-            self._resupply(run)
+        stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
+        self._resupply([run for run in stuck if self._is_over(run.interrupted)], urgent=True)
         self._serve_heads()
+        self._resupply([run for run in stuck if not self._is_over(run.interrupted)], urgent=False)
         if self._ready:
             candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
             while self._ready and (demand := candidates.next()):
                 if not self._serve(demand):
                     candidates.close()
         if any(job is not None and job not in self.running for job in self.evaluators.values()):  # soon to be ready
-            self._starved.update(device for device, *_ in self.waiting.by_shape)
+            self._starved.update(device for device, *_ in self.waiting.firsts)
         self._grow()
 
     # ------------------------------------------------------------------ first workers
@@ -85,53 +89,79 @@ class Placer(Ledger):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas = replicas_for(demand, self, self._promised)
-        if replicas and replicas[0].state is not WorkerState.STARTING:
+        replicas, shape = replicas_for(demand, self, self._promised), shape_of(demand)
+        if replicas and (replicas[0].state is not WorkerState.STARTING or shape in self._full):
             return replicas[0]
         plan = find_plan(demand, self, self._promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
+        self._full.add(shape)
         return replicas[0] if replicas else plan
 
-    def _resupply(self, run: Running) -> None:
-        """Get a running job without workers one, or what is needed for one."""
-        choice = self._first_choice(run.demand)
-        if choice is not None and not self._take(run, choice):
-            self._starved.add(run.demand.spec.device)
-            self._make_room(choice)
+    def _is_over(self, since: float | None) -> bool:
+        """Whether patience is over with what began then."""
+        return since is not None and self.now - since >= self.patience_s
+
+    def _resupply(self, runs: list[Running], *, urgent: bool) -> None:
+        """Get running jobs without workers one each, rather one that others share, or what is needed for one."""
+        hopeless: set[Shape] = set()
+        for run in runs:
+            demand, shape = run.demand, shape_of(run.demand)
+            replicas = replicas_for(demand, self, self._promised)
+            choice = replicas[0] if replicas else None
+            if choice is None and shape not in hopeless:
+                choice = find_plan(demand, self, self._promised)
+            if choice is None:
+                hopeless.add(shape)
+            elif not self._take(run, choice):
+                assert isinstance(choice, Plan)
+                self._starved.add(demand.spec.device)
+                if urgent:
+                    self._hold(choice)
+                elif choice.readiness is Readiness.BUSY or self._are_wanted(choice.stop):
+                    hopeless.add(shape)
+                else:
+                    self._make_room(choice)
+
+    def _are_wanted(self, worker_ids: tuple[str, ...]) -> bool:
+        """Whether jobs on the models of some of these workers wait, which an evaluator will soon be ready for."""
+        return any(self.workers[worker_id].spec.replica_key in self.waiting.by_model for worker_id in worker_ids)
 
     def _serve_heads(self) -> None:
-        """The first in line whose patience is at its end go before all others, ready evaluator or not."""
+        """The first in line whose patience is at its end go before all others, if there is an evaluator for them.
+
+        (Those of jobs that have paused are not: slots that are held for a job without one would be idle.)
+        """
         for device, head in list(self.heads.items()):
             demand = self.waiting.get(head.job_id)
             if demand is None:
                 del self.heads[device]
-            elif self.now - head.since >= self.patience_s:
+            elif self._ready and self._is_over(head.since):
                 self._served.add(head.job_id)
                 if not self._serve(demand, urgent=True):
                     del self.heads[device]
 
     def _serve(self, demand: ev.Demand, *, urgent: bool = False) -> bool:
-        """Start a waiting job, or make room for it. False: nothing can be done for it now, nor for others alike.
+        """Start a waiting job with a ready evaluator, or make room for it and keep the evaluator for it.
 
-        Only for an urgent one slots are held that others must first be done with.
+        False: nothing can be done for it now, nor for others alike. Only for an urgent one slots are held that others
+        must first be done with.
         """
         choice = self._first_choice(demand)
         if choice is None:
             return False
         if isinstance(choice, Worker) or choice.readiness is Readiness.NOW:
-            if self._ready:
-                self._begin(demand, self._ready.pop(0), choice)
-            elif isinstance(choice, Plan):
-                self._promised.update(choice.slots)
+            self._begin(demand, self._ready.pop(0), choice)
             return True
         self._starved.add(demand.spec.device)
-        if choice.readiness is Readiness.BUSY and not urgent:
+        if choice.readiness is not Readiness.BUSY:
+            self._make_room(choice)
+        elif not urgent:
             self._note_head(demand)
             return False
-        self._make_room(choice)
-        if self._ready and choice.readiness is not Readiness.BUSY:
-            self._ready.pop(0)  # it will be wanted in a moment
+        elif not self._hold(choice):
+            return True
+        self._ready.pop(0)  # it will be wanted in a moment
         return True
 
     def _note_head(self, demand: ev.Demand) -> None:
@@ -163,6 +193,7 @@ class Placer(Ledger):
             choice = self._next_choice(run, count, hopeless)
             if choice is not None:
                 if not self._take(run, choice):
+                    assert isinstance(choice, Plan)
                     self._make_room(choice)
                 heapq.heappush(line, (count + 1, its_rank, job_id))
 
@@ -216,14 +247,35 @@ class Placer(Ledger):
             self._trim(run)
         return True
 
-    def _make_room(self, choice: Worker | Plan) -> None:
+    def _make_room(self, plan: Plan) -> None:
         """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
-        assert isinstance(choice, Plan)
-        self._promised.update(choice.slots, choice.drained)
-        for worker_id in choice.stop:
+        self._promised.update(plan.slots)
+        for worker_id in plan.stop:
             self._stop(worker_id)
-        for worker_id in choice.give_back:
+        for worker_id in plan.give_back:
             self._give_back(worker_id)
+
+    def _hold(self, plan: Plan) -> bool:
+        """Make room, and keep from others what jobs have to leave first: they end, or pause when other slots are idle.
+
+        False: the slots would not become free together, and a job there must not pause yet; they are left alone.
+        """
+        busy = [self.workers[worker_id] for worker_id in plan.busy]
+        drained = {slot_id for worker in busy for slot_id in worker.slots}
+        at_once = len(plan.slots) == 1 or (len(busy) == 1 and drained.issuperset(plan.slots))
+        if not at_once and not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
+            return False
+        self._make_room(plan)
+        self._promised.update(drained)
+        if not at_once and not drained.issuperset(plan.slots):
+            for worker in busy:
+                self._take_back(worker.id)
+        return True
+
+    def _may_pause(self, job_id: str) -> bool:
+        """Not again before it has worked for a while."""
+        run = self.running[job_id]
+        return run.interrupted is None or self._is_over(run.working_since)
 
     def _start_worker(self, demand: ev.Demand, slot_ids: tuple[str, ...]) -> str:
         worker_id = self._new_id("worker")
@@ -238,7 +290,11 @@ class Placer(Ledger):
         jobs = sorted(self.workers[worker_id].jobs)
         if not all(can_spare(worker_id, job_id, self) for job_id in jobs):
             return  # the plan counted on two workers of a job that can spare one
-        for job_id in jobs:
+        self._take_back(worker_id)
+
+    def _take_back(self, worker_id: str) -> None:
+        """Have all jobs of a worker do without it, even if it is their last."""
+        for job_id in sorted(self.workers[worker_id].jobs):
             run = self.running[job_id]
             if self.workers[worker_id].state is WorkerState.STARTING:
                 self.release(run, worker_id)

@@ -16,9 +16,10 @@ from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.records import Job, JobState, ModelSpec, Slot
 from gpu_pool.scheduler import Scheduler
-from gpu_pool.settings import PoolSettings
+from gpu_pool.settings import PoolSettings, evaluators_that_fit
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
@@ -60,6 +61,7 @@ class Runner:
         self.loaded: dict[str, msg.WorkerReady] = {}
         self.scheduler = Scheduler(
             evaluators=settings.evaluators or None,
+            evaluators_that_fit=evaluators_that_fit(machine_bytes()),
             max_attempts=settings.max_attempts,
             max_workers_per_gpu=settings.max_workers_per_gpu,
             max_gpus=settings.max_gpus,

@@ -24,7 +24,9 @@ MAX_LOSSES = 30
 """Workers that may die under a job without any progress in between. Its evaluator needs about log2(requests in a chunk)
 of them to find one request that kills, and reports by itself what it cannot go on from."""
 SPARE_EVALUATORS = 8
-"""Evaluators that are started before jobs ask for them (no more than may run)."""
+"""Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
+SHARING_EVALUATORS = 4
+"""Further evaluators for each GPU: their jobs share its replica, which computes for some while others prepare."""
 
 
 class Scheduler(Placer):
@@ -35,15 +37,20 @@ class Scheduler(Placer):
         *,
         evaluators: int | None,
         max_attempts: int,
+        evaluators_that_fit: int | None = None,
         max_workers_per_gpu: int = 1,
         max_gpus: int | None = None,
         idle_worker_s: float | None = None,
         patience_s: float = PATIENCE_SECONDS,
     ) -> None:
-        """`evaluators` is how many jobs may run at once (None: one more than there are slots); a job is started
-        `max_attempts` times unless it says otherwise; a worker is stopped after `idle_worker_s` without a job."""
+        """`evaluators` is how many jobs may run at once. None: one for each slot, one more, and SHARING_EVALUATORS for
+        each GPU, those as far as the machine's memory goes, which `evaluators_that_fit` says (None: for all).
+
+        A job is started `max_attempts` times unless it says otherwise; a worker is stopped after `idle_worker_s`
+        without a job."""
         super().__init__(max_workers_per_gpu=max_workers_per_gpu, max_gpus=max_gpus, patience_s=patience_s)
-        self._evaluator_limit = evaluators
+        self._evaluators_asked = evaluators
+        self._evaluators_that_fit = evaluators_that_fit
         self._max_attempts = max_attempts
         self._idle_worker_s = idle_worker_s
 
@@ -53,8 +60,9 @@ class Scheduler(Placer):
         """Take one event; return what must be done, in order."""
         self.now = event.now
         self._handlers[type(event)](self, event)
-        self._keep_evaluators()
-        self.place()
+        if not isinstance(event, ev.JobProgressed):  # the most frequent one leaves nothing to decide
+            self._keep_evaluators()
+            self.place()
         actions, self._actions = self._actions, []
         return actions
 
@@ -140,9 +148,16 @@ class Scheduler(Placer):
         if job_id and (run := self.running.get(job_id)):
             self._requeue(run, f"the evaluator process ended: {event.cause}")
 
+    def _most_evaluators(self) -> int:
+        """How many there may be, by default, when all slots have jobs."""
+        sharing = SHARING_EVALUATORS * sum(1 for slot in self.slots.values() if slot.device == "cuda")
+        least, most = len(self.slots) + 1, len(self.slots) + 1 + sharing
+        return most if self._evaluators_that_fit is None else max(least, min(most, self._evaluators_that_fit))
+
     def _keep_evaluators(self) -> None:
-        limit = len(self.slots) + 1 if self._evaluator_limit is None else self._evaluator_limit
-        wanted = min(limit, max(SPARE_EVALUATORS, len(self.running) + len(self.waiting)))
+        asked = self._evaluators_asked
+        limit, alone = (self._most_evaluators(), len(self.slots) + 1) if asked is None else (asked, asked)
+        wanted = min(limit, max(min(alone, SPARE_EVALUATORS), len(self.running) + len(self.waiting)))
         while len(self.evaluators) < wanted:
             evaluator_id = self._new_id("evaluator")
             self.evaluators[evaluator_id] = ""
@@ -154,7 +169,7 @@ class Scheduler(Placer):
         worker = self.workers.get(event.worker_id)
         if worker is None or worker.state is not WorkerState.STARTING:
             return
-        self.load_seconds[worker.spec.replica_key] = self.now - self.loading_since.pop(worker.id)
+        self.note_load(worker.id)
         self.update_worker(worker.id, state=advance_worker(worker.state, WorkerEvent.LOADED), idle_since=self.now)
         if worker.jobs:
             self.update_worker(worker.id, state=advance_worker(WorkerState.IDLE, WorkerEvent.ATTACH))

@@ -10,10 +10,20 @@ from msgspec import Meta
 
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Record
 
+_EVALUATOR_BYTES = 768 * 1024**2
+"""What an evaluator usually takes: lm-eval, a tokenizer, the documents of a few tasks."""
+_EVALUATORS_SHARE = 0.25
+"""Of a machine's memory; the rest is for workers that load, the cache's pages and everyone else."""
+
 
 def default_cpu_workers() -> int:
     """One CPU worker for every 8 cores, at least one: a worker with few threads serves nobody well."""
     return max(1, (os.cpu_count() or 1) // 8)
+
+
+def evaluators_that_fit(machine_bytes: int) -> int:
+    """How many evaluators the share of a machine's memory that is theirs holds."""
+    return int(_EVALUATORS_SHARE * machine_bytes) // _EVALUATOR_BYTES
 
 
 class PoolSettings(Record, frozen=True, kw_only=True):
@@ -32,7 +42,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Hub data set -> local files, so that unmodified tasks run offline."""
     cpu_workers: Annotated[int, Meta(ge=0)] = default_cpu_workers()
     evaluators: Annotated[int, Meta(ge=0)] = 0
-    """Jobs that may run at once (evaluator processes); 0: one more than there may be workers."""
+    """Jobs that may run at once (evaluator processes). 0: one more than there may be workers, and 4 more for each GPU
+    as far as a quarter of the machine's memory holds them."""
     output_roots: tuple[Path, ...] = ()
     """Folders under which a request's `output_dir` may lie, beside the data folder's own."""
     allow_code_execution: bool = False

@@ -47,7 +47,7 @@ def serve(
     database: Annotated[str | None, typer.Option(help="postgresql://… (default: a file in the data folder).")] = None,
     include_path: Annotated[list[str] | None, typer.Option(help="A folder of your own task YAML.")] = None,
     cpu_workers: Annotated[int | None, typer.Option(help="Workers on a box without GPUs.")] = None,
-    evaluators: Annotated[int | None, typer.Option(help="Jobs that may run at once; 0: as the workers ask.")] = None,
+    evaluators: Annotated[int | None, typer.Option(help="Jobs that may run at once; 0: by workers and memory.")] = None,
     output_root: Annotated[list[str] | None, typer.Option(help="A folder that `output_dir` may lie in.")] = None,
     allow_code_execution: Annotated[
         bool | None, typer.Option("--allow-code-execution", help="Run tasks that execute code written by the model.")

@@ -86,6 +86,18 @@ def test_a_job_with_several_replicas_gives_one_back_at_a_chunk_boundary() -> Non
     assert len(box.scheduler.running["j"].workers) == 1
 
 
+def test_jobs_that_would_only_share_a_replica_leave_the_evaluators_to_jobs_that_get_a_gpu() -> None:
+    box = Box(slots=0, gpus=2, evaluators=3)
+    worker = run_on(box, "j", "a")
+    run_on(box, "k", "b")
+    for job_id, model in [("l", "b"), ("m", "b"), ("n", "c")]:  # l has the last evaluator
+        box.submit(job_id, spec=GPU[model])
+    box.end("j")
+    assert list(box.scheduler.waiting) == ["m", "n"]
+    assert box.of(ev.StartWorker, box.gone(worker))[0].spec == GPU["c"]
+    assert list(box.scheduler.waiting) == ["m"]
+
+
 def test_small_models_share_a_gpu_within_its_memory_where_that_is_allowed() -> None:
     for most, expected in [(1, 1), (2, 2), (3, 2)]:
         box = box_of(1, max_workers_per_gpu=most)

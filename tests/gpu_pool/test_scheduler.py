@@ -5,6 +5,7 @@ from __future__ import annotations
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
+from gpu_pool.ledger import LOADS_REMEMBERED
 from gpu_pool.records import ModelArgs, ModelSpec, WorkerState
 
 
@@ -249,3 +250,26 @@ def test_a_slot_is_not_leased_again_before_its_memory_is_back() -> None:
     box.submit("k", "b")
     assert not box.of(ev.StartWorker, box.do(ev.WorkerDied, worker_id="worker-4", cause=""))
     assert box.of(ev.StartWorker, box.do(ev.SlotsReturned, worker_id="worker-4"))
+
+
+def test_evaluators_are_as_many_as_slots_gpus_and_memory_ask_for_and_few_are_started_in_advance() -> None:
+    for gpus, that_fit, most in [(0, None, 3), (2, None, 13), (2, 10, 10), (2, 1, 5)]:
+        box = Box(slots=2, gpus=gpus, evaluators=None, evaluators_that_fit=that_fit)
+        assert len(box.of(ev.StartEvaluator)) == 2 + gpus + 1
+        for number in range(20):
+            box.submit(f"job-{number}", model=str(number))
+        assert len(box.of(ev.StartEvaluator)) == most
+
+
+def test_load_times_are_kept_of_the_models_that_were_loaded_last() -> None:
+    box = Box(slots=1, evaluators=1)
+    for number in [*range(LOADS_REMEMBERED + 1), 1, "new"]:
+        box.submit(f"job on {number}", str(number))
+        for stop in box.of(ev.StopWorker)[-1:]:
+            box.gone(stop.worker_id)
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+        box.end(f"job on {number}")
+    kept = list(box.scheduler.load_seconds)
+    assert len(kept) == LOADS_REMEMBERED
+    assert kept[-2:] == [spec("1").replica_key, spec("new").replica_key]
+    assert not {spec("0").replica_key, spec("2").replica_key} & {*kept}

@@ -19,7 +19,9 @@ class LongRun(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.box = Box(slots=2, evaluators=3, gpus=3, max_workers_per_gpu=2, max_gpus=2, idle_worker_s=200.0)
+        self.box = Box(
+            slots=2, evaluators=3, gpus=3, max_workers_per_gpu=2, max_gpus=2, idle_worker_s=200.0, patience_s=30.0
+        )
         self.numbers = itertools.count()
 
     def apply(self, event: type[ev.Event], **fields: object) -> None:

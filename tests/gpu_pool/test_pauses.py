@@ -1,0 +1,119 @@
+"""Jobs that pause for a set of GPUs, and get workers again."""
+
+from __future__ import annotations
+
+from scheduler_box import Box, spec
+
+from gpu_pool import events as ev
+from gpu_pool.placer import PATIENCE_SECONDS
+
+GPU = {name: spec(name, "cuda") for name in "abcde"}
+
+
+def box_with_small_jobs(gpus: int, evaluators: int) -> tuple[Box, list[str]]:
+    """A loaded worker with one job on each GPU: jobs a, b, …; and the workers in that order."""
+    box = Box(slots=0, gpus=gpus, evaluators=evaluators)
+    for name in "abcde"[:gpus]:
+        box.submit(name, spec=GPU[name])
+    workers = [start.worker_id for start in box.of(ev.StartWorker)]
+    for worker_id in workers:
+        box.load(worker_id)
+    return box, workers
+
+
+def later(box: Box, seconds: float) -> list[ev.Action]:
+    box.now += seconds
+    return box.do(ev.Tick)
+
+
+def give_back(box: Box, detach: ev.Detach) -> list[ev.Action]:
+    """The job leaves its worker, which was asked to end by then and does."""
+    actions = box.do(ev.WorkerGivenBack, job_id=detach.job_id, worker_id=detach.worker_id)
+    return actions + box.gone(detach.worker_id)
+
+
+def test_as_soon_as_a_gpu_of_a_set_is_idle_jobs_on_the_others_pause_and_go_on_afterwards() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=4)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    assert not box.of(ev.Detach, later(box, PATIENCE_SECONDS))  # both GPUs compute: nothing is idle
+    box.end("a")
+    (detach,) = box.of(ev.Detach)
+    assert (detach.job_id, detach.worker_id, detach.at_once) == ("b", workers[1], False)
+    box.gone(workers[0])
+    (start,) = box.of(ev.StartWorker, give_back(box, detach))
+    assert start.spec == GPU["e"]
+    assert not box.scheduler.running["b"].workers
+    box.load(start.worker_id)
+    box.end("large")
+    (again,) = box.of(ev.StartWorker, box.gone(start.worker_id))
+    assert again.spec == GPU["b"]
+    assert box.scheduler.running["b"].workers == [again.worker_id]
+
+
+def test_a_job_that_has_paused_is_left_alone_until_it_has_worked_for_a_while() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=6)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("a")
+    box.gone(workers[0])
+    (start,) = box.of(ev.StartWorker, give_back(box, box.of(ev.Detach)[0]))
+    box.load(start.worker_id)
+    box.submit("c", spec=GPU["c"])
+    box.submit("larger", spec=GPU["d"], gpus=2)
+    box.end("large")
+    for new in box.of(ev.StartWorker, box.gone(start.worker_id)):  # b goes on, c begins
+        box.load(new.worker_id)
+    seen = len(box.log)
+    later(box, PATIENCE_SECONDS - 1)
+    box.end("c")
+    assert not box.of(ev.Detach, box.log[seen:])
+    later(box, 1)
+    assert [detach.job_id for detach in box.of(ev.Detach, box.log[seen:])] == ["b"]
+
+
+def test_no_job_pauses_for_one_that_no_evaluator_is_ready_for() -> None:
+    box, workers = box_with_small_jobs(3, evaluators=4)
+    box.submit("large", spec=GPU["e"], gpus=3)
+    box.submit("d", spec=GPU["b"])  # has the last evaluator, and shares the replica of b
+    later(box, PATIENCE_SECONDS)
+    evaluator_id = box.scheduler.running["a"].evaluator_id
+    assert not box.of(ev.Detach, box.do(ev.JobEnded, job_id="a"))
+    actions = box.do(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
+    assert {detach.job_id for detach in box.of(ev.Detach, actions)} == {"b", "c", "d"}
+    assert [stop.worker_id for stop in box.of(ev.StopWorker, actions)] == [workers[0]]
+
+
+def test_paused_jobs_on_one_model_share_what_the_first_of_them_gets() -> None:
+    box = Box(slots=0, gpus=3, evaluators=6)
+    for job_id, model in [("j", "a"), ("k", "a"), ("l", "b"), ("m", "c")]:
+        box.submit(job_id, spec=GPU[model])
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+    workers = [worker.id for worker in box.scheduler.workers.values()]
+    box.submit("large", spec=GPU["e"], gpus=3)
+    later(box, PATIENCE_SECONDS)
+    box.end("m")
+    box.gone(workers[2])
+    for detach in box.of(ev.Detach):
+        box.do(ev.WorkerGivenBack, job_id=detach.job_id, worker_id=detach.worker_id)
+    starts = [action for worker_id in workers[:2] for action in box.of(ev.StartWorker, box.gone(worker_id))]
+    box.load(starts[0].worker_id)
+    box.end("large")
+    resumed = box.of(ev.StartWorker, box.gone(starts[0].worker_id))
+    assert {start.spec.replica_key for start in resumed} == {GPU["a"].replica_key, GPU["b"].replica_key}
+    assert box.scheduler.running["j"].workers[0] == box.scheduler.running["k"].workers[0]
+
+
+def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patience_lasts() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=3)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("a")
+    box.gone(workers[0])
+    (start,) = box.of(ev.StartWorker, give_back(box, box.of(ev.Detach)[0]))
+    box.load(start.worker_id)
+    (ready,) = [name for name, job_id in box.scheduler.evaluators.items() if job_id is None]
+    box.do(ev.EvaluatorDied, evaluator_id=ready, cause="x")
+    box.submit("large too", spec=GPU["e"], gpus=2)
+    assert not box.of(ev.StopWorker, box.do(ev.JobEnded, job_id="large"))
+    box.now += PATIENCE_SECONDS
+    assert [stop.worker_id for stop in box.of(ev.StopWorker, box.do(ev.Tick))] == [start.worker_id]
