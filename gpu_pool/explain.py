@@ -108,7 +108,8 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:
-    return ledger.unusable.get(slot.id, "it is not there any more").rstrip(".")
+    reason = ledger.unusable.get(slot.id, "it is not there any more")
+    return reason.removeprefix(f"{_name(slot)}: ").rstrip(".")  # a refusal names the GPU itself
 
 
 def _name(slot: Slot) -> str:

@@ -94,6 +94,14 @@ def test_small_models_share_a_gpu_within_its_memory_where_that_is_allowed() -> N
         assert len(box.of(ev.StartWorker)) == expected
 
 
+def test_a_refusal_names_the_gpu_once() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    box.do(ev.LeaseRefused, worker_id=start.worker_id, reason="GPU 0: Other processes use it: 7 (1.0 GiB).")
+    [wait] = explain(box.scheduler, {}, 10)
+    assert wait.reason.endswith("Not usable: GPU 0: Other processes use it: 7 (1.0 GiB).")
+
+
 def test_a_gpu_that_is_refused_beside_others_is_not_asked_for_again_before_the_next_look() -> None:
     box = box_of(1, max_workers_per_gpu=2)
     worker = run_on(box, "j", "a", memory_bytes=35)
