@@ -66,11 +66,16 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     """What there is for a demand of this shape, slot by slot."""
     suited = [slot for slot in ledger.slots.values() if demand.accepts(slot)]
     free = [slot for slot in suited if ledger.usable(slot.id) and not ledger.holders.get(slot.id)]
-    noun = "CPU workers" if demand.spec.device == "cpu" else "GPUs"
-    said = [f"{len(free)} of the {len(suited)} {noun} that would do are free."]
+    noun = "CPU worker" if demand.spec.device == "cpu" else "GPU"
+    if len(suited) == 1:
+        said = [f"The only {noun} that would do is {'free' if free else 'not free'}."]
+    else:
+        said = [f"{len(free)} of the {len(suited)} {noun}s that would do are free."]
     held = [_holders(slot, ledger, seconds_left) for slot in suited if ledger.holders.get(slot.id)]
     if held:
         said.append(f"Held: {'; '.join(held)}.")
+    if refused := {ledger.refused[slot.id] for slot in suited if slot.id in ledger.refused and ledger.usable(slot.id)}:
+        said.append(f"Refused beside them: {' '.join(sorted(refused))}")
     unusable = [f"{_name(slot)}: {_why(slot, ledger)}" for slot in suited if not ledger.usable(slot.id)]
     if unusable:
         said.append(f"Not usable: {'; '.join(unusable)}.")
@@ -103,7 +108,8 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:
-    return ledger.unusable.get(slot.id, "it is not there any more").rstrip(".")
+    reason = ledger.unusable.get(slot.id, "it is not there any more")
+    return reason.removeprefix(f"{_name(slot)}: ").rstrip(".")  # a refusal names the GPU itself
 
 
 def _name(slot: Slot) -> str:

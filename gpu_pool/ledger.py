@@ -83,6 +83,8 @@ class Ledger:
         """Replica key -> live workers that have or load that model."""
         self.unusable: dict[str, str] = {}
         """Slot -> why the last look at the hardware ruled it out."""
+        self.refused: dict[str, str] = {}
+        """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
         self.closed: frozenset[str] = frozenset()
         """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
         self.load_seconds: dict[str, float] = {}
@@ -204,6 +206,7 @@ class Ledger:
         self.closed = closed | (held - there.keys())
         self.slots = there | {slot_id: self.slots[slot_id] for slot_id in sorted(held - there.keys())}
         self.unusable = {slot.id: reason for slot, reason in slots if reason is not None}
+        self.refused.clear()
 
     # ------------------------------------------------------------------ invariants
 

@@ -139,7 +139,7 @@ def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readines
     if len(staying) > 1:
         staying.sort(key=lambda worker: (degrees[worker.id], worker.idle_since), reverse=True)
     going: list[Worker] = []
-    while not _fits(demand, slot, staying, ledger.max_workers_per_gpu):
+    while not _fits(demand, slot, staying, ledger):
         going.append(staying.pop())
     if not going:  # beside others: rather on a slot of its own
         return _Way(readiness=Readiness.NOW, tie=float(len(staying)))
@@ -158,10 +158,12 @@ def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> float:
             return worker.idle_since
 
 
-def _fits(demand: Demand, slot: Slot, beside: list[Worker], most: int) -> bool:
+def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> bool:
     if not beside:
         return True
-    if len(beside) >= most or not demand.memory_bytes or not all(worker.memory_bytes for worker in beside):
+    if not demand.memory_bytes or not all(worker.memory_bytes for worker in beside):
+        return False
+    if len(beside) >= ledger.max_workers_per_gpu or slot.id in ledger.refused:
         return False
     return sum(worker.memory_bytes for worker in beside) + demand.memory_bytes <= slot.memory_bytes
 

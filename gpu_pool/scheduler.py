@@ -237,7 +237,8 @@ class Scheduler(Placer):
         worker = self.forget_worker(event.worker_id, reclaim=False)
         if worker is None:
             return
-        self.unusable.update(dict.fromkeys(worker.slots, event.reason))
+        for reasons in (self.unusable, self.refused):
+            reasons.update(dict.fromkeys(worker.slots, event.reason))
         for job_id in sorted(worker.jobs):
             self.release(self.running[job_id], worker.id)
 

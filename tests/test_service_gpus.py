@@ -121,7 +121,7 @@ def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
         assert (gpu["reason"], gpu["free"], gpu["worker_ids"]) == (why, False, [])
     second = box.job_on(tiny_model, "cuda:1")
     for job, cause in ((first, "It has lost its workers. "), (second, "")):
-        box.waits(job, f"{cause}0 of the 1 GPUs that would do are free. Not usable: GPU 1: {why}")
+        box.waits(job, f"{cause}The only GPU that would do is not free. Not usable: GPU 1: {why}")
     nvml.write(*BOX)
     assert box.gpu(1)["quarantined"]  # also when nothing is wrong any more
     assert box.client.release_gpu(UUIDS[1])["reason"] is None
@@ -152,7 +152,7 @@ def test_a_job_that_has_no_other_gpu_waits_until_its_own_is_back(box: GpuBox, nv
         job = box.job_on(tiny_model, "cuda:4")
         box.worker_of(job)
         nvml.write(*BOX, "error * 16 4")
-        box.waits(job, "It has lost its workers. 0 of the 1 GPUs", "NVML error 16")
+        box.waits(job, "It has lost its workers. The only GPU that would do is not free.", "NVML error 16")
         nvml.write(*BOX)
         box.worker_of(job)
     assert box.finished(job)["attempt"] == 1
@@ -211,6 +211,23 @@ def test_a_model_that_needs_two_gpus(box: GpuBox, nvml: FakeNvml, tiny_model: Pa
     assert field == "model_args.pretrained"
     assert "the model needs 1001." in problem
     assert "there is room on 6 GPUs of 72.0 GiB" in problem
+
+
+def test_two_workers_share_a_gpu(fake_nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
+    fake_nvml.write(PLAIN)
+    large = with_weights(tiny_model, tmp_path / "large", gib=60)
+    with gpu_box(tmp_path / "box", fake_nvml, "max_workers_per_gpu = 2") as box:
+        box.finished(box.job_on(tiny_model))
+        [first] = box.gpu(0)["worker_ids"]
+        with fake_nvml.holding():
+            job = box.job_on(tiny_model, variant=1)
+            second = box.worker_of(job)["worker_id"]
+            assert box.gpu(0)["worker_ids"] == [first, second]
+            waiting = box.job_on(large)
+            os.kill(box.worker_pids()[first], signal.SIGKILL)
+            box.gpu_once(0, worker_ids=[second], reason=None, quarantined=False)
+            box.waits(waiting, f"Held: GPU 0 by {second} (job {job}")
+        box.finished(waiting)  # once the idle worker has made room
 
 
 def test_two_servers_share_the_box(box: GpuBox, nvml: FakeNvml, tiny_model: Path, tmp_path: Path):

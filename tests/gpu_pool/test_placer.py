@@ -106,6 +106,34 @@ def test_small_models_share_a_gpu_within_its_memory_where_that_is_allowed() -> N
         assert len(box.of(ev.StartWorker)) == expected
 
 
+def test_a_refusal_names_the_gpu_once() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    box.do(ev.LeaseRefused, worker_id=start.worker_id, reason="GPU 0: Other processes use it: 7 (1.0 GiB).")
+    [wait] = explain(box.scheduler, {}, 10)
+    assert wait.reason.endswith("Not usable: GPU 0: Other processes use it: 7 (1.0 GiB).")
+
+
+def test_a_gpu_that_is_refused_beside_others_is_not_asked_for_again_before_the_next_look() -> None:
+    box = box_of(1, max_workers_per_gpu=2)
+    worker = run_on(box, "j", "a", memory_bytes=35)
+    refused = {"reason": "GPU 0: too much is in use."}
+    (start,) = box.of(ev.StartWorker, box.submit("k", spec=GPU["b"], memory_bytes=35))
+    assert box.do(ev.LeaseRefused, worker_id=start.worker_id, **refused) == []
+    assert box.do(ev.Tick) == []
+    [wait] = explain(box.scheduler, {}, 10)
+    assert wait.reason == (
+        f"It has lost its workers. The only GPU that would do is not free. Held: GPU 0 by {worker} (job j). "
+        "Refused beside them: GPU 0: too much is in use."
+    )
+    (start,) = box.of(ev.StartWorker, box.see({"GPU-0": "Only 10 of 80 are free."}))
+    box.do(ev.LeaseRefused, worker_id=start.worker_id, **refused)
+    (stop,) = box.of(ev.StopWorker, box.end("j"))  # without a job it makes way
+    assert stop.worker_id == worker
+    box.do(ev.WorkerDied, worker_id=worker, cause="stopped")
+    assert box.of(ev.StartWorker, box.see({}))
+
+
 def test_a_model_whose_memory_is_not_known_shares_nothing() -> None:
     box = box_of(1, max_workers_per_gpu=2)
     box.submit("j", spec=GPU["a"], memory_bytes=1)
