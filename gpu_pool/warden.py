@@ -2,7 +2,7 @@
 
 Children themselves die with the server (`child.die_with_parent`), but then nobody is left who knows what they started.
 The warden reads from a pipe that closes with the server, however that ends. When it was killed as well, the next server
-on the data folder does its work.
+on the data folder ends what has the last one's mark.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Warden:
         self.mark = uuid.uuid4().hex
         """Of everything that this server starts."""
         self._record = data_dir / "processes.mark"
-        """The mark of the last server that ran here."""
+        """Identity of the folder, which is another one in a copy, and the mark of the last server that ran here."""
+        folder = data_dir.stat()
+        self._identity = f"{folder.st_dev}:{folder.st_ino}"
         self._children: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._restart: asyncio.TimerHandle | None = None
@@ -42,9 +44,10 @@ class Warden:
     async def start(self) -> None:
         """End what the last server on this data folder has left, and watch over what this one will start."""
         with contextlib.suppress(FileNotFoundError):
-            if left := await asyncio.to_thread(end_all, self._record.read_text()):
+            identity, _, mark = self._record.read_text().partition(" ")
+            if identity == self._identity and (left := await asyncio.to_thread(end_all, mark)):
                 logger.warning("%d processes that the last server's children had started are ended", len(left))
-        self._record.write_text(self.mark)
+        self._record.write_text(f"{self._identity} {self.mark}")
         self._start()
 
     def watch(self, pid: int) -> None:

@@ -213,7 +213,11 @@ class ResultFiles(Response, frozen=True, kw_only=True):
 
 
 class JobInfo(Response, frozen=True, kw_only=True):
-    """One job: the reference's nine keys first."""
+    """One job: the reference's nine keys first.
+
+    `metrics` has lm-eval's keys for each task and group and, where requests ended in an error, how many did
+    (`evalpool_errored`).
+    """
 
     job_id: str
     status: JobStatus

@@ -139,6 +139,13 @@ def watch_bootstrap() -> None:
     entry._prepare_for_jobs = prepare_and_watch
 
 
+def wait_impatiently() -> None:
+    """Evaluators report silent workers at once, so that one that is stopped is found in seconds."""
+    from gpu_pool.evaluator import worker_link
+
+    worker_link.SILENCE_SECONDS = 0.5
+
+
 # ---------------------------------------------------------------- workers
 
 
@@ -166,6 +173,7 @@ if _kind == "server":
 elif _kind in ("evaluator", "desk"):
     watch_cache()
     watch_bootstrap()
+    wait_impatiently()
 
 if __name__ == "__main__":
     from server.__main__ import main

@@ -1,7 +1,7 @@
 """Steps of the journal at which a process may be killed: passages of them are written down, and one may be armed.
 
 Runs inside the server's processes, whose product code knows nothing of it. What they share is a folder: `passages` has
-a line a passage, `plan` says at which passage whom to kill, `roles` who is who, and `fired` what has been carried out.
+a line a passage, `plan` says at which whom to kill or stop, `roles` who is who, `fired` what has been carried out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import select
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +38,12 @@ class Point(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Kill a process of the kind `victim` at `point`; it is dead before the step goes on."""
+    """Kill a process of the kind `victim` at `point`, or stop it; it is dead, or stopped, before the step goes on."""
 
     point: Point
     victim: str
+    signal: int = signal.SIGKILL
+    """Or SIGSTOP."""
 
 
 class Control:
@@ -113,8 +116,8 @@ class Control:
     def _planned(self) -> Plan | None:
         if not self._plan.exists():
             return None
-        point, victim = json.loads(self._plan.read_text())
-        return Plan(Point(*point), victim)
+        point, *how = json.loads(self._plan.read_text())
+        return Plan(Point(*point), *how)
 
     def _carry_out(self, plan: Plan) -> None:
         victims = self.alive(plan.victim)
@@ -123,9 +126,16 @@ class Control:
         self._plan.unlink()
         self._fired.write_text(f"{plan.victim} {victims[0]}")
         descriptor = os.pidfd_open(victims[0])
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        select.select([descriptor], [], [])
+        signal.pidfd_send_signal(descriptor, plan.signal)
+        if plan.signal == signal.SIGKILL:
+            select.select([descriptor], [], [])
+        while plan.signal == signal.SIGSTOP and _state_of(victims[0]) != "T":
+            time.sleep(0.001)
         os.close(descriptor)
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def control_of_this_process() -> Control:

@@ -1,7 +1,8 @@
-"""SIGKILL where a job has company: two workers that share it, and workers whose model is sharded over two processes."""
+"""SIGKILL and SIGSTOP where a job has company: two workers share it, or its worker's model is sharded over two."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import pytest
@@ -28,8 +29,8 @@ def quiet_two(two: Box) -> Quiet:
 
 @pytest.fixture(scope="module")
 def ranks(open_box: OpenBox) -> Box:
-    """One worker of two ranks, joined by gloo."""
-    return open_box(ranks=2)
+    """One worker of two ranks, joined by gloo; when one of them stops, it is killed soon."""
+    return open_box(ranks=2, settings="worker_stall_s = 2.0\n")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,19 @@ def test_a_rank_dies_in_the_middle(ranks: Box, quiet_ranks: Quiet):
     assert len(lost) == 2
     assert ranks.run(Plan(first(passed, "after answers"), "rank")) == left
     assert not set(lost) & {*ranks.control.alive("rank"), *ranks.control.alive("worker")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "worker"])
+def test_a_rank_stops_in_the_middle(victim: str, ranks: Box, quiet_ranks: Quiet):
+    """All of them are killed, the one that waits for the other too, and replaced."""
+    left, passed = quiet_ranks
+    ranks.settle()
+    stopped = [*ranks.control.alive("rank"), *ranks.control.alive("worker")]
+    assert len(stopped) == 2
+    assert ranks.run(Plan(first(passed, "after answers"), victim, signal.SIGSTOP)) == left
+    assert not set(stopped) & {*ranks.control.alive("rank"), *ranks.control.alive("worker")}
+    assert "has made no progress for 2 s and is killed" in ranks.service.log()
 
 
 @pytest.mark.exhaustive

@@ -16,7 +16,7 @@ from outcomes import Outcome
 
 VICTIMS = ("server", "desk", "evaluator", "worker")
 FEW = {
-    "server": ("after insert jobs", "after answers", "before update jobs to completed"),
+    "server": ("after insert jobs", "after answers", "in the bootstrap", "before update jobs to completed"),
     "desk": ("after insert jobs",),
     "evaluator": ("in the bootstrap", "after results.json"),
     "worker": ("after update jobs to running", "after answers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def ends(descriptor: int) -> bool:
     return bool(readable)
 
 
+async def pass_by(folder: Path) -> None:
+    """As a server that starts on the folder, and ends."""
+    warden = Warden(folder)
+    await warden.start()
+    warden.close()
+
+
 def test_all_that_children_started_ends_with_the_server(tmp_path: Path) -> None:
     with running(tmp_path) as all_of_them:
         left = watched([all_of_them.warden, *all_of_them.offspring])
@@ -99,10 +107,9 @@ async def test_the_next_server_ends_what_no_warden_was_left_for(tmp_path: Path) 
         _, _, without_mark, *_ = all_of_them.offspring
         left = watched([pid for pid in all_of_them.offspring if pid != without_mark])
         all_of_them.kill(all_of_them.warden)
+        await pass_by(Path(shutil.copytree(tmp_path, tmp_path.with_name("copy"))))
         assert select.select(left, [], [], 0)[0] == []
-        warden = Warden(tmp_path)
-        await warden.start()
-        warden.close()
+        await pass_by(tmp_path)
         assert all(map(ends, left))
 
 
