@@ -130,7 +130,7 @@ class Placer(Ledger):
     def _serve_heads(self) -> None:
         """The first in line whose patience is at its end go before all others, if there is an evaluator for them.
 
-        (Those of jobs that have paused are not: slots that are held for a job without one would be idle.)
+        (Evaluators of jobs that have paused are not free: slots held for a job without one could be idle for long.)
         """
         for device, head in list(self.heads.items()):
             demand = self.waiting.get(head.job_id)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gpu_pool.machine_memory import machine_bytes
+from gpu_pool.settings import evaluators_that_fit
 
 
 def test_a_container_may_have_less(tmp_path: Path) -> None:
@@ -19,3 +20,7 @@ def test_a_container_may_have_less(tmp_path: Path) -> None:
     files[0].write_text(str(2 * physical))
     files[1].unlink()
     assert machine_bytes(files) == physical
+
+
+def test_evaluators_have_a_share_of_the_memory() -> None:
+    assert [evaluators_that_fit(gib << 30) for gib in (2, 24, 1024)] == [0, 8, 341]
