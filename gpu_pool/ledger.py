@@ -38,7 +38,7 @@ class Running(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     """How long it had a worker, until `working_since`."""
     working_since: float | None = None
-    """Since when it has had one; None while it has none."""
+    """Since when it has had one; None while it has none. After an interruption loading does not count."""
     interrupted: float | None = None
     """When it last lost or gave back its last worker; None when it never did."""
 
@@ -184,6 +184,11 @@ class Ledger:
         if worker.state is WorkerState.IDLE:
             self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.ATTACH))
         run.workers.append(worker_id)
+        if run.interrupted is None or worker.state is not WorkerState.STARTING:
+            self.works(run)
+
+    def works(self, run: Running) -> None:
+        """The job's time runs from now on, if it did not before."""
         if run.working_since is None:
             run.working_since = self.now
 
@@ -218,7 +223,8 @@ class Ledger:
             assert self.evaluators.get(run.evaluator_id) == job_id, "a running job has lost its evaluator"
             assert len(run.workers) == len(set(run.workers)), "a job holds a worker twice"
             assert run.returning <= set(run.workers), "a job gives back what it does not hold"
-            assert (run.working_since is None) == (not run.workers), "the clock of a job does not go with its work"
+            assert run.workers or run.working_since is None, "the clock of a job runs without a worker"
+            assert not run.workers or run.working_since is not None or run.interrupted is not None, "its clock stands"
             for worker_id in run.workers:
                 assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
         for worker in self.workers.values():

@@ -109,7 +109,9 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
             return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
     degrees: dict[str, Readiness] = {}
     ways = [(_way(demand, slot, ledger, degrees), slot.id) for slot in suited]
-    ways.sort(key=lambda way: (way[0].readiness, way[0].tie))  # stable: then in the order of the box
+    ways.sort(
+        key=lambda way: (way[0].readiness, way[1] in ledger.unusable, way[0].tie)
+    )  # stable: then in the order of the box
     chosen = ways[: demand.gpus]
     going = {worker.id: worker for way, _ in chosen for worker in way.workers}
     if demand.spec.device == "cuda" and ledger.max_gpus is not None:
@@ -178,7 +180,9 @@ def _within_cap(
     fresh = max(0, (ledger.max_gpus or 0) - ledger.gpus_held())
     ours = [way for way in ways if ledger.holders.get(way[1])]
     others = [way for way in ways if not ledger.holders.get(way[1])]
-    chosen = sorted([*ours, *others[:fresh]], key=lambda way: (way[0].readiness, way[0].tie))[: demand.gpus]
+    chosen = sorted(
+        [*ours, *others[:fresh]], key=lambda way: (way[0].readiness, way[1] in ledger.unusable, way[0].tie)
+    )[: demand.gpus]
     short = demand.gpus - len(chosen)
     names = {slot_id for _, slot_id in chosen}
     elsewhere = [worker for worker in _gone_or_live(ledger) if not names & set(worker.slots)]

@@ -27,7 +27,7 @@ from gpu_pool.records import Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 PATIENCE_SECONDS = 300.0
-"""How long the first job in line is passed by others, how long a job that has paused works before it may pause again,
+"""How long the first job in line is passed by others, how long a job that has paused works, once it has loaded, before it may pause again,
 and how much earlier and later jobs go whose model is loaded (see Candidates)."""
 UNKNOWN_LOAD_SECONDS = 10.0
 """Assumed cost of loading a model that has never been loaded here."""
@@ -258,24 +258,35 @@ class Placer(Ledger):
     def _hold(self, plan: Plan) -> bool:
         """Make room, and keep from others what jobs have to leave first: they end, or pause when other slots are idle.
 
-        False: the slots would not become free together, and a job there must not pause yet; they are left alone.
+        False: the slots would not become free together, and a job there must not pause yet, or a slot cannot be used
+        at all for now; they are left alone.
         """
         busy = [self.workers[worker_id] for worker_id in plan.busy]
-        drained = {slot_id for worker in busy for slot_id in worker.slots}
-        at_once = len(plan.slots) == 1 or (len(busy) == 1 and drained.issuperset(plan.slots))
-        if not at_once and not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
+        if wide := next((worker for worker in busy if len(worker.slots) >= len(plan.slots)), None):
+            self._promised.update(wide.slots)  # when its jobs end there is room: nothing is gained by a pause
+            return True
+        if not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
             return False
+        if any(slot_id in self.unusable for slot_id in plan.slots):
+            return False
+        drained = {slot_id for worker in busy for slot_id in worker.slots}
+        some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
         self._make_room(plan)
         self._promised.update(drained)
-        if not at_once and not drained.issuperset(plan.slots):
+        if some_are_idle:
             for worker in busy:
                 self._take_back(worker.id)
         return True
 
     def _may_pause(self, job_id: str) -> bool:
-        """Not again before it has worked for a while."""
+        """Not again before it has worked for a while, loading not counted."""
         run = self.running[job_id]
         return run.interrupted is None or self._is_over(run.working_since)
+
+    def _is_idle(self, slot_id: str) -> bool:
+        """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""
+        holders = [self.workers.get(worker_id) for worker_id in self.holders.get(slot_id, ())]
+        return all(worker and not worker.jobs and worker.state is not WorkerState.STOPPING for worker in holders)
 
     def _start_worker(self, demand: ev.Demand, slot_ids: tuple[str, ...]) -> str:
         worker_id = self._new_id("worker")

@@ -196,6 +196,7 @@ class Runner:
             case ev.Attach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
                 address = self._processes.address(worker_id)
                 message = msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address)
+                self._disarm((job_id, worker_id))  # of an earlier use, which was to be cut off if it took too long
                 self._tell(evaluator_id, message)
             case ev.Detach(evaluator_id=evaluator_id):
                 told = msg.DetachWorker(

@@ -176,6 +176,7 @@ class Scheduler(Placer):
         for job_id in sorted(worker.jobs):
             run = self.running[job_id]
             run.failed_starts = 0
+            self.works(run)
             self._do(ev.Attach(job_id=job_id, evaluator_id=run.evaluator_id, worker_id=worker.id))
             self._trim(run)
 

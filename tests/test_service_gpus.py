@@ -120,7 +120,7 @@ def test_memory_that_does_not_come_back_is_quarantined_until_it_is_released(
         gpu = box.gpu_once(1, quarantined=True)
         assert (gpu["reason"], gpu["free"], gpu["worker_ids"]) == (why, False, [])
     second = box.job_on(tiny_model, "cuda:1")
-    for job, cause in ((first, "It has lost its workers. "), (second, "")):
+    for job, cause in ((first, "It has no workers now. "), (second, "")):
         box.waits(job, f"{cause}The only GPU that would do is not free. Not usable: GPU 1: {why}")
     nvml.write(*BOX)
     assert box.gpu(1)["quarantined"]  # also when nothing is wrong any more
@@ -152,7 +152,7 @@ def test_a_job_that_has_no_other_gpu_waits_until_its_own_is_back(box: GpuBox, nv
         job = box.job_on(tiny_model, "cuda:4")
         box.worker_of(job)
         nvml.write(*BOX, "error * 16 4")
-        box.waits(job, "It has lost its workers. The only GPU that would do is not free.", "NVML error 16")
+        box.waits(job, "It has no workers now. The only GPU that would do is not free.", "NVML error 16")
         nvml.write(*BOX)
         box.worker_of(job)
     assert box.finished(job)["attempt"] == 1

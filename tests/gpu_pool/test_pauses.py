@@ -117,3 +117,56 @@ def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patien
     assert not box.of(ev.StopWorker, box.do(ev.JobEnded, job_id="large"))
     box.now += PATIENCE_SECONDS
     assert [stop.worker_id for stop in box.of(ev.StopWorker, box.do(ev.Tick))] == [start.worker_id]
+
+
+def test_loading_again_counts_neither_as_work_before_the_next_pause_nor_as_run() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=6)
+    box.end("a")
+    box.gone(workers[0])
+    box.submit("timed", spec=GPU["a"], timeout_s=1.5 * PATIENCE_SECONDS)
+    (start,) = box.of(ev.StartWorker)[2:]
+    box.load(start.worker_id)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("b")
+    detach = box.of(ev.Detach)[-1]
+    assert detach.job_id == "timed"
+    box.gone(workers[1])
+    (large,) = box.of(ev.StartWorker, give_back(box, detach))
+    box.load(large.worker_id)
+    box.end("large")
+    (again,) = box.of(ev.StartWorker, box.gone(large.worker_id))
+    box.submit("larger", spec=GPU["d"], gpus=2)
+    assert not box.of(ev.Detach, later(box, 2 * PATIENCE_SECONDS))  # for so long it loads
+    box.load(again.worker_id)
+    assert "timed" in box.scheduler.running
+    later(box, 0.4 * PATIENCE_SECONDS)
+    assert "timed" in box.scheduler.running
+    later(box, 0.2 * PATIENCE_SECONDS)
+    assert "timed" not in box.scheduler.running
+
+
+def test_two_sets_that_do_not_fit_together_take_turns_and_do_not_thrash() -> None:
+    box = Box(slots=0, gpus=3, evaluators=6)
+    box.submit("a", spec=GPU["a"], gpus=2)
+    box.load(box.of(ev.StartWorker)[0].worker_id)
+    box.submit("b", spec=GPU["b"], gpus=2)
+    for _ in range(10):
+        later(box, PATIENCE_SECONDS)
+    assert not box.of(ev.Detach)  # the end of a makes room, a pause would gain nothing
+    box.end("a")
+    (start,) = box.of(ev.StartWorker, box.gone(box.of(ev.StopWorker)[0].worker_id))
+    assert start.spec == GPU["b"]
+
+
+def test_nobody_pauses_for_slots_that_cannot_be_used() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=6)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.see({"GPU-1": "a stranger computes there"})
+    box.end("a")
+    box.gone(workers[0])
+    later(box, PATIENCE_SECONDS)
+    assert not box.of(ev.Detach)
+    box.see({})
+    assert [detach.job_id for detach in box.of(ev.Detach)] == ["b"]

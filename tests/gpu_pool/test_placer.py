@@ -123,7 +123,7 @@ def test_a_gpu_that_is_refused_beside_others_is_not_asked_for_again_before_the_n
     assert box.do(ev.Tick) == []
     [wait] = explain(box.scheduler, {}, 10)
     assert wait.reason == (
-        f"It has lost its workers. The only GPU that would do is not free. Held: GPU 0 by {worker} (job j). "
+        f"It has no workers now. The only GPU that would do is not free. Held: GPU 0 by {worker} (job j). "
         "Refused beside them: GPU 0: too much is in use."
     )
     (start,) = box.of(ev.StartWorker, box.see({"GPU-0": "Only 10 of 80 are free."}))
