@@ -27,8 +27,8 @@ from gpu_pool.records import Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 PATIENCE_SECONDS = 300.0
-"""How long the first job in line is passed by others, how long a job that has paused works, once it has loaded, before it may pause again,
-and how much earlier and later jobs go whose model is loaded (see Candidates)."""
+"""How long the first job in line is passed by others, how long a job that has paused works, once it has loaded again,
+before it may pause once more, and how much earlier and later jobs go whose model is loaded (see Candidates)."""
 UNKNOWN_LOAD_SECONDS = 10.0
 """Assumed cost of loading a model that has never been loaded here."""
 
