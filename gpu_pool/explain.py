@@ -130,7 +130,7 @@ class _Forecast:
 
     def _free(self, slot_id: str, seconds_left: Mapping[str, float]) -> float:
         """Seconds until the slot could be free; infinite where that is not known."""
-        if not self._ledger.usable(slot_id):
+        if not self._ledger.usable(slot_id) or slot_id in self._ledger.unusable:
             return math.inf
         workers = [self._ledger.holder(worker_id) for worker_id in self._ledger.holders.get(slot_id, ())]
         busy = [worker for worker in workers if readiness_of(worker, self._ledger) is Readiness.BUSY]
