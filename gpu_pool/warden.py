@@ -14,13 +14,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
 
 from gpu_pool.offspring import VARIABLE, end_all
 
 RESTART_SECONDS = 1.0
 """Before another one is started in the place of one that ended."""
+SWEEP_SECONDS = 5.0
+"""How long a start waits until what the last server's children have left is ended, some 10 ms as a rule: the kernel
+makes whoever asks for the environment of a process wait when that is stuck."""
 END_SECONDS = 5.0
 """How long it may take to end, once it is not needed."""
 
@@ -43,11 +48,8 @@ class Warden:
 
     async def start(self) -> None:
         """End what the last server on this data folder has left, and watch over what this one will start."""
-        with contextlib.suppress(FileNotFoundError):
-            identity, _, mark = self._record.read_text().partition(" ")
-            if identity == self._identity and (left := await asyncio.to_thread(end_all, mark)):
-                logger.warning("%d processes that the last server's children had started are ended", len(left))
-        self._record.write_text(f"{self._identity} {self.mark}")
+        await self._end_left()
+        self._write_record()
         self._start()
 
     def watch(self, pid: int) -> None:
@@ -71,6 +73,38 @@ class Warden:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    async def _end_left(self) -> None:
+        try:
+            identity, _, mark = self._record.read_text("utf-8", "replace").partition(" ")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.warning("what the last server's children may have left is not known: %s", error)
+            return
+        if identity != self._identity:
+            return
+        ended: Future[set[int]] = Future()
+        ended.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+        threading.Thread(target=_end_into, args=(ended, mark), name="end-left", daemon=True).start()
+        try:
+            async with asyncio.timeout(SWEEP_SECONDS):
+                left = await asyncio.wrap_future(ended)
+        except OSError as error:  # a TimeoutError, as a rule
+            logger.warning("what the last server's children may have left cannot be looked for now: %r", error)
+            return
+        if left:
+            logger.warning("%d processes that the last server's children had started are ended", len(left))
+
+    def _write_record(self) -> None:
+        new = self._record.with_suffix(".new")
+        try:
+            new.write_text(f"{self._identity} {self.mark}")
+            new.replace(self._record)
+        except OSError as error:
+            logger.warning("the next server will not know what this one's children may leave: %s", error)
+            with contextlib.suppress(OSError):
+                new.unlink()
 
     def _start(self) -> None:
         self._restart = None
@@ -112,6 +146,13 @@ class Warden:
         if self._process and self._process.stdin:
             with contextlib.suppress(OSError):  # it has ended, or is stopped: marks are enough for most
                 os.write(self._process.stdin.fileno(), lines.encode())
+
+
+def _end_into(ended: Future[set[int]], mark: str) -> None:
+    try:
+        ended.set_result(end_all(mark))
+    except Exception as error:
+        ended.set_exception(error)
 
 
 def main(mark: str) -> None:

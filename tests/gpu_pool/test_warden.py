@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import fake_children
 import pytest
 
+from gpu_pool import warden as warden_module
 from gpu_pool.warden import Warden
 
 PATIENCE_SECONDS = 30
@@ -125,3 +128,47 @@ async def test_a_warden_that_ends_is_replaced(tmp_path: Path, caplog: pytest.Log
     assert "another one is started" in caplog.text
     warden.close()
     warden.close()
+
+
+async def test_a_full_disk_keeps_the_record_not_the_server_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / "processes.mark"
+    record.write_text("another-folder another-mark")
+    warden = Warden(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # Python ignores the signal: to write is an error
+    try:
+        await warden.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the next server will not know" in caplog.text
+    assert record.read_text() == "another-folder another-mark"
+    assert list(tmp_path.iterdir()) == [record]
+    assert warden._process is not None, "it works without a record"
+    warden.close()
+
+
+async def test_a_start_does_not_wait_for_ever_for_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck, sweepers = threading.Event(), list[threading.Thread]()
+
+    def end_all(mark: str) -> set[int]:
+        """As where the kernel does not tell a process's environment."""
+        sweepers.append(threading.current_thread())
+        stuck.wait()
+        return set()
+
+    first = Warden(tmp_path)
+    first._write_record()
+    monkeypatch.setattr(warden_module, "end_all", end_all)
+    monkeypatch.setattr(warden_module, "SWEEP_SECONDS", 0.05)
+    try:
+        await pass_by(tmp_path)
+        assert "cannot be looked for now" in caplog.text
+        [sweeper] = sweepers
+        assert sweeper.daemon, "nor does the end of the process wait for it"
+    finally:
+        stuck.set()
+    sweeper.join()
