@@ -42,12 +42,16 @@ class Warden:
         """Identity of the folder, which is another one in a copy, and the mark of the last server that ran here."""
         folder = data_dir.stat()
         self._identity = f"{folder.st_dev}:{folder.st_ino}"
+        self._recorded = False
+        self._mark_before = ""
+        """Of what this process starts, when no server runs in it."""
         self._children: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._restart: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """End what the last server on this data folder has left, and watch over what this one will start."""
+        self._mark_before = os.environ.get(VARIABLE, "")
         await self._end_left()
         self._write_record()
         self._start()
@@ -63,13 +67,16 @@ class Warden:
         self._tell(f"-{pid}\n")
 
     def close(self) -> None:
-        """No child runs any more."""
+        """No child runs any more; what this process starts from now on is none of the server's."""
+        if os.environ.get(VARIABLE, "").partition("/")[0] == self.mark:
+            os.environ[VARIABLE] = self._mark_before  # not removed, see `marked`
         if self._restart:
             self._restart.cancel()
         if process := self._process:
             self._let_go(process)
             try:
                 process.wait(END_SECONDS)
+                self._forget_record()
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -101,10 +108,17 @@ class Warden:
         try:
             new.write_text(f"{self._identity} {self.mark}")
             new.replace(self._record)
+            self._recorded = True
         except OSError as error:
             logger.warning("the next server will not know what this one's children may leave: %s", error)
             with contextlib.suppress(OSError):
                 new.unlink()
+
+    def _forget_record(self) -> None:
+        """The warden has ended all: the next server need not look."""
+        if self._recorded:
+            with contextlib.suppress(OSError):
+                self._record.unlink()
 
     def _start(self) -> None:
         self._restart = None

@@ -20,6 +20,7 @@ import fake_children
 import pytest
 
 from gpu_pool import warden as warden_module
+from gpu_pool.offspring import VARIABLE, marked
 from gpu_pool.warden import Warden
 
 PATIENCE_SECONDS = 30
@@ -128,6 +129,31 @@ async def test_a_warden_that_ends_is_replaced(tmp_path: Path, caplog: pytest.Log
     assert "another one is started" in caplog.text
     warden.close()
     warden.close()
+
+
+@pytest.mark.parametrize("before", [None, "another-server/its-child"])
+async def test_a_program_that_had_a_server_in_it_starts_what_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str | None
+) -> None:
+    monkeypatch.setenv(VARIABLE, before or "")
+    if before is None:
+        monkeypatch.delenv(VARIABLE)
+    warden = Warden(tmp_path)
+    await warden.start()
+    record = tmp_path / "processes.mark"
+    text = record.read_text()
+    with marked(f"{warden.mark}/child"):
+        pass
+    warden.close()
+    assert os.environ[VARIABLE] == (before or "")
+    assert not record.exists()
+    with subprocess.Popen(["sleep", "1000"]) as later:
+        for left in (text, text.partition(" ")[0] + " "):  # of a server that was killed, or found no room
+            record.write_text(left)
+            await pass_by(tmp_path)
+        assert "are ended" not in caplog.text
+        assert later.poll() is None
+        later.kill()
 
 
 async def test_a_full_disk_keeps_the_record_not_the_server_from_starting(
