@@ -75,8 +75,8 @@ class Warden:
         if process := self._process:
             self._let_go(process)
             try:
-                process.wait(END_SECONDS)
-                self._forget_record()
+                if process.wait(END_SECONDS) == 0:
+                    self._forget_record()
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -124,20 +124,21 @@ class Warden:
         self._restart = None
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
         try:
-            self._process = process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_pool.warden", self.mark],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # what is sent to the server's group is not meant for it
                 cwd=Path(__file__).parents[1],
                 env=environment,
             )
+            descriptor = _pidfd(process)
         except OSError as error:
             logger.warning("no process can be started that would outlive the server: %s", error)
             self._start_later()
             return
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # nothing in the server waits for it
-        self._descriptor = os.pidfd_open(process.pid)
+        self._process, self._descriptor = process, descriptor
         asyncio.get_running_loop().add_reader(self._descriptor, self._on_end, process)
         self._tell("".join(f"+{pid}\n" for pid in self._children))
 
@@ -158,8 +159,22 @@ class Warden:
 
     def _tell(self, lines: str) -> None:
         if self._process and self._process.stdin:
-            with contextlib.suppress(OSError):  # it has ended, or is stopped: marks are enough for most
+            try:
                 os.write(self._process.stdin.fileno(), lines.encode())
+            except BlockingIOError:
+                self._process.kill()  # it is stopped: the next one is told of all children that there are then
+            except OSError:
+                pass  # it has ended: likewise
+
+
+def _pidfd(process: subprocess.Popen[bytes]) -> int:
+    """Of a warden that has just been started. Raises OSError when there is none; then the warden is gone too."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()  # before its pipe closes, at which it would end the server's children
+        process.communicate()
+        raise
 
 
 def _end_into(ended: Future[set[int]], mark: str) -> None:
