@@ -5,6 +5,7 @@ What was used least recently goes first, by the day, a few answers at a time so 
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Generator, Sequence
@@ -27,6 +28,8 @@ PAUSE_S = 0.005
 """Between two pieces of a long pruning, so that writers get their turn."""
 COMPACT_SHARE = 0.25
 """From this share of deleted answers on, the index is written anew: its pages are full of holes."""
+
+_log = logging.getLogger(__name__)
 
 
 class CacheUnusable(PoolError):
@@ -112,9 +115,9 @@ def prune(
         else:
             deleted = _delete_matching(connection, older_than_days or 0, models)
         if deleted and deleted >= COMPACT_SHARE * entries:
-            connection.execute("REINDEX responses")
+            _rewrite(connection, "REINDEX responses")
         if not _pragma(connection, "auto_vacuum"):  # an older file, and no room for a copy when it was taken over
-            connection.execute("VACUUM")
+            _rewrite(connection, "VACUUM")
         while _give_back(connection, PIECE):
             time.sleep(PAUSE_S)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -140,6 +143,13 @@ def _give_back(connection: sqlite3.Connection, pages: int) -> bool:
     before = _pragma(connection, "freelist_count")
     connection.executescript(f"PRAGMA incremental_vacuum({pages})")  # `execute` does one step of it: a single page
     return 0 < _pragma(connection, "freelist_count") < before
+
+
+def _rewrite(connection: sqlite3.Connection, statement: str) -> None:
+    try:
+        connection.execute(statement)
+    except sqlite3.Error as error:  # no room for a copy: deleted pages are used again but not given back
+        _log.warning("The file of the response cache could not be made smaller: %s", error)
 
 
 def _shrink(connection: sqlite3.Connection, max_bytes: int) -> int:

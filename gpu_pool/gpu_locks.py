@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -58,10 +60,13 @@ class GpuLock:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             self.problem = f"Another evalpool server on this machine{_signature(descriptor)} holds it."
-            os.close(descriptor)
-            return None
-        self.problem = None
-        return descriptor
+        except OSError as error:  # not every network file system can
+            self.problem = f"Its lock file {self._folder / self._name} cannot be locked: {error.strerror}."
+        else:
+            self.problem = None
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def release(self) -> None:
         """Let go, if it is ours. The file stays: removing it would let two servers lock two files of one name."""
@@ -98,10 +103,17 @@ def _create(name: str, folder: int) -> int:
 
 
 def _open_file(name: str, folder: int) -> int:
+    flags = (
+        os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    )  # a pipe, which anybody could have put there, is not waited for
     try:
-        return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        descriptor = os.open(name, os.O_RDWR | flags, dir_fd=folder)
     except PermissionError:  # to read it suffices to lock it
-        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        descriptor = os.open(name, os.O_RDONLY | flags, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return descriptor
 
 
 def _sign(descriptor: int, name: bytes) -> None:
@@ -113,5 +125,7 @@ def _sign(descriptor: int, name: bytes) -> None:
 
 def _signature(descriptor: int) -> str:
     """ " (process 123)" of the holder, as far as it has said so; anybody could have written anything there."""
-    text = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+    text = ""
+    with contextlib.suppress(OSError):
+        text = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
     return f" (process {text})" if text.isdecimal() else ""

@@ -32,7 +32,7 @@ class LocalProcesses:
         self._warden = Warden(settings.data_dir)
 
     async def start(self) -> None:
-        """End what a lost server's children may have left. Raises OSError when the data folder cannot be written."""
+        """End what a lost server's children may have left."""
         await self._warden.start()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 VARIABLE = "STARTED_BY_EVALPOOL"
 """Holds the mark, as "<server's>/<child's>"."""
@@ -35,11 +36,13 @@ def marked(mark: str) -> Generator[None]:
 def end_all(mark: str, sessions: Collection[int] = ()) -> set[int]:
     """SIGKILL to every process that has this mark (a server's: one of its children's), or is in one of `sessions`.
 
-    Returns their pids. They are gone soon; processes of other users are left alone.
+    Returns their pids. They are gone soon; processes of other users are left alone, and so are this one and those that
+    it descends from: none of them was left by a server that is gone.
     """
     ended: set[int] = set()
+    line = set(_line(os.getpid()))
     for _ in range(_ROUNDS):
-        found = set(_find(mark, sessions)) - ended
+        found = set(_find(mark, sessions)) - ended - line
         if not found:
             break
         for pid in found:
@@ -53,23 +56,46 @@ def _find(mark: str, sessions: Collection[int]) -> Iterator[int]:
         with suppress(OSError):  # it ended meanwhile
             if entry.name.isdecimal() and entry.stat().st_uid == os.geteuid():
                 pid = int(entry.name)
-                if pid != os.getpid() and _belongs(pid, mark, sessions):
+                if _belongs(pid, mark, sessions):
                     yield pid
 
 
 def _belongs(pid: int, mark: str, sessions: Collection[int]) -> bool:
     """Raises OSError when the process is gone."""
-    folder = Path(f"/proc/{pid}")
-    state, _, _, session, *_ = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    if state in "ZX":
+    stat = _Stat.of(pid)
+    if stat.state in "ZX":
         return False
-    if int(session) in sessions:
+    if stat.session in sessions:
         return True
+    if not mark:  # the variable is empty where there was a server before
+        return False
     entry = f"{VARIABLE}={mark}".encode()
     return any(
         variable == entry or variable.startswith(entry + b"/")
-        for variable in (folder / "environ").read_bytes().split(b"\0")
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     )
+
+
+def _line(pid: int) -> Iterator[int]:
+    """It, its parent, the parent of that, and so on, as far as this process may see."""
+    with suppress(OSError):
+        while pid:
+            yield pid
+            pid = _Stat.of(pid).parent
+
+
+class _Stat(NamedTuple):
+    state: str
+    parent: int
+    session: int
+
+    @classmethod
+    def of(cls, pid: int) -> _Stat:
+        """Raises OSError when the process is gone."""
+        # proc(5): pid (name) state ppid pgrp session …; the name may hold anything, parentheses too
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, parent, _, session, *_ = text.rpartition(")")[2].split()
+        return cls(state, int(parent), int(session))
 
 
 def _end(pid: int, mark: str, sessions: Collection[int]) -> None:

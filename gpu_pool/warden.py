@@ -14,13 +14,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
 
 from gpu_pool.offspring import VARIABLE, end_all
 
 RESTART_SECONDS = 1.0
 """Before another one is started in the place of one that ended."""
+SWEEP_SECONDS = 5.0
+"""How long a start waits until what the last server's children have left is ended, some 10 ms as a rule: the kernel
+makes whoever asks for the environment of a process wait when that is stuck."""
 END_SECONDS = 5.0
 """How long it may take to end, once it is not needed."""
 
@@ -37,17 +42,18 @@ class Warden:
         """Identity of the folder, which is another one in a copy, and the mark of the last server that ran here."""
         folder = data_dir.stat()
         self._identity = f"{folder.st_dev}:{folder.st_ino}"
+        self._recorded = False
+        self._mark_before = ""
+        """Of what this process starts, when no server runs in it."""
         self._children: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._restart: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """End what the last server on this data folder has left, and watch over what this one will start."""
-        with contextlib.suppress(FileNotFoundError):
-            identity, _, mark = self._record.read_text().partition(" ")
-            if identity == self._identity and (left := await asyncio.to_thread(end_all, mark)):
-                logger.warning("%d processes that the last server's children had started are ended", len(left))
-        self._record.write_text(f"{self._identity} {self.mark}")
+        self._mark_before = os.environ.get(VARIABLE, "")
+        await self._end_left()
+        self._write_record()
         self._start()
 
     def watch(self, pid: int) -> None:
@@ -61,35 +67,78 @@ class Warden:
         self._tell(f"-{pid}\n")
 
     def close(self) -> None:
-        """No child runs any more."""
+        """No child runs any more; what this process starts from now on is none of the server's."""
+        if os.environ.get(VARIABLE, "").partition("/")[0] == self.mark:
+            os.environ[VARIABLE] = self._mark_before  # not removed, see `marked`
         if self._restart:
             self._restart.cancel()
         if process := self._process:
             self._let_go(process)
             try:
-                process.wait(END_SECONDS)
+                if process.wait(END_SECONDS) == 0:
+                    self._forget_record()
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    async def _end_left(self) -> None:
+        try:
+            identity, _, mark = self._record.read_text("utf-8", "replace").partition(" ")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.warning("what the last server's children may have left is not known: %s", error)
+            return
+        if identity != self._identity:
+            return
+        ended: Future[set[int]] = Future()
+        ended.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+        threading.Thread(target=_end_into, args=(ended, mark), name="end-left", daemon=True).start()
+        try:
+            async with asyncio.timeout(SWEEP_SECONDS):
+                left = await asyncio.wrap_future(ended)
+        except OSError as error:  # a TimeoutError, as a rule
+            logger.warning("what the last server's children may have left cannot be looked for now: %r", error)
+            return
+        if left:
+            logger.warning("%d processes that the last server's children had started are ended", len(left))
+
+    def _write_record(self) -> None:
+        new = self._record.with_suffix(".new")
+        try:
+            new.write_text(f"{self._identity} {self.mark}")
+            new.replace(self._record)
+            self._recorded = True
+        except OSError as error:
+            logger.warning("the next server will not know what this one's children may leave: %s", error)
+            with contextlib.suppress(OSError):
+                new.unlink()
+
+    def _forget_record(self) -> None:
+        """The warden has ended all: the next server need not look."""
+        if self._recorded:
+            with contextlib.suppress(OSError):
+                self._record.unlink()
 
     def _start(self) -> None:
         self._restart = None
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
         try:
-            self._process = process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_pool.warden", self.mark],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # what is sent to the server's group is not meant for it
                 cwd=Path(__file__).parents[1],
                 env=environment,
             )
+            descriptor = _pidfd(process)
         except OSError as error:
             logger.warning("no process can be started that would outlive the server: %s", error)
             self._start_later()
             return
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # nothing in the server waits for it
-        self._descriptor = os.pidfd_open(process.pid)
+        self._process, self._descriptor = process, descriptor
         asyncio.get_running_loop().add_reader(self._descriptor, self._on_end, process)
         self._tell("".join(f"+{pid}\n" for pid in self._children))
 
@@ -110,8 +159,29 @@ class Warden:
 
     def _tell(self, lines: str) -> None:
         if self._process and self._process.stdin:
-            with contextlib.suppress(OSError):  # it has ended, or is stopped: marks are enough for most
+            try:
                 os.write(self._process.stdin.fileno(), lines.encode())
+            except BlockingIOError:
+                self._process.kill()  # it is stopped: the next one is told of all children that there are then
+            except OSError:
+                pass  # it has ended: likewise
+
+
+def _pidfd(process: subprocess.Popen[bytes]) -> int:
+    """Of a warden that has just been started. Raises OSError when there is none; then the warden is gone too."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()  # before its pipe closes, at which it would end the server's children
+        process.communicate()
+        raise
+
+
+def _end_into(ended: Future[set[int]], mark: str) -> None:
+    try:
+        ended.set_result(end_all(mark))
+    except Exception as error:
+        ended.set_exception(error)
 
 
 def main(mark: str) -> None:

@@ -63,7 +63,8 @@ class SharedAnswers:
         reservation = self._cache.reserve([unit.key for unit in units if unit.key])
         if answered := self._take(units, reservation.answers):
             self._on_answers(answered)
-        elsewhere = [unit for unit in units if unit.key in reservation.elsewhere - self._overdue]
+        awaited = reservation.elsewhere - self._overdue
+        elsewhere = [unit for unit in units if unit.key in awaited]
         if elsewhere:
             self._wait_for(elsewhere)
         gone = {*map(id, answered), *map(id, elsewhere)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import sqlite3
 import threading
 import time
@@ -221,18 +222,42 @@ def test_an_older_file_is_taken_over(path: Path) -> None:
         assert path.stat().st_size < EMPTY_BYTES
 
 
-def test_an_older_file_that_there_was_no_room_to_copy_shrinks_later(path: Path) -> None:
+def taken_over_without_room(path: Path) -> None:
+    """Make an empty file that cannot give deleted pages back, as an older one was when there was no room to copy it."""
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as connection, connection:
         for table in cache_file._TABLES:
             connection.execute(table)
         connection.execute(f"PRAGMA user_version={cache_file._VERSION}")
+
+
+def test_an_older_file_that_there_was_no_room_to_copy_shrinks_later(path: Path) -> None:
+    taken_over_without_room(path)
     with closing(ResponseCache(path)) as cache:
         cache.store({b"%d" % i: "x" * 500 for i in range(1000)})
         assert prune(path, 10**9, older_than_days=0).entries == 1000
         assert path.stat().st_size < EMPTY_BYTES
         cache.store({b"a": "text"})
         assert cache.lookup([b"a"]) == {b"a": "text"}
+
+
+def test_pruning_without_room_for_a_copy_deletes_all_the_same(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    taken_over_without_room(path)
+    kept = {b"%d" % i: "x" * 500 for i in range(1000)}
+    with closing(ResponseCache(path)) as cache:
+        cache.store(kept, CachedModel("a", "/models/a"))
+        cache.store({b"gone": "x"}, CachedModel("b", "/models/b"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))  # the journal of a copy is larger
+    try:
+        assert prune(path, 10**9, models=["b"]).entries == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be made smaller" in caplog.text
+    with closing(ResponseCache(path)) as cache:
+        assert len(cache.lookup([*kept, b"gone"])) == 1000
+    assert prune(path, 10**9, older_than_days=0).entries == 1000
+    assert path.stat().st_size < EMPTY_BYTES
 
 
 # ---------------------------------------------------------------- trouble

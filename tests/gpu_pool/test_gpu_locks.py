@@ -75,6 +75,45 @@ def test_a_file_that_may_only_be_read_locks_as_well(folder: Path) -> None:
     assert other.acquire()
 
 
+def test_a_file_that_cannot_be_locked_is_a_problem_in_words(folder: Path) -> None:
+    folder.mkdir()
+    file = folder / "GPU-1.lock"
+    file.touch()
+    lock = GpuLock("GPU-1", folder)
+    opened: list[int] = []
+
+    def without_locks() -> int:
+        opened.append(os.open(file, os.O_PATH))  # flock says EBADF, as on some network file systems
+        return opened[-1]
+
+    lock._open = without_locks
+    for attempt in (lock.acquire, lock.look):
+        assert not attempt()
+        assert lock.problem == f"Its lock file {file} cannot be locked: Bad file descriptor."
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(opened[-1])  # it is closed
+
+
+def test_a_signature_that_cannot_be_read_is_not_said(folder: Path) -> None:
+    lock, other = GpuLock("GPU-1", folder), GpuLock("GPU-1", folder)
+    assert lock.acquire()
+    other._open = lambda: os.open(folder / "GPU-1.lock", os.O_WRONLY)
+    assert not other.acquire()
+    assert other.problem == "Another evalpool server on this machine holds it."
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY], ids=["writable", "read-only"])
+def test_a_pipe_in_the_place_of_the_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / "GPU-1.lock")
+    if flags == os.O_RDONLY:
+        monkeypatch.setattr(os, "O_RDWR", os.O_RDONLY)  # root may write every file
+    lock = GpuLock("GPU-1", folder)
+    for attempt in (lock.acquire, lock.look):
+        assert not attempt()
+        assert lock.problem == f"Its lock file {folder / 'GPU-1.lock'} cannot be opened: Not a regular file."
+
+
 def test_a_lock_dies_with_its_process(folder: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:

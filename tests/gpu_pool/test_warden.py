@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fake_children
 import pytest
 
+from gpu_pool import warden as warden_module
+from gpu_pool.offspring import VARIABLE, marked
 from gpu_pool.warden import Warden
 
 PATIENCE_SECONDS = 30
@@ -87,6 +92,22 @@ def ends(descriptor: int) -> bool:
     return bool(readable)
 
 
+@contextmanager
+def sleeping(**options: Any) -> Generator[subprocess.Popen[bytes]]:
+    """A process that would live for ever."""
+    with subprocess.Popen(["sleep", "1000"], **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def replaced(warden: Warden, first: subprocess.Popen[bytes] | None) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while warden._process in (None, first):
+            await asyncio.sleep(0.01)
+
+
 async def pass_by(folder: Path) -> None:
     """As a server that starts on the folder, and ends."""
     warden = Warden(folder)
@@ -119,9 +140,115 @@ async def test_a_warden_that_ends_is_replaced(tmp_path: Path, caplog: pytest.Log
     first = warden._process
     assert first is not None
     first.kill()
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while warden._process in (None, first):
-            await asyncio.sleep(0.01)
+    await replaced(warden, first)
     assert "another one is started" in caplog.text
     warden.close()
     warden.close()
+
+
+async def test_a_warden_that_is_stopped_is_replaced_by_one_that_knows_the_children(tmp_path: Path) -> None:
+    warden = Warden(tmp_path)
+    await warden.start()
+    first = warden._process
+    assert first is not None
+    first.send_signal(signal.SIGSTOP)
+    with sleeping(start_new_session=True) as child:
+        warden.watch(child.pid)
+        for _ in range(10_000):  # more than its pipe holds; nobody has this number
+            warden.watch(2**30)
+            warden.forget(2**30)
+        await replaced(warden, first)
+        warden.close()
+        assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+
+
+async def test_a_warden_that_cannot_be_watched_ends_nothing_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warden = Warden(tmp_path)
+    wardens: list[int] = []
+
+    def without_descriptors(pid: int) -> int:
+        monkeypatch.undo()
+        wardens.append(pid)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with sleeping(env={**os.environ, VARIABLE: f"{warden.mark}/child"}) as child:
+        monkeypatch.setattr(os, "pidfd_open", without_descriptors)
+        await warden.start()
+        assert warden._process is None
+        assert "Too many open files" in caplog.text
+        with pytest.raises(ProcessLookupError):
+            os.kill(wardens[0], 0)
+        assert child.poll() is None
+        await replaced(warden, None)
+        warden.close()
+        assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("before", [None, "another-server/its-child"])
+async def test_a_program_that_had_a_server_in_it_starts_what_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str | None
+) -> None:
+    monkeypatch.setenv(VARIABLE, before or "")
+    if before is None:
+        monkeypatch.delenv(VARIABLE)
+    warden = Warden(tmp_path)
+    await warden.start()
+    record = tmp_path / "processes.mark"
+    text = record.read_text()
+    with marked(f"{warden.mark}/child"):
+        pass
+    warden.close()
+    assert os.environ[VARIABLE] == (before or "")
+    assert not record.exists()
+    with sleeping() as later:
+        for left in (text, text.partition(" ")[0] + " "):  # of a server that was killed, or found no room
+            record.write_text(left)
+            await pass_by(tmp_path)
+        assert "are ended" not in caplog.text
+        assert later.poll() is None
+
+
+async def test_a_full_disk_keeps_the_record_not_the_server_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / "processes.mark"
+    record.write_text("another-folder another-mark")
+    warden = Warden(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # Python ignores the signal: to write is an error
+    try:
+        await warden.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the next server will not know" in caplog.text
+    assert record.read_text() == "another-folder another-mark"
+    assert list(tmp_path.iterdir()) == [record]
+    assert warden._process is not None, "it works without a record"
+    warden.close()
+
+
+async def test_a_start_does_not_wait_for_ever_for_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck, sweepers = threading.Event(), list[threading.Thread]()
+
+    def end_all(mark: str) -> set[int]:
+        """As where the kernel does not tell a process's environment."""
+        sweepers.append(threading.current_thread())
+        stuck.wait()
+        return set()
+
+    first = Warden(tmp_path)
+    first._write_record()
+    monkeypatch.setattr(warden_module, "end_all", end_all)
+    monkeypatch.setattr(warden_module, "SWEEP_SECONDS", 0.05)
+    try:
+        await pass_by(tmp_path)
+        assert "cannot be looked for now" in caplog.text
+        [sweeper] = sweepers
+        assert sweeper.daemon, "nor does the end of the process wait for it"
+    finally:
+        stuck.set()
+    sweeper.join()
