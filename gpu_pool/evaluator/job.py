@@ -30,6 +30,8 @@ from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
 
+_ERRORED = "%s: ended in an error: %s"
+
 _log = logging.getLogger(__name__)
 
 
@@ -161,13 +163,15 @@ class JobRun:
                 unit.waiting[name] += uses[unit]
             missing = sum(uses[unit] for unit in waiting)
             self._open[name] += missing
-            errored = [unit for unit in uses if unit.error is not None]
+            ended = uses.keys() - waiting  # one that waits is counted when it ends, even if it has an error already
+            errored = [unit for unit in ended if unit.error is not None]
         self._requests.setdefault(name, TaskRequests()).responses.extend(requests.responses)
         self._progress.built(name, uses.total())
         without = sum(uses[unit] for unit in errored)
         self._progress.known(name, cached=cached, repeated=uses.total() - missing - cached - without)
         for unit in errored:
             self._count_errors({name: uses[unit]}, unit.error or "")
+            _log.warning(_ERRORED, name, unit.error)
         misses = [unit for unit in new if unit.answer is None]
         misses.sort(key=lambda unit: unit.order)
         for unit in misses:
@@ -199,8 +203,8 @@ class JobRun:
 
     def _on_errors(self, units: Sequence[Unit]) -> None:
         for unit in units:
-            counts, complete = self._settle([unit])
-            self._count_errors(counts, unit.error or "")
+            counts, complete = self._settle([unit], error=unit.error or "")
+            _log.warning(_ERRORED, ", ".join(counts), unit.error)
             for task in complete:
                 self._ready.put(task)
 
@@ -212,20 +216,24 @@ class JobRun:
         for task in complete:
             self._ready.put(task)
 
-    def _settle(self, units: Sequence[Unit]) -> tuple[Counter[str], list[str]]:
-        """Nobody waits for these any more: how many each task had waited for, and the tasks that are complete."""
+    def _settle(self, units: Sequence[Unit], error: str | None = None) -> tuple[Counter[str], list[str]]:
+        """Nobody waits for these any more: how many each task had waited for, and the tasks that are complete.
+
+        `error`: why they have no answer. It counts before another thread's answers can make a task complete.
+        """
         counts: Counter[str] = Counter()
         with self._lock:
             for unit in units:
                 counts.update(unit.waiting)
                 unit.waiting.clear()
                 unit.forget_tokens()
+            if error is not None:
+                self._count_errors(counts, error)
             for task in counts:
                 self._open[task] -= counts[task]
             return counts, [task for task in counts if not self._open[task]]
 
     def _count_errors(self, counts: Mapping[str, int], cause: str) -> None:
-        _log.warning("%s: ended in an error: %s", ", ".join(counts), cause)
         self._errored.add(counts, cause)
         self._progress.errored(counts)
         self._judge_errors()
