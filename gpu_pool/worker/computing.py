@@ -38,17 +38,18 @@ def compute(
     """
     started = time.perf_counter()
     try:
-        match chunk:
-            case LoglikelihoodChunk(chunk_id=chunk_id):
-                answers = score(loaded, chunk, should_stop)
-                yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
-            case GenerationChunk():
-                ended = generate_chunks(loaded, chunk, should_stop, take_alike)
-                for count, (chunk_id, texts) in enumerate(ended, start=1):
-                    seconds = (time.perf_counter() - started) / count
-                    yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds)
-            case _:
-                assert_never(chunk)
+        with loaded.limits.learning():
+            match chunk:
+                case LoglikelihoodChunk(chunk_id=chunk_id):
+                    answers = score(loaded, chunk, should_stop)
+                    yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
+                case GenerationChunk():
+                    ended = generate_chunks(loaded, chunk, should_stop, take_alike)
+                    for count, (chunk_id, texts) in enumerate(ended, start=1):
+                        seconds = (time.perf_counter() - started) / count
+                        yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds)
+                case _:
+                    assert_never(chunk)
     except RuntimeError as error:
         if is_device_lost(error, loaded.device):
             traceback.print_exc()

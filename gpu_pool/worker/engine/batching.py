@@ -64,15 +64,17 @@ def run_halving(
 ) -> list[R]:
     """`run(items)`, or in halves when the GPU's memory does not suffice; `on_shortage` is told what was too much.
 
+    It is not told of a single item: no bound makes that smaller.
+
     Raises:
         torch.OutOfMemoryError: a single item needs more memory than there is.
     """
     try:
         return run(items)
     except torch.OutOfMemoryError:
-        on_shortage(items)
         if len(items) == 1:
             raise
+        on_shortage(items)
     torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
     middle = len(items) // 2
     return run_halving(run, items[:middle], on_shortage) + run_halving(run, items[middle:], on_shortage)

@@ -110,7 +110,7 @@ class _Stream:
             self._loaded.prefix_cache.clear()
             self._loaded.grid_cache.clear()
             torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
-            self._rows = max(1, min(self._rows, len(left)) // 2)
+            self._rows = max(1, self._rows // 2)
 
     def _continue(self, prompts: Sequence[Prompt]) -> Iterator[Texts]:
         ended = tree_generation.continue_rows(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch.distributed
 from gpu_pool.model_size import PROCESS_BYTES, activation_bytes
 
 _LEAST_TOKENS = 128
+_CALM_CHUNKS = 100
+"""Chunks, or streams of them, without a shortage after which bounds that had shrunk double."""
 
 
 @dataclass(kw_only=True)
 class Limits:
-    """Bounds of forward passes. Those that memory did not suffice for shrink, for good."""
+    """Bounds of forward passes. Those that memory did not suffice for shrink, and grow back when it does for long."""
 
     scored_tokens: int
     """Tokens of a forward pass, where the request leaves the batch size to us; of the plain way padded ones."""
@@ -35,6 +39,34 @@ class Limits:
     prefix_bytes: int
     """Memory of the keys and values of shared beginnings, kept between chunks."""
 
+    _planned: dict[str, int] = field(init=False, repr=False, compare=False)
+    """What those that may shrink were at first."""
+    _calm: int = field(default=0, init=False, repr=False, compare=False)
+    """Chunks since the latest shortage, or since they grew."""
+
+    def __post_init__(self) -> None:
+        self._planned = self._shrinking()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While a chunk is computed. What is learnt from shortages stays, but not if the chunk fails of one: then
+        others held the memory, or a request is too large, which no bound helps."""
+        before = self._shrinking()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            vars(self).update(before)
+            self._calm = 0
+            raise
+        self._calm = self._calm + 1 if self._shrinking() == before else 0
+        if self._calm == _CALM_CHUNKS:
+            self._calm = 0
+            for name, planned in self._planned.items():
+                setattr(self, name, min(planned, 2 * getattr(self, name)))
+
+    def _shrinking(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("scored_tokens", "generated_tokens", "generated_bytes")}
+
     def logits(self, vocabulary: int) -> int:
         """Positions of a forward pass whose logits may be asked for."""
         return self.logits_bytes // (4 * vocabulary)
@@ -42,6 +74,16 @@ class Limits:
     def shrink(self, tokens: int) -> None:
         """So many tokens of a forward pass were too many."""
         self.scored_tokens = min(self.scored_tokens, max(_LEAST_TOKENS, tokens // 2))
+
+    def shrink_block(self, tokens: int) -> bool:
+        """A block of so many tokens was too much alone: those laid out from now on have half as many.
+
+        False: it is as small as blocks get.
+        """
+        if tokens <= _LEAST_TOKENS:
+            return False
+        self.shrink(tokens)
+        return True
 
     def shrink_generated(self, tokens: int) -> None:
         """So many tokens held while generating the plain way were too many."""

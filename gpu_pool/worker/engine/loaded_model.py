@@ -115,9 +115,13 @@ class LoadedModel:
         return max(1, min(self.limits.generated_rows, fitting))
 
     def shrink_generated_rows(self, rows: int, longest: int, options: GenerationOptions) -> None:
-        """Memory did not suffice for so many of them: from now on it is taken to suffice for half as many."""
-        fitting = max(1, rows // 2) * self._row_bytes(longest, options)
-        self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
+        """Memory did not suffice for so many of them: from now on it is taken to suffice for half as many.
+
+        One alone says nothing of others.
+        """
+        if rows > 1:
+            fitting = rows // 2 * self._row_bytes(longest, options)
+            self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
 
     def _row_bytes(self, longest: int, options: GenerationOptions) -> int:
         config = self.text_config

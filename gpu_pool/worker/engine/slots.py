@@ -64,6 +64,11 @@ class Slots:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def held(self) -> int:
+        """Rows that the buffers have room for, or were to have when memory did not suffice: it never gets less."""
+        return self._rows
+
     def add(self, path: Path, shared: int) -> None:
         """One row more, that goes on after `path`; its first `shared` tokens stay where they are."""
         row, own = len(self), path.end - shared

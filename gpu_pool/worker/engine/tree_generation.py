@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -176,7 +177,11 @@ class _Run:
         if not self._blocks and not self._waiting and self._free >= _IDLE_SHARE * self._slots.most:
             self._admit_more()
         while self._blocks and not self._waiting and (batch := self._next_batch()):
-            run_halving(self._read, batch, lambda blocks: limits.shrink(sum(len(block.tokens) for block in blocks)))
+            try:
+                run_halving(self._read, batch, lambda blocks: limits.shrink(sum(len(block.tokens) for block in blocks)))
+            except torch.OutOfMemoryError:
+                limits.shrink_block(len(self._blocks[0].tokens))  # the first one that is left was too much alone
+                raise
             self._start_waiting()
 
     def _admit_more(self) -> bool:
@@ -226,7 +231,8 @@ class _Run:
         rows: list[_Row] = []
         for sequence, prompt, _ in starting:
             shared = sequence.path.until(sequence.shared)
-            self._slots.add(sequence.path, sequence.shared)
+            with self._learning():
+                self._slots.add(sequence.path, sequence.shared)
             hold(shared)
             rows.append(_Row(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
             self._rows.append(rows[-1])
@@ -238,12 +244,18 @@ class _Run:
 
     def _continue(self) -> None:
         """One more token for each row."""
-        try:
+        with self._learning():
             logits = run_step(self._loaded.model, self._slots, [row.tokens[-1] for row in self._rows])
-        except torch.OutOfMemoryError:
-            self._loaded.shrink_generated_rows(len(self._rows), self._longest, self._options)
-            raise
         self._append(self._rows, logits)
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Remember when memory does not suffice for the slots: for all that they have room for, in use or not."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self._loaded.shrink_generated_rows(self._slots.held, self._longest, self._options)
+            raise
 
     def _append(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
         """Give each row its next token, and let go of those that end with it."""

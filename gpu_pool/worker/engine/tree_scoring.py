@@ -45,14 +45,16 @@ def score_rows(
 
     Raises:
         Cancelled: `should_stop` said so.
+        torch.OutOfMemoryError: even the smallest blocks are too much.
     """
     rows = sorted(rows, key=lambda row: row.tokens)
+    largest = max(len(row.tokens) for row in rows)
     while True:
-        tried = loaded.limits.scored_tokens
+        largest = min(largest, loaded.limits.scored_tokens)
         try:
             return _score_once(loaded, rows, batch_size, should_stop, deterministic=deterministic)
         except torch.OutOfMemoryError:
-            if loaded.limits.scored_tokens >= tried:
+            if deterministic or not loaded.limits.shrink_block(largest):
                 raise
         torch.cuda.empty_cache()
 

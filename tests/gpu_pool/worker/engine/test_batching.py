@@ -65,9 +65,11 @@ def test_an_item_that_is_too_much_alone():
         return batch
 
     done: list[int] = []
+    too_much: list[list[int]] = []
     with pytest.raises(torch.OutOfMemoryError):
-        done.extend(run_batches(run, [1, 2, 7, 8], lambda batch, item: True))
+        done.extend(run_batches(run, [1, 2, 7, 8], lambda batch, item: True, too_much.append))
     assert 7 not in done
+    assert too_much == [[1, 2, 7, 8], [7, 8]], "one alone says nothing of batches"
 
 
 @pytest.mark.parametrize(

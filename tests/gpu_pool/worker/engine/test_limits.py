@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from fresh_models import load_fresh
 
 from gpu_pool.records import ModelArgs, ModelSpec
-from gpu_pool.worker.engine.limits import find_limits, free_bytes
+from gpu_pool.worker.engine.limits import Limits, find_limits, free_bytes
 from gpu_pool.worker.engine.loading import load_model
 
 CPU = torch.device("cpu")
@@ -44,3 +45,60 @@ def test_a_model_is_loaded_with_its_budget(checkpoint: Callable[..., Path]) -> N
     spec = ModelSpec(kind="hf", args=ModelArgs(pretrained=str(checkpoint("llama"))), fingerprint="")
     budget = resident() + 50 * MIB
     assert load_model(spec, allow_remote_code=False, budget=budget).limits.prefix_bytes <= 5 * MIB
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return Limits(
+        scored_tokens=30_000,
+        worthwhile_tokens=0,
+        generated_tokens=5000,
+        generated_rows=1,
+        generated_bytes=1000,
+        logits_bytes=0,
+        prefix_bytes=0,
+    )
+
+
+def test_a_shortage_that_fails_the_chunk_is_forgotten(limits: Limits) -> None:
+    before = dataclasses.replace(limits)
+
+    def compute_in_vain() -> None:
+        with limits.learning():
+            limits.shrink(30_000)
+            limits.shrink_generated(3000)
+            limits.generated_bytes = 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compute_in_vain()
+    assert limits == before
+    with limits.learning():
+        limits.shrink(20_000)
+    assert limits.scored_tokens == 10_000
+
+
+def test_bounds_grow_back(limits: Limits) -> None:
+    def compute(chunks: int) -> list[int]:
+        sizes = []
+        for _ in range(chunks):
+            with limits.learning():
+                pass
+            sizes.append(limits.scored_tokens)
+        return sizes
+
+    with limits.learning():
+        limits.shrink(16_000)
+    assert compute(99) == [8000] * 99
+    with limits.learning():
+        limits.shrink(8000)
+    assert compute(100) == [4000] * 99 + [8000], "from the latest shortage on"
+    assert compute(300)[::100] == [8000, 16_000, 30_000]
+    assert (limits.scored_tokens, limits.generated_tokens, limits.generated_bytes) == (30_000, 5000, 1000)
+
+
+def test_a_block_that_cannot_be_cut_changes_nothing(limits: Limits) -> None:
+    assert not limits.shrink_block(128)
+    assert limits.scored_tokens == 30_000
+    assert limits.shrink_block(1000)
+    assert limits.scored_tokens == 500

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from chunks import generating
+from chunks import generating, scoring
 from engine_probes import (
     assert_kept_for_the_cache_alone,
     fresh,
@@ -18,9 +19,12 @@ from engine_probes import (
 )
 from prompts import PROMPTS, SAMPLING, SEEDS
 
+from gpu_pool.worker.computing import compute
+from gpu_pool.worker.engine import attention
 from gpu_pool.worker.engine.batching import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.slots import Slots
 
 Tokens = tuple[int, ...]
 
@@ -147,6 +151,65 @@ def test_out_of_memory_halves(read, continued, loaded, expected):
     with out_of_memory_beyond(loaded, continued=0), pytest.raises(torch.OutOfMemoryError):
         texts(whole)
     assert_kept_for_the_cache_alone(whole)
+
+
+def test_a_shortage_in_the_tail_is_one_of_all_that_the_slots_hold(loaded):
+    """Memory runs out once, when nearly all rows have ended."""
+    endless = texts(loaded, max_gen_toks=40)
+    stop = max(sorted(set("".join(endless))), key=lambda stop: len({text.find(stop) for text in endless}))
+    whole = texts(loaded, until=(stop,), max_gen_toks=40)
+    loaded = fresh(loaded)
+    rows: list[int] = []
+
+    def fail_once(module: Any, args: Any, kwargs: Any) -> None:
+        count = kwargs["input_ids"].numel()
+        if isinstance(attention._plan, Slots):
+            rows.append(count)
+            if count <= 2 and min(rows[:-1]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(fail_once, with_kwargs=True)
+    try:
+        assert texts(loaded, until=(stop,), max_gen_toks=40) == whole
+    finally:
+        hook.remove()
+    assert max(rows) > len(PROMPTS) // 2
+    options = generating(PROMPTS, max_gen_toks=40).options
+    assert loaded.generated_rows(max(map(len, PROMPTS)), options) >= max(rows) // 2
+
+
+def test_a_shortage_while_the_slots_grow_is_remembered(loaded, expected, monkeypatch):
+    failures: list[int] = []
+    pad = torch.nn.functional.pad
+
+    def pad_eight_rows_at_most(tensor: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        if (rows := tensor.shape[0] + widths[-1]) > 8:
+            failures.append(rows)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pad(tensor, widths)
+
+    monkeypatch.setattr(torch.nn.functional, "pad", pad_eight_rows_at_most)
+    assert texts(loaded) == expected
+    assert failures == [16]
+    assert_kept_for_the_cache_alone(loaded)
+
+
+def test_a_block_that_is_too_much_is_laid_out_anew(loaded):
+    """A prompt longer than memory allows in one pass."""
+    prompt = tuple(3 + index % 250 for index in range(200))
+    whole = texts(fresh(loaded), [prompt])
+    with out_of_memory_beyond(loaded, read=140):
+        assert texts(loaded, [prompt]) == whole
+
+
+def test_a_shortage_of_all_memory_teaches_nothing(loaded):
+    before = dataclasses.replace(loaded.limits)
+    document = tuple(3 + index % 250 for index in range(200))
+    with out_of_memory_beyond(loaded, read=0, continued=0):
+        for chunk in (generating([*PROMPTS, document], max_gen_toks=10), scoring([(document[:9], document[9:])])):
+            with pytest.raises(torch.OutOfMemoryError):
+                list(compute(loaded, chunk, never, lambda: None))
+    assert loaded.limits == before
 
 
 def test_everything_is_let_go(loaded):
