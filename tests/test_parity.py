@@ -1,7 +1,6 @@
 """Scores and answers equal those of lm-eval's HF backend on a real model and stock tasks; small limits.
 
-`scripts/bench_parity.py` is the same with large ones, and the tolerance that the design promises. Here it is a little
-wider: on some CPUs the backend's own answers are as far as 0.9e-5 from the same model's in fp64, ours likewise.
+`scripts/bench_parity.py` is the same with large ones.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_parity import CASES, TOLERANCE, difference, our_answers, reference_answers
+from bench_parity import CASES, difference, our_answers, reference_answers
 from evalpool_server import run_server
 
 from server.client import EvalClient
 
 pytestmark = pytest.mark.slow
 
-OURS = 1.2e-5
-"""Largest relative difference of a log-probability."""
 SMALL = {name: {**case, "limit": 3} for name, case in CASES.items()}
 SMALL["gsm8k 5-shot"]["gen_kwargs"] = {"max_gen_toks": 12}
 
@@ -51,7 +48,7 @@ def test_answers_equal_the_hf_backends(
 ) -> None:
     ours = our_answers(client, smollm2, SMALL[name], batch_size, workers)
     found = difference(reference[name], ours)
-    assert found._replace(logprob=found.logprob * TOLERANCE / OURS).acceptable, found
+    assert found.acceptable, found
     assert 1 <= len(ours["workers"]) <= workers
 
 
