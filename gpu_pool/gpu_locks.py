@@ -103,9 +103,7 @@ def _create(name: str, folder: int) -> int:
 
 
 def _open_file(name: str, folder: int) -> int:
-    flags = (
-        os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    )  # a pipe, which anybody could have put there, is not waited for
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe, which anybody could have put there: no waiting
     try:
         descriptor = os.open(name, os.O_RDWR | flags, dir_fd=folder)
     except PermissionError:  # to read it suffices to lock it

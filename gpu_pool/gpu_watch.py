@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Callable
 
 import msgspec
 
+from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.gpus import Inventory
 from gpu_pool.records import Gpu
 
@@ -53,27 +51,6 @@ class GpuWatch:
         async with self._turn:
             if self._looking is not None and not self._looking.done():
                 return None
-            looking = self._looking = _in_daemon_thread(self._inventory.gpus)
+            looking = self._looking = in_daemon_thread(self._inventory.gpus, "nvml")
             await asyncio.wait([looking], timeout=LOOK_SECONDS)
             return looking.result() if looking.done() else None
-
-
-def _in_daemon_thread(look: Callable[[], tuple[Gpu, ...]]) -> asyncio.Future[tuple[Gpu, ...]]:
-    """Its result. Not by an executor: the interpreter would wait at its end for a call that hangs."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[tuple[Gpu, ...]] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = look()
-        except BaseException as error:
-            tell(future.set_exception, error)
-        else:
-            tell(future.set_result, result)
-
-    def tell(settle: Callable[..., None], value: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, value)
-
-    threading.Thread(target=run, name="nvml", daemon=True).start()
-    return future

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 VARIABLE = "STARTED_BY_EVALPOOL"
 """Holds the mark, as "<server's>/<child's>"."""
+SWEEP_SECONDS = 5.0
+"""How long to wait for `end_all`, some 10 ms as a rule: the kernel makes whoever asks for the environment of a process
+wait when that is stuck."""
 _ROUNDS = 100
 """Looks for what was forked since the last one: it ends unless somebody forks faster than we look."""
 

@@ -9,7 +9,7 @@ import os
 import signal
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic
@@ -17,21 +17,18 @@ from typing import Any, Generic
 import msgspec
 
 from gpu_pool.channel import Channel, OversizeFrame, Received
+from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.messages import Message, Shutdown
-from gpu_pool.offspring import end_all, marked
+from gpu_pool.offspring import SWEEP_SECONDS, end_all, marked
 from gpu_pool.warden import Warden
 
 DRAIN_SECONDS = 0.5
 """How long a dead child's pipe is read on: a forked grandchild may hold it open for ever."""
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
-SWEEP_SECONDS = 5.0
-"""How long the search for what a dead child has started may take, some 10 ms as a rule: the kernel makes whoever asks
-for the environment of a process wait when that is stuck."""
 
 logger = logging.getLogger(__name__)
 _spawn = multiprocessing.get_context("spawn")
-_sweepers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="sweep")
 
 
 class Child(Generic[Received]):
@@ -115,7 +112,7 @@ class Child(Generic[Received]):
 
     async def _end_offspring(self) -> None:
         """What left the group too: it may hold the pipe, or memory of a GPU."""
-        sweep = asyncio.get_running_loop().run_in_executor(_sweepers, end_all, self._mark, {self.pid})
+        sweep = in_daemon_thread(partial(end_all, self._mark, {self.pid}), "sweep")
         _, unfinished = await asyncio.wait([sweep], timeout=SWEEP_SECONDS)
         if unfinished:
             logger.warning("processes that %s may have started cannot be looked for now", self.name)

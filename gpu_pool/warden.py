@@ -14,18 +14,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import uuid
-from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
-from gpu_pool.offspring import VARIABLE, end_all
+from gpu_pool.daemon_thread import in_daemon_thread
+from gpu_pool.offspring import SWEEP_SECONDS, VARIABLE, end_all
 
 RESTART_SECONDS = 1.0
 """Before another one is started in the place of one that ended."""
-SWEEP_SECONDS = 5.0
-"""How long a start waits until what the last server's children have left is ended, some 10 ms as a rule: the kernel
-makes whoever asks for the environment of a process wait when that is stuck."""
 END_SECONDS = 5.0
 """How long it may take to end, once it is not needed."""
 
@@ -91,12 +88,8 @@ class Warden:
             return
         if identity != self._identity:
             return
-        ended: Future[set[int]] = Future()
-        ended.set_running_or_notify_cancel()  # from now on it cannot be cancelled
-        threading.Thread(target=_end_into, args=(ended, mark), name="end-left", daemon=True).start()
         try:
-            async with asyncio.timeout(SWEEP_SECONDS):
-                left = await asyncio.wrap_future(ended)
+            left = await asyncio.wait_for(in_daemon_thread(partial(end_all, mark), "end-left"), SWEEP_SECONDS)
         except OSError as error:  # a TimeoutError, as a rule
             logger.warning("what the last server's children may have left cannot be looked for now: %r", error)
             return
@@ -175,13 +168,6 @@ def _pidfd(process: subprocess.Popen[bytes]) -> int:
         process.kill()  # before its pipe closes, at which it would end the server's children
         process.communicate()
         raise
-
-
-def _end_into(ended: Future[set[int]], mark: str) -> None:
-    try:
-        ended.set_result(end_all(mark))
-    except Exception as error:
-        ended.set_exception(error)
 
 
 def main(mark: str) -> None:
