@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import queue
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from chunks import generating
 from worker_process import PATIENCE_SECONDS, SCORE
 
-from gpu_pool.messages import FromRank, GenerationChunk, RankReady, decode_from_rank, encode
+from gpu_pool.messages import FromRank, GenerationChunk, decode_from_rank
 from gpu_pool.worker.rank_link import follow, lead
 
 Step = Callable[[], bool]
@@ -33,6 +34,7 @@ class Pair:
         self.ours, self.theirs = multiprocessing.Pipe()
         self.received: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self._threads = threads
+        threads.submit(self._watch)
 
     def lead(
         self,
@@ -44,20 +46,14 @@ class Pair:
         return list(lead(run, should_stop, take_alike, SCORE, [(self.ours, self.received)], lost, lag_seconds))
 
     def follow(self, run: Run, lag_seconds: float = 60.0) -> Future[None]:
-        """In another thread; what it sends reaches `received` as a worker's watching thread has it."""
+        """In another thread."""
+        return self._threads.submit(follow, lambda _, step, join: run(step, join), self.theirs, lost, lag_seconds)
 
-        def one_chunk() -> None:
-            try:
-                follow(lambda _, step, join: run(step, join), self.theirs, lost, lag_seconds)
-            finally:
-                self.theirs.send_bytes(encode(RankReady(memory_bytes=0)))
-
-        def watch() -> None:
-            while not isinstance(message := decode_from_rank(self.ours.recv_bytes()), RankReady):
-                self.received.put(message)
-
-        self._threads.submit(watch)
-        return self._threads.submit(one_chunk)
+    def _watch(self) -> None:
+        """Puts what `theirs` sends into `received`, as a worker's watching thread does, until it is closed."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self.received.put(decode_from_rank(self.ours.recv_bytes()))
 
 
 @pytest.fixture
@@ -158,7 +154,7 @@ def test_an_end_before_that_of_rank_0_is_noticed_by_the_other(pair):
 
 
 def test_a_rank_that_lags_behind_is_given_up(pair):
-    following = pair.follow(asks(3), lag_seconds=0.2)
+    following = pair.follow(asks(3), lag_seconds=1.0)
     with pytest.raises(Lost, match="a rank is not through with a chunk that has ended here"):
         pair.lead(asks(2), lag_seconds=0.2)
     with pytest.raises(Lost, match="rank 0 does not go on after step 3"):
