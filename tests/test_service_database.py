@@ -27,10 +27,10 @@ def test_jobs_on_postgresql_survive_a_crash(
     with Service(serve(*flags, data_dir=data_dir)) as before:
         done = before.submit(tiny_model, "quick_choice", limit=4, tags=["nightly"], idempotency_key="step 1")
         finished = before.finished(done)
-        running = before.submit(tiny_model, "long_story", limit=400, use_cache=True)
-        before.answering(running)
         refused = failing_serve("--port", 0, "--data-dir", tmp_path / "other", "--database", url)
         assert "another server uses this database" in refused
+        running = before.submit(tiny_model, "long_story", limit=400, use_cache=True)
+        before.answering(running)
         before.server.kill()  # asserts that no process is left
 
     with Service(serve(*flags, data_dir=data_dir)) as after:
