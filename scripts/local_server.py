@@ -15,7 +15,7 @@ from typing import NamedTuple
 import httpx
 
 START_SECONDS = 120.0  # it answers in about one; a loaded machine may be slow
-STOP_SECONDS = 30.0
+STOP_SECONDS = 60.0  # the design promises 15, but not on a machine that others load
 PROGRAM = ("-m", "server")
 """What the interpreter is given to be `evalpool`."""
 

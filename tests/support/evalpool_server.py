@@ -15,11 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from local_server import PROGRAM, START_SECONDS, evalpool_command, start
+from local_server import PROGRAM, START_SECONDS, STOP_SECONDS, evalpool_command, start
 
 ROOT = Path(__file__).parents[2]
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
-STOP_SECONDS = 60.0  # SIGTERM to exit; the design promises 15, but not on a machine that others load
 
 
 class Server(NamedTuple):
