@@ -246,7 +246,7 @@ def check_same(endpoint: Endpoint, ours: Started, theirs: Started) -> None:
     """
 
     def answer(server: Started) -> tuple[int, Json]:
-        response = httpx.request(endpoint.method, server.url + endpoint.target, json=endpoint.body)
+        response = httpx.request(endpoint.method, server.url + endpoint.target, json=endpoint.body, timeout=None)
         return response.status_code, response.json()
 
     (our_status, our_body), (their_status, their_body) = answer(ours), answer(theirs)

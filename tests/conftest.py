@@ -18,11 +18,16 @@ from pathlib import Path
 import pytest
 from evalpool_server import Serve, Server, run_server
 from fake_nvml import fake_nvml, fake_nvml_library
+from hypothesis import HealthCheck, settings
 from postgres_server import PostgresServer
 
 __all__ = ["fake_nvml", "fake_nvml_library"]
 
 ROOT = Path(__file__).parents[1]
+
+# a busy machine says nothing about an example
+settings.register_profile("evalpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("evalpool")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

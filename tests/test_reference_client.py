@@ -107,9 +107,9 @@ async def test_the_async_client(reference: ModuleType, server: Server, tiny_mode
 
 def test_a_hand_written_request(server: Server, tiny_model: Path) -> None:
     body = {"model": "hf", "tasks": ["local_choice"], "model_args": {"pretrained": str(tiny_model)}, "limit": 2}
-    submitted = httpx.post(f"{server.url}/evaluate", json=body, timeout=WAIT["timeout"])
+    submitted = httpx.post(f"{server.url}/evaluate", json=body, timeout=None)
     assert submitted.status_code == 200
-    shown = httpx.get(f"{server.url}/jobs/{submitted.json()['job_id']}").json()
+    shown = httpx.get(f"{server.url}/jobs/{submitted.json()['job_id']}", timeout=None).json()
     assert set(shown) >= NINE_KEYS
     defaults = {"num_fewshot": None, "log_samples": True, "predict_only": False, "num_gpus": 1, "output_dir": None}
     assert shown["request"].items() >= (body | defaults).items()

@@ -48,7 +48,8 @@ doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
 doc_to_target: " yes"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-STALL_SECONDS = 2.0
+STALL_SECONDS = 4.0
+"""Less than between two reports that a worker is silent: at the second one it is killed."""
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ INTERVAL_SECONDS = 1.0
 class Pulse:
     """Only for the computing thread: no other may report for it."""
 
-    def __init__(self, send: Callable[[BatchProgress], None]) -> None:
+    def __init__(self, send: Callable[[BatchProgress], None], now: Callable[[], float] = time.monotonic) -> None:
         self._send = send
+        self._now = now
         self._reported = float("-inf")
 
     def beat(self) -> None:
         """A batch or step begins."""
-        now = time.monotonic()
+        now = self._now()
         if now - self._reported >= INTERVAL_SECONDS:
             self._reported = now
             self._send(BatchProgress())

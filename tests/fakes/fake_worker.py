@@ -34,13 +34,16 @@ def score(tokens: Iterable[int]) -> float:
 
 
 class FakeWorker:
-    """Listens at `address` from the beginning, for any number of evaluators."""
+    """Listens at `address` from the beginning, for any number of evaluators; computes one chunk at a time."""
 
     def __init__(self, worker_id: str, address: Path, behaviour: Behaviour = answer) -> None:
         self.worker_id = worker_id
         self.address = address
         self.chunks: list[Chunk] = []
         self._behaviour = behaviour
+        self._computing = threading.Lock()
+        """Held until the answer is sent: who dies with one has not begun another, and has answered all before."""
+        self._dead = False
         self._clients: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(address))
@@ -54,7 +57,8 @@ class FakeWorker:
         self._listener.close()
 
     def die(self) -> None:
-        """As a process that is killed: every connection ends."""
+        """As a process that is killed, while it computes: every connection ends, and nothing more is computed."""
+        self._dead = True
         self.close()
         for client in self._clients:
             with suppress(OSError):
@@ -83,10 +87,13 @@ class FakeWorker:
             while True:
                 chunk = msg.decode_to_worker_data(connection.recv_bytes())
                 assert not isinstance(chunk, msg.Hello)
-                connection.send_bytes(msg.encode(msg.ChunkBegun(chunk_id=chunk.chunk_id)))
-                if (reply := self._behaviour(self, chunk)) is None:
-                    return
-                connection.send_bytes(msg.encode(reply))
+                with self._computing:
+                    if self._dead:
+                        return
+                    connection.send_bytes(msg.encode(msg.ChunkBegun(chunk_id=chunk.chunk_id)))
+                    if (reply := self._behaviour(self, chunk)) is None:
+                        return
+                    connection.send_bytes(msg.encode(reply))
 
 
 def unanswered(_: FakeWorker, chunk: Chunk) -> None:

@@ -5,7 +5,7 @@ both.
 """
 
 LOOK_EVERY_SECONDS = 0.25
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 
 if __name__ == "__main__":
     from gpu_worker import gpu_worker_main

@@ -204,4 +204,4 @@ class LongRun(RuleBasedStateMachine):
 
 
 TestLongRun = LongRun.TestCase
-TestLongRun.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
+TestLongRun.settings = settings(max_examples=200, stateful_step_count=40, derandomize=True)

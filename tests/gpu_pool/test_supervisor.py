@@ -17,7 +17,7 @@ import pytest
 from gpu_pool.messages import DropJob, Dropped, FromWorker, decode_from_worker
 from gpu_pool.supervisor import Child, describe_exit, spawn
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120  # a bound for a loaded machine, not an expectation
 
 
 class Watched:
@@ -46,12 +46,6 @@ def ends(descriptor: int) -> bool:
     readable, _, _ = select.select([descriptor], [], [], PATIENCE_SECONDS)
     os.close(descriptor)
     return bool(readable)
-
-
-@pytest.fixture(autouse=True)
-async def bounded() -> object:
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        yield
 
 
 async def test_messages_go_both_ways_and_output_goes_to_the_log(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gpu_pool import warden as warden_module
 from gpu_pool.offspring import VARIABLE, marked
 from gpu_pool.warden import Warden
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120  # a bound for a loaded machine, not an expectation
 SERVER = """
 import asyncio, subprocess, sys
 from pathlib import Path
@@ -46,6 +46,15 @@ async def main():
 if __name__ == "__main__":
     asyncio.run(main())
 """
+
+
+@pytest.fixture(autouse=True)
+def _wardens_may_be_slow() -> Generator[None]:
+    """To start and to look for what is left; not by the test's own `monkeypatch`, which may be undone meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warden_module, "END_SECONDS", PATIENCE_SECONDS)
+        patch.setattr(warden_module, "SWEEP_SECONDS", PATIENCE_SECONDS)
+        yield
 
 
 class Running(NamedTuple):

@@ -19,7 +19,7 @@ from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
 from server import cli
 
 ROOT = Path(__file__).parents[2]
-COMMAND_SECONDS = 60.0  # each takes about one
+COMMAND_SECONDS = 120.0  # each takes about one on a quiet machine
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

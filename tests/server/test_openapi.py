@@ -108,7 +108,7 @@ schema.app = FUZZED
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_fuzzing_finds_nothing_outside_the_document(case: Any):
     case.call_and_validate(checks=CHECKS)
 

@@ -15,7 +15,7 @@ from server.serve import _listen
 
 def test_it_says_where_and_stops_politely(serve: Any):
     server = serve()
-    assert server.log.read_text().splitlines()[-1] == f"evalpool is ready; API documentation: {server.url}/docs"
+    assert f"evalpool is ready; API documentation: {server.url}/docs" in server.log.read_text().splitlines()
     server.stop()  # asserts the exit status, the time and that no process is left
 
 
@@ -25,7 +25,7 @@ def test_an_open_request_does_not_delay_the_end(serve: Any):
 
     def ask() -> None:
         try:
-            answers.append(httpx.get(f"{server.url}/tasks", timeout=60).status_code)  # waits for the first index
+            answers.append(httpx.get(f"{server.url}/tasks", timeout=None).status_code)  # waits for the first index
         except httpx.HTTPError as error:
             answers.append(error)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from local_server import PROGRAM, evalpool_command, start
+from local_server import PROGRAM, START_SECONDS, STOP_SECONDS, evalpool_command, start
 
 ROOT = Path(__file__).parents[2]
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
-STOP_SECONDS = 15.0  # SIGTERM to exit, as the design promises it
 
 
 class Server(NamedTuple):
@@ -39,31 +38,31 @@ class Server(NamedTuple):
 
     def stop(self) -> None:
         """SIGTERM; asserts a clean exit in time, with every process that it started gone."""
-        started = self.processes()
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(STOP_SECONDS) == 0, self.log.read_text()
-        self._await_end(started)
+        self._await_end()
 
     def kill(self) -> None:
         """SIGKILL, as a crash would; asserts that nothing that it started outlives it."""
-        started = self.processes()
         self.process.kill()
         self.process.wait()
-        self._await_end(started)
+        self._await_end()
 
     def bury(self) -> None:
         """Wait for a server that has been killed; asserts that nothing that it started outlives it."""
         self.process.wait(STOP_SECONDS)
-        self._await_end(self.processes())
+        self._await_end()
 
-    def _await_end(self, pids: list[int]) -> None:
+    def _await_end(self) -> None:
+        """Until nothing is left, what was being started when the server ended included."""
         deadline = time.monotonic() + STOP_SECONDS
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(pid)
-                select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-                os.close(descriptor)
-        assert self.processes() == [], f"left behind: {self.processes()}\n{self.log.read_text()}"
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"left behind: {left}\n{self.log.read_text()}"
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    descriptor = os.pidfd_open(pid)
+                    select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+                    os.close(descriptor)
 
 
 def _mentions(environ: Path, token: str) -> bool:
@@ -76,7 +75,7 @@ def _mentions(environ: Path, token: str) -> bool:
 def failing_serve(*arguments: object) -> str:
     """What `evalpool serve` says when it cannot start."""
     command = [sys.executable, "-m", "server", "serve", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS)
     assert done.returncode not in (0, None)
     assert "Traceback" not in done.stderr
     return done.stderr

@@ -19,7 +19,7 @@ import psycopg
 
 from gpu_pool.child import die_with_parent
 
-START_SECONDS = 60  # about one on a quiet machine
+START_SECONDS = 120  # about one on a quiet machine
 UNPRIVILEGED = "nobody"
 """PostgreSQL refuses to run as root; then it runs as this user, who exists on every Linux."""
 

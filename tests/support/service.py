@@ -15,7 +15,7 @@ from evalpool_server import Server
 
 from server.client import EvalClient
 
-PATIENCE_SECONDS = 120.0  # a bound for a loaded machine, not an expectation
+PATIENCE_SECONDS = 300.0  # a bound for a loaded machine, not an expectation
 DOCUMENTS = 3000
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 Json = dict[str, Any]

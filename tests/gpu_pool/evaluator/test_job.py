@@ -88,7 +88,7 @@ def test_a_lost_worker_costs_nothing(evaluator, job_id, start_worker) -> None:
         silent(worker, chunk)
 
     evaluator.attach(job_id, "w0", start_worker(hang))
-    assert has_chunk.wait(60)
+    has_chunk.wait()
     evaluator.send(msg.DetachWorker(job_id=job_id, worker_id="w0"))
     evaluator.attach(job_id, "w1", start_worker())
     *_, done = evaluator.finish()
@@ -258,7 +258,7 @@ def test_questions_between_jobs(evaluator) -> None:
 
 def test_the_process_ends_with_its_pipe_even_in_a_job(start_evaluator, job_id) -> None:
     evaluator = start_evaluator()
-    evaluator.start(job_id, tasks=("local_choice",))
+    evaluator.start(job_id, tasks=("local_choice",), use_cache=False)  # without a worker it cannot end by itself
     evaluator.send(msg.Shutdown())
     with pytest.raises(EOFError):
         evaluator.receive()

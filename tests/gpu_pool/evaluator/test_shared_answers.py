@@ -6,6 +6,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from gpu_pool.evaluator.requests import Unit
 from gpu_pool.evaluator.shared_answers import SharedAnswers
 from gpu_pool.messages import Message
 
-TIMEOUT_S = 30.0  # only for a test that fails
+TIMEOUT_S = 120.0  # only for a test that fails
 MODEL = CachedModel("fingerprint", "/models/tiny")
 POISON = 300
 pause = threading.Event()
@@ -89,35 +90,35 @@ def open_job(path: Path) -> Iterator[OpenJob]:
 @pytest.fixture
 def replaced(tmp_path: Path) -> Iterator[Callable[[Sequence[Job], Behaviour], list[FakeWorker]]]:
     """A worker for these jobs together, that is replaced whenever it dies, as the server does it; all there were."""
-    with ExitStack() as stack:
-        ended = threading.Event()
-        stack.callback(ended.set)
+    workers: list[FakeWorker] = []
+    needed: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as thread:
 
         def serve(jobs: Sequence[Job], behaviour: Behaviour) -> list[FakeWorker]:
-            workers: list[FakeWorker] = []
-            died: queue.SimpleQueue[None] = queue.SimpleQueue()
-
             def behave(worker: FakeWorker, chunk: Chunk) -> Message | None:
                 if (reply := behaviour(worker, chunk)) is None:
                     worker.die()
-                    died.put(None)
+                    needed.put(True)
                 return reply
 
             def replace() -> None:
-                while not ended.is_set():
+                while needed.get():
+                    if workers:
+                        for job in jobs:
+                            job.dispatcher.detach(workers[-1].worker_id, cause="killed by SIGSEGV")
                     name = f"w{len(workers)}"
-                    workers.append(stack.enter_context(closing(FakeWorker(name, tmp_path / name, behave))))
+                    workers.append(FakeWorker(name, tmp_path / name, behave))
                     for job in jobs:
                         job.dispatcher.attach(name, str(workers[-1].address))
-                    died.get()
-                    for job in jobs:
-                        job.dispatcher.detach(name, cause="killed by SIGSEGV")
 
-            threading.Thread(target=replace, daemon=True).start()
-            stack.callback(died.put, None)
+            needed.put(True)
+            thread.submit(replace)
             return workers
 
         yield serve
+        needed.put(False)
+    for worker in workers:
+        worker.close()
 
 
 def computed(workers: Sequence[FakeWorker]) -> int:

@@ -66,7 +66,8 @@ def answered(engine: Engine, *firsts: int, hang_up_after: int | None = None) -> 
         queue.put(client, generating([(first,)], number))
     loaded: Any = None
     beats: list[BatchProgress] = []
-    step(Replica(loaded=loaded, memory_bytes=0, compute=engine.compute), queue, Pulse(beats.append))
+    pulse = Pulse(beats.append, now=lambda: 0.0)
+    step(Replica(loaded=loaded, memory_bytes=0, compute=engine.compute), queue, pulse)
     assert len(beats) == 1, "one report a second is enough"
     return sent
 

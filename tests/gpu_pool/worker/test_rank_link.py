@@ -154,11 +154,11 @@ def test_an_end_before_that_of_rank_0_is_noticed_by_the_other(pair):
 
 
 def test_a_rank_that_lags_behind_is_given_up(pair):
-    following = pair.follow(asks(3), lag_seconds=1.0)
+    """One after the other: each finds all that the other said, and waits for what does not come."""
     with pytest.raises(Lost, match="a rank is not through with a chunk that has ended here"):
         pair.lead(asks(2), lag_seconds=0.2)
     with pytest.raises(Lost, match="rank 0 does not go on after step 3"):
-        following.result(PATIENCE_SECONDS)
+        pair.follow(asks(3), lag_seconds=0.2).result(PATIENCE_SECONDS)
 
 
 def test_a_rank_that_is_gone_is_noticed_at_the_next_step(pair):

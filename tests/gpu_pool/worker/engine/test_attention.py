@@ -118,7 +118,7 @@ def assert_equal_alone(
     assert all(block.users == 0 and block.keys_values is None for block in blocks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     trees(),
     st.sampled_from(sorted(OPTIONS)),

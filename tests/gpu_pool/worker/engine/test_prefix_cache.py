@@ -135,7 +135,7 @@ def test_abandoned_chunk_leaves_nothing():
     assert [(block, block.users) for block, _ in before] == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(trees(), min_size=1, max_size=6), st.sampled_from([0, 40, 300, 10**6]))
 def test_bound_and_users(chunks, most):
     """However beginnings overlap, the bound holds, all that is known is computed, and everything goes in the end."""

@@ -29,7 +29,7 @@ def batches(sequences, longest_block: int, room: int) -> Iterator[tuple[list[int
 PACKED = (trees(), st.sampled_from([3, 50, 10**9]), st.sampled_from([1, 40, 10**9]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(*PACKED)
 def test_every_token_sees_all_before_it_once(sequences, longest_block, room):
     for positions, depths in batches(sequences, longest_block, room):
@@ -51,7 +51,7 @@ def test_every_token_sees_all_before_it_once(sequences, longest_block, room):
             assert sorted(keys) == list(range(position + 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(*PACKED, st.integers(1, 70))
 def test_a_window_takes_away_what_no_query_sees(sequences, longest_block, room, window):
     def pairs(spans: list[Span], positions: list[int]) -> set[tuple[int, int]]:

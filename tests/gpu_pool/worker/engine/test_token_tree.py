@@ -60,7 +60,7 @@ def test_common_prefix(first, second, same):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from([1, 3, 16, UNBOUNDED]))
 def test_paths_spell_their_sequences(data, longest_block):
     sequences = data.draw(trees())
@@ -71,7 +71,7 @@ def test_paths_spell_their_sequences(data, longest_block):
     assert all(block.users == 0 for block in layout.blocks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_token_is_computed_about_once(data):
     sequences = data.draw(trees())
@@ -157,7 +157,7 @@ def test_paths_are_short(shape):
     assert longest <= len(sequences)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees())
 def test_paths_of_any_tree_are_short(sequences):
     layout = lay_out(sequences, [0] * len(sequences), longest_block=UNBOUNDED)
@@ -182,7 +182,7 @@ def assert_needed_are_new(layout: Layout, sequences: Sequence[Tokens], needed_fr
         assert all(block in new for block, _ in places)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data(), st.sampled_from([5, UNBOUNDED]))
 def test_known_paths(data, longest_block):
     """Whatever is known, needed outputs are computed, nothing more than without, and users come and go."""
@@ -243,7 +243,7 @@ def test_shared_beginnings(longest_block):
     assert found == {(prefix,) * 500 for prefix in range(3)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees(), st.integers(1, 4))
 def test_shared_beginnings_of_any_tree(sequences, shared_by):
     """Each is shared by enough sequences, and none that is longer and goes on after it is."""
@@ -255,7 +255,7 @@ def test_shared_beginnings_of_any_tree(sequences, shared_by):
         assert all(longer.count(tokens) < shared_by for tokens in longer)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees(), st.integers(1, 30))
 def test_pack_keeps_the_order_and_fills_batches(sequences, room):
     layout = lay_out(sequences, [0] * len(sequences), longest_block=16)
@@ -274,7 +274,7 @@ def test_nothing_to_pack():
     assert list(pack([], lambda block: (1,), (1,))) == []
 
 
-@settings(max_examples=200, deadline=None, phases=[Phase.generate])  # shrinking its data takes for ever
+@settings(max_examples=200, phases=[Phase.generate])  # shrinking its data takes for ever
 @given(trees(), st.integers(1, 6), st.data())
 def test_grid(sequences, grid, data):
     """Blocks cut at multiples of the grid only; what is needed is computed, what is not may be known."""
