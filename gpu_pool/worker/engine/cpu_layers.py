@@ -5,15 +5,15 @@ The usual call lays them out anew each time, which costs as much as the product 
 it to a slower kernel. What torch.compile does with frozen weights is done here without compiling anything.
 
 oneDNN sums a product's terms one after another. What that loses in fp32 would be most of what an answer differs by from
-other kernels', MKL's for one, so these products are summed in slices.
+other kernels', so these products are summed in slices. Where the usual call, which is MKL's, has the very bits of that,
+which of the two computes a product is a matter of speed alone.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ _ROWS = 32
 """That the layout is chosen for; it serves any number."""
 _TERMS = 192
 """Most terms of a sum in fp32 that are added one after another: as exact as MKL."""
+_MANY_ROWS = 256
+"""From which on adding up slices takes longer than the usual call's layout."""
+_SMALL_BYTES = 4 << 20
+"""Of a weight that stays in the CPU's cache: the usual call lays it out in no time."""
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,6 +53,7 @@ def lay_out_weights(model: nn.Module) -> int:
         return 0
     usable = {dtype for dtype in {weight.dtype for _, weight in layers} if is_usable(dtype)}
     served = [(layer, weight) for layer, weight in layers if weight.dtype in usable]
+    served = [(layer, weight) for layer, weight in served if not _is_best_as_it_is(weight)]
     for layer, weight in served:
         layer.forward = laid_out(weight, layer.bias)
     return len(served)
@@ -66,14 +71,21 @@ def _weight_of(module: nn.Module) -> Any:
     return weight.T if type(module) is Conv1D else weight
 
 
+def _is_best_as_it_is(weight: torch.Tensor) -> bool:
+    small = weight.dtype is torch.float32 and weight.nbytes <= _SMALL_BYTES
+    return small and _usual_sums_are_alike(weight.shape[1])
+
+
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """What computes x @ weight.T + bias, with a copy of `weight` [outputs, inputs]."""
-    terms = weight.shape[1]
-    slices = weight.detach().tensor_split(math.ceil(terms / _TERMS) if weight.dtype is torch.float32 else 1, dim=1)
-    copies = [torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), _ROWS) for part in slices]
-    if len(copies) == 1:
-        return partial(_apply, copies[0], bias)
-    return partial(_apply_slices, copies, [part.shape[1] for part in slices], bias)
+    if weight.dtype is not torch.float32:
+        return partial(_apply, _reordered(weight), bias)
+    usual = weight.detach() if _usual_sums_are_alike(weight.shape[1]) else None
+    return partial(_apply_slices, [_reordered(part) for part in weight.split(_TERMS, dim=1)], bias, usual)
+
+
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
 
 
 def _apply(copy: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
@@ -81,13 +93,25 @@ def _apply(copy: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -
 
 
 def _apply_slices(
-    copies: Sequence[torch.Tensor], terms: Sequence[int], bias: torch.Tensor | None, input: torch.Tensor
+    copies: Sequence[torch.Tensor], bias: torch.Tensor | None, usual: torch.Tensor | None, input: torch.Tensor
 ) -> torch.Tensor:
-    first, *others = input.split(terms, dim=-1)
+    if usual is not None and input.numel() >= _MANY_ROWS * input.shape[-1]:
+        return nn.functional.linear(input, usual, bias)
+    first, *others = input.split(_TERMS, dim=-1)
     result = _apply(copies[0], bias, first)
     for copy, part in zip(copies[1:], others, strict=True):
         result = torch.ops.mkldnn._linear_pointwise.binary(part, result, copy, None, "add")
     return result
+
+
+@cache
+@torch.inference_mode()
+def _usual_sums_are_alike(terms: int) -> bool:
+    """Whether the usual products have the bits of those in slices; MKL's have on some CPUs, but for a few rows."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(count, terms, generator=generator) for count in (64, _MANY_ROWS))
+    in_slices = partial(_apply_slices, [_reordered(part) for part in weight.split(_TERMS, dim=1)], None, None)
+    return all(torch.equal(in_slices(some), nn.functional.linear(some, weight)) for some in (rows, rows[:8]))
 
 
 @torch.inference_mode()

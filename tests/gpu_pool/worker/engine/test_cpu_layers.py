@@ -15,6 +15,16 @@ needs_bf16 = pytest.mark.skipif(not is_usable(torch.bfloat16), reason="oneDNN ha
 IDS = torch.arange(5, 19).view(2, 7)
 
 
+@pytest.fixture
+def alike(monkeypatch, request):
+    """Whether the usual sums are said to have the bits of those in slices, on whatever CPU this is."""
+    monkeypatch.setattr(cpu_layers, "_usual_sums_are_alike", lambda terms: request.param)
+    return request.param
+
+
+unlike = pytest.mark.parametrize("alike", [False], indirect=True)
+
+
 def served(model: nn.Module) -> int:
     return sum("forward" in vars(module) for module in model.modules())
 
@@ -33,8 +43,9 @@ def test_the_layout_is_to_be_had():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
+@unlike
 @torch.inference_mode()
-def test_logits_stay(name, layers, dtype, checkpoint):
+def test_logits_stay(name, layers, dtype, checkpoint, alike):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=dtype).eval()
     for parameter in model.parameters():  # biases are made as zeros
         parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -47,8 +58,9 @@ def test_logits_stay(name, layers, dtype, checkpoint):
 
 @pytest.mark.parametrize("inputs", [40, 700])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alike", [True, False], indirect=True)
 @torch.inference_mode()
-def test_rows_of_any_number_and_shape(inputs, bias):
+def test_rows_of_any_number_and_shape(inputs, bias, alike):
     layer = nn.Linear(inputs, 24, bias=bias)
     linear = laid_out(layer.weight, layer.bias)
     for shape in ((), (1,), (0,), (3, 5), (1, 500)):
@@ -57,6 +69,27 @@ def test_rows_of_any_number_and_shape(inputs, bias):
         assert torch.allclose(linear(rows), layer(rows), atol=1e-5)
     across = torch.randn(6, 4, inputs).transpose(0, 1)
     assert torch.allclose(linear(across), layer(across), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_products_in_slices_and_usual_ones_are_told_apart():
+    """By bits: what is said of one number of terms holds for larger weights and other rows of that many."""
+    for terms in (40, 300, 576, 1536, 1600):
+        if cpu_layers._usual_sums_are_alike(terms):
+            layer, rows = nn.Linear(terms, 900), torch.randn(700, terms)
+            in_slices = [laid_out(layer.weight, layer.bias)(some) for some in rows.split(50)]
+            assert torch.equal(torch.cat(in_slices), layer(rows))
+
+
+@torch.inference_mode()
+def test_small_weights_stay_where_the_usual_sums_are_alike(monkeypatch):
+    for alike in (True, False):
+        monkeypatch.setattr(cpu_layers, "_usual_sums_are_alike", lambda terms, alike=alike: alike)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 20_000))
+        assert lay_out_weights(model) == served(model) == (1 if alike else 2)
+        model = model.bfloat16()
+        if is_usable(torch.bfloat16):
+            assert lay_out_weights(model) == 2
 
 
 @pytest.mark.parametrize("inputs", [576, 4096])
@@ -72,7 +105,8 @@ def test_products_in_fp32_are_as_exact_as_the_usual_ones(inputs):
     assert error(laid_out(layer.weight, layer.bias)) < 1.25 * error(layer)
 
 
-def test_models_for_the_cpu_are_loaded_so(checkpoint):
+@unlike
+def test_models_for_the_cpu_are_loaded_so(checkpoint, alike):
     assert served(load_fresh(checkpoint("llama"), dtype="float32").model) == 15
 
 
