@@ -61,6 +61,22 @@ def run_step(model: Any, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
     return output.logits[0]
 
 
+def kept_bytes(block: Block) -> int:
+    """Memory of the keys and values that are kept of a block."""
+    return sum(tensor.nbytes for pair in (block.keys_values or {}).values() for tensor in pair)
+
+
+def measure_token_bytes(model: Any) -> int:
+    """Memory of one token's keys and values in all layers: of a block of one token, which is computed.
+
+    Configs do not tell: heads and dimensions may differ between layers, and between keys and values.
+    """
+    block = Block(0, (0,), Path(), users=1, reach=1)
+    with packed_attention_in(model):
+        run_blocks(model, [block], [(block, 0)])
+    return kept_bytes(block)
+
+
 def hold(path: Path) -> None:
     """One user more of these blocks: their keys and values stay until it is released."""
     for block, length in path.sources:
