@@ -18,10 +18,10 @@ from gpu_pool.worker.engine.transfer import to_device
 
 
 @contextmanager
-def packed_attention_in(model: Any) -> Iterator[None]:
+def packed_attention_in(model: Any, implementation: str = NAME) -> Iterator[None]:
     """Let `model`'s layers attend by plan meanwhile."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
