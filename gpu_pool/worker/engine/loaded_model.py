@@ -20,7 +20,8 @@ from gpu_pool.worker.engine.limits import Limits
 from gpu_pool.worker.engine.packed import measure_token_bytes
 from gpu_pool.worker.engine.padding import Company, probe_company
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
-from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
+from gpu_pool.worker.engine.rope import rope_boundary
+from gpu_pool.worker.engine.routes import Route, choose_route
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which way each architecture is computed, and that a model which the tree route gets wrong is computed plainly."""
+"""Which way each architecture is computed, and up to which length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from engine_probes import never, watched
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
-from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
+from gpu_pool.worker.engine.rope import rope_boundary
+from gpu_pool.worker.engine.routes import Route, choose_route
 
 REASONS = {
     "bloom": "BloomForCausalLM does not call transformers' attention interface",
