@@ -113,6 +113,12 @@ def activation_bytes(hidden: int, inner: int, experts: int, itemsize: int) -> in
     return 2 * (8 * hidden + 3 * experts * (inner or 4 * hidden)) * max(itemsize, 4)
 
 
+def widest(value: object) -> int:
+    """A width as configurations give it: a number, or a list of the layers' own, then the largest; 0 for none."""
+    widths = cast("list[object]", value) if isinstance(value, list | tuple) else [value]
+    return max((int(width) for width in widths if isinstance(width, int | float)), default=0)
+
+
 def _room(shape: Shape, itemsize: int, args: ModelArgs, device: str) -> int:
     kept = max(KEPT_TOKENS, args.max_length or 0) * 2 * shape.layers * shape.key_value_heads * shape.head_dim * itemsize
     activations = PASS_TOKENS * activation_bytes(shape.hidden, shape.inner, shape.experts, itemsize)
@@ -172,7 +178,7 @@ def _shape(config: dict[str, Any]) -> Shape:
     text = _text_config(config)
 
     def number(*names: str) -> int:
-        return next((value for name in names if isinstance(value := text.get(name), int) and value > 0), 0)
+        return next((width for name in names if (width := widest(text.get(name))) > 0), 0)
 
     hidden = number("hidden_size", "n_embd", "d_model")
     query_heads = number("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
@@ -223,9 +229,7 @@ def _gguf_shape(header: GgufHeader) -> Shape:
     architecture = header.metadata.get("general.architecture")
 
     def number(name: str) -> int:
-        value = header.metadata.get(f"{architecture}.{name}")
-        largest = max(value, default=0) if isinstance(value, list) else value
-        return int(largest) if isinstance(largest, int | float) else 0
+        return widest(header.metadata.get(f"{architecture}.{name}"))
 
     hidden, heads = number("embedding_length"), number("attention.head_count")
     embedding = header.shapes.get("token_embd.weight", ())

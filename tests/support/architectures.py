@@ -21,8 +21,13 @@ _ATTENTION: Settings = {
 }
 _GPT: Settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": MAX_LENGTH, "initializer_range": 0.3}
 _RECURRENT: Settings = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+_INPUTS_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512}
+_MIXED_WINDOWS = _WINDOW | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64} | {
+    "max_position_embeddings": MAX_LENGTH
+}
 
 TREE: dict[str, Settings] = {
     "cohere2": _ATTENTION | _WINDOW,
@@ -32,6 +37,12 @@ TREE: dict[str, Settings] = {
     | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
     "gemma2": _ATTENTION | _WINDOW | {"query_pre_attn_scalar": 8},
     "gemma3_text": _ATTENTION | _WINDOW | {"query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+    "gemma3n_text": _ATTENTION
+    | _MIXED_WINDOWS
+    | _INPUTS_PER_LAYER
+    | {"num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4}
+    | {"intermediate_size": [64, 64, 96, 96]},
+    "gemma4_text": _ATTENTION | _MIXED_WINDOWS | _INPUTS_PER_LAYER | {"global_head_dim": 16},
     "gpt2": _GPT,
     "gpt_neox": _ATTENTION,
     "gpt_oss": _ATTENTION | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -40,6 +51,7 @@ TREE: dict[str, Settings] = {
     "longrope": _ATTENTION
     | {"model_type": "phi3", "original_max_position_embeddings": 64}
     | {"rope_parameters": _LONGROPE | {"original_max_position_embeddings": 64}},
+    "ministral3": _ATTENTION | {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.5}},
     "mistral": _ATTENTION | _WINDOW,
     "mixtral": _ATTENTION | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": _ATTENTION,

@@ -27,6 +27,8 @@ def fresh(loaded: LoadedModel, **limits: int) -> LoadedModel:
     """The same model with an empty prefix cache, and other limits."""
     copy = dataclasses.replace(loaded, limits=dataclasses.replace(loaded.limits, **limits))
     copy.__dict__["route"] = loaded.route
+    if loaded.route[0] is Route.TREE:
+        copy.__dict__["token_bytes"] = loaded.token_bytes
     return copy
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpu_pool.records import ModelArgs
+from gpu_pool.worker.engine.configs import text_config
 
 
 def add_adapter(model: Any, args: ModelArgs, tokenizer: Any) -> Any:
@@ -16,8 +17,7 @@ def add_adapter(model: Any, args: ModelArgs, tokenizer: Any) -> Any:
     """
     from peft import PeftModel
 
-    text_config = getattr(model.config, "text_config", None) or model.config
-    if text_config.vocab_size != len(tokenizer):
+    if text_config(model.config).vocab_size != len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, str(args.peft), revision=args.revision or "main")
 

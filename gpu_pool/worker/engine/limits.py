@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 
 from gpu_pool.model_size import PROCESS_BYTES, activation_bytes
+from gpu_pool.worker.engine.configs import largest, text_config
 
 _LEAST_TOKENS = 128
 _CALM_CHUNKS = 100
@@ -132,10 +133,10 @@ def find_limits(model: Any, device: torch.device, budget: int = 0) -> Limits:
 
 def _activation_bytes(model: Any) -> int:
     """Memory of a token's activations in the widest part of a layer."""
-    config = getattr(model.config, "text_config", None) or model.config
-    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
-    inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"))
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    config = text_config(model.config)
+    hidden = largest(config, "hidden_size") or model.get_input_embeddings().weight.shape[-1]
+    inner = largest(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff")
+    experts = largest(config, "num_experts_per_tok") or 1
     return activation_bytes(hidden, inner, experts, model.dtype.itemsize)
 
 

@@ -14,11 +14,14 @@ import torch
 
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
+from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.encoder_decoder import probe_encoder_company
 from gpu_pool.worker.engine.limits import Limits
+from gpu_pool.worker.engine.packed import measure_token_bytes
 from gpu_pool.worker.engine.padding import Company, probe_company
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
-from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
+from gpu_pool.worker.engine.rope import rope_boundary
+from gpu_pool.worker.engine.routes import Route, choose_route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,17 @@ class LoadedModel:
     @property
     def text_config(self) -> Any:
         """The config of the language model."""
-        return getattr(self.model.config, "text_config", None) or self.model.config
+        return text_config(self.model.config)
 
     @cached_property
     def route(self) -> tuple[Route, str]:
         """The way that it is computed, and why."""
         return choose_route(self)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Memory of a token's keys and values along the token tree."""
+        return measure_token_bytes(self.model)
 
     def goes_along_tree(self, longest: int) -> bool:
         """Whether sequences of at most `longest` tokens are computed along the token tree.
@@ -124,11 +132,7 @@ class LoadedModel:
             self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
 
     def _row_bytes(self, longest: int, options: GenerationOptions) -> int:
-        config = self.text_config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = 2 * config.num_hidden_layers * heads * dimension * self.model.dtype.itemsize
-        return token_bytes * (longest + options.max_gen_toks)
+        return self.token_bytes * (longest + options.max_gen_toks)
 
     def check_tokens(self, sequences: Any) -> None:
         """Refuse ids outside the vocabulary: on a GPU they would end the process.

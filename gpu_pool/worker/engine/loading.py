@@ -16,9 +16,11 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.worker.engine.adapters import unwrapped
+from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.cpu_layers import lay_out_weights
 from gpu_pool.worker.engine.limits import confine, find_limits
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.sharding import why_not_sharded
 from gpu_pool.worker.engine.tokenizer import load_tokenizer
 from gpu_pool.worker.engine.weights import UnsupportedModel, load_weights, read_config
@@ -71,8 +73,10 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
     if spec.device == "cpu":
         lay_out_weights(model)
     loaded = wrap_model(model, tokenizer, args, budget)
-    route, reason = loaded.route  # decided here, because all ranks must take part
+    route, reason = loaded.route  # decided and measured here: all ranks must take part
     print(f"engine: {route} route: {reason}", file=sys.stderr, flush=True)
+    if route is Route.TREE:
+        print(f"engine: keys and values take {loaded.token_bytes:,} bytes a token", file=sys.stderr, flush=True)
     return loaded
 
 
@@ -100,9 +104,8 @@ def split_gguf(args: ModelArgs) -> ModelArgs:
 
 
 def _stated_max_length(config: Any, tokenizer: Any) -> int:
-    text_config = getattr(config, "text_config", None) or config
     for name in _LENGTH_NAMES:
-        if (value := getattr(text_config, name, None)) is not None:
+        if (value := getattr(text_config(config), name, None)) is not None:
             return int(value)
     stated = tokenizer.model_max_length
     return DEFAULT_MAX_LENGTH if stated is None or stated >= VERY_LARGE_INTEGER else int(stated)

@@ -18,10 +18,10 @@ from gpu_pool.worker.engine.transfer import to_device
 
 
 @contextmanager
-def packed_attention_in(model: Any) -> Iterator[None]:
+def packed_attention_in(model: Any, implementation: str = NAME) -> Iterator[None]:
     """Let `model`'s layers attend by plan meanwhile."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
@@ -59,6 +59,22 @@ def run_step(model: Any, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
         output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
     slots.advance()
     return output.logits[0]
+
+
+def kept_bytes(block: Block) -> int:
+    """Memory of the keys and values that are kept of a block."""
+    return sum(tensor.nbytes for pair in (block.keys_values or {}).values() for tensor in pair)
+
+
+def measure_token_bytes(model: Any) -> int:
+    """Memory of one token's keys and values in all layers: of a block of one token, which is computed.
+
+    Configs do not tell: heads and dimensions may differ between layers, and between keys and values.
+    """
+    block = Block(0, (0,), Path(), users=1, reach=1)
+    with packed_attention_in(model):
+        run_blocks(model, [block], [(block, 0)])
+    return kept_bytes(block)
 
 
 def hold(path: Path) -> None:

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gpu_pool.worker.engine.packed import hold, release
-from gpu_pool.worker.engine.token_tree import Block, Layout, Path, Tokens, common_prefix, lay_out, lay_out_grid
+from gpu_pool.worker.engine.packed import hold, kept_bytes, release
+from gpu_pool.worker.engine.token_tree import Layout, Path, Tokens, common_prefix, lay_out, lay_out_grid
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -39,7 +39,7 @@ class PrefixCache:
     def bytes(self) -> int:
         """Memory of the keys and values held."""
         blocks = {source.block for path in self._paths.values() for source in path.sources}
-        return sum(map(_bytes, blocks))
+        return sum(map(kept_bytes, blocks))
 
     def find(self, sequences: Sequence[Tokens]) -> list[tuple[Tokens, Path]]:
         """What is known of the beginnings of `sequences` (sorted): (tokens, path that holds them), each once.
@@ -109,7 +109,3 @@ def lay_out_for(
 def release_all(reserved: Sequence[tuple[Tokens, Path]]) -> None:
     for _, path in reserved:
         release(path.sources)
-
-
-def _bytes(block: Block) -> int:
-    return sum(tensor.nbytes for pair in (block.keys_values or {}).values() for tensor in pair)

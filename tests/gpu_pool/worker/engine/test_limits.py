@@ -11,8 +11,9 @@ import pytest
 import torch
 from fresh_models import load_fresh
 
+from gpu_pool.model_size import activation_bytes
 from gpu_pool.records import ModelArgs, ModelSpec
-from gpu_pool.worker.engine.limits import Limits, find_limits, free_bytes
+from gpu_pool.worker.engine.limits import Limits, _activation_bytes, find_limits, free_bytes
 from gpu_pool.worker.engine.loading import load_model
 
 CPU = torch.device("cpu")
@@ -39,6 +40,12 @@ def test_limits_follow_the_budget(checkpoint: Callable[..., Path]) -> None:
     assert limits.logits_bytes == pytest.approx(10 * MIB, abs=2 * MIB)
     least = find_limits(model, CPU, budget=1)
     assert (least.generated_bytes, least.scored_tokens) == (0, 128)  # it still computes, little at a time
+
+
+@pytest.mark.parametrize(("name", "inner"), [("llama", 64), ("gemma3n_text", 96), ("gemma4_text", 64)])
+def test_activations_are_those_of_the_widest_layer(name: str, inner: int, checkpoint: Callable[..., Path]) -> None:
+    """Also where the config lists the layers' widths, or does not give what differs between them."""
+    assert _activation_bytes(load_fresh(checkpoint(name)).model) == activation_bytes(32, inner, 1, 4)
 
 
 def test_a_model_is_loaded_with_its_budget(checkpoint: Callable[..., Path]) -> None:

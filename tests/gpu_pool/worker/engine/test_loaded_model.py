@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from engine_probes import fresh
+from chunks import generating
+from engine_probes import fresh, never
 
 from gpu_pool.messages import GenerationOptions
+from gpu_pool.worker.engine import tree_generation
+from gpu_pool.worker.engine.generation import generate
+from gpu_pool.worker.engine.slots import Slots
 
 
 @pytest.mark.parametrize(("name", "route"), [("llama", "tree"), ("mamba", "plain")])
@@ -37,6 +43,34 @@ def test_rows_continued_at_once_are_bounded_by_their_keys_and_values(checkpoint,
     for generated_bytes, rows in ((3 * row_bytes, 3), (3 * row_bytes - 1, 2), (0, 1)):
         assert fresh(loaded, generated_bytes=generated_bytes).generated_rows(30, options) == rows
     assert fresh(loaded, generated_rows=5).generated_rows(30, options) == 5
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3n_text", "gemma4_text"])
+def test_rows_hold_what_is_taken_for_them(name, checkpoint, load):
+    """Latent attention, layers with heads of other sizes, layers that share theirs: by the memory of real slots."""
+    loaded, options = load(checkpoint(name)), GenerationOptions(max_gen_toks=6)
+    with watched_slots() as made:
+        generate(fresh(loaded), generating([range(5, 63)], max_gen_toks=6), never)
+    [slots] = made
+    tensors = [tensor for pair in slots._buffers.values() for tensor in pair]
+    assert {tensor.shape[0] for tensor in tensors} == {1}
+    row_bytes = sum(tensor.nbytes for tensor in tensors) * (58 + 6) // tensors[0].shape[2]
+    assert fresh(loaded, generated_bytes=2 * row_bytes).generated_rows(58, options) == 2
+    assert fresh(loaded, generated_bytes=2 * row_bytes - 1).generated_rows(58, options) == 1
+
+
+@contextmanager
+def watched_slots() -> Iterator[list[Slots]]:
+    """The slots that are made meanwhile."""
+    made: list[Slots] = []
+
+    def make(most: int, device: torch.device) -> Slots:
+        made.append(Slots(most, device))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_generation, "Slots", make)
+        yield made
 
 
 @pytest.mark.parametrize("token", [-1, 100_000])

@@ -152,6 +152,15 @@ def test_activations_of_a_token(checkpoint: Checkpoint) -> None:
     assert activation_bytes(hidden, inner, 1, 2) == 2 * (8 * 32 + 3 * 64) * 4 == activation_bytes(hidden, inner, 1, 4)
 
 
+def test_widths_of_layers_count_as_the_widest(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    wide = expected(checkpoint("llama")).room_bytes
+    change_json(folder / "config.json", intermediate_size=[16, 64])
+    assert expected(folder).room_bytes == wide
+    change_json(folder / "config.json", intermediate_size=[16, 32])
+    assert expected(folder).room_bytes < wide
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     for file in source.glob("tokenizer*"):
         shutil.copy(file, target)

@@ -1,0 +1,61 @@
+# pyright: basic
+"""At which positions a model begins to treat tokens otherwise: boundaries of its rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gpu_pool.worker.engine.configs import largest
+
+if TYPE_CHECKING:
+    from gpu_pool.worker.engine.loaded_model import LoadedModel
+
+_CHANGING = {"dynamic", "longrope"}
+"""Rotary embeddings whose frequencies depend on the longest sequence of a forward pass."""
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def rope_boundary(loaded: LoadedModel) -> int | None:
+    """The length beyond which a batch's longest sequence decides how positions are embedded; None if none can be so."""
+    config = loaded.text_config
+    for scaling in _settings(config):
+        if _kind(scaling) in _CHANGING:
+            boundary = _original_length(scaling, config) or int(config.max_position_embeddings)
+            return boundary if loaded.max_length > boundary else None
+    return None
+
+
+def stays_changed(loaded: LoadedModel) -> bool:
+    """Whether frequencies depend on sequences of earlier forward passes too."""
+    return any(_kind(scaling) == "dynamic" for scaling in _settings(loaded.text_config))
+
+
+def scaled_from(loaded: LoadedModel) -> list[int]:
+    """Positions, ascending, from which on queries may be scaled or embedded otherwise, whatever else is in the pass.
+
+    Those of a context that was extended (YaRN and its kin, with Llama 4's scaling of queries), as far as sequences on
+    the token tree go.
+    """
+    config = loaded.text_config
+    found = {_original_length(scaling, config) for scaling in _settings(config) if _kind(scaling) not in _CHANGING}
+    found.add(largest(config, "floor_scale"))
+    longest = rope_boundary(loaded) or loaded.max_length
+    return sorted(position for position in found if 0 < position < longest)
+
+
+def _original_length(scaling: dict[str, Any], config: Any) -> int:
+    """The context that the model was trained on before it was extended; 0 where nothing says so."""
+    return int(scaling.get(_ORIGINAL) or largest(config, _ORIGINAL))
+
+
+def _kind(scaling: dict[str, Any]) -> str | None:
+    return scaling.get("rope_type", scaling.get("type"))
+
+
+def _settings(config: Any) -> Iterator[dict[str, Any]]:
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = getattr(config, name, None)
+        if isinstance(settings, dict):
+            nested = [value for value in settings.values() if isinstance(value, dict)]
+            yield from nested or [settings]
