@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpu_pool.worker.engine.batching import Cancelled, is_worthwhile, run_batches
+from gpu_pool.worker.engine.batching import is_worthwhile, run_batches
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.encoder_decoder import (
     Tokens,
     decode,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from gpu_pool.worker.engine.batching import Cancelled, is_worthwhile, run_batches
+from gpu_pool.worker.engine.batching import is_worthwhile, run_batches
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.routes import rope_boundary

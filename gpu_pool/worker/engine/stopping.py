@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 
 _LOOKBACK_MARGIN = 2
 """Tokens looked at beyond a stop string's own: a model may write it in other tokens than the tokenizer would."""

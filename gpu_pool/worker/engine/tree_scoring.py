@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_pool.worker.engine.batching import Cancelled, run_halving
+from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all

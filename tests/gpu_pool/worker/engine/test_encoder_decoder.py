@@ -19,7 +19,7 @@ from lm_eval_answers import (
     texts,
 )
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.padding import Company

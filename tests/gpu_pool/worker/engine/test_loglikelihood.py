@@ -7,7 +7,7 @@ from chunks import scoring
 from engine_probes import fresh, out_of_memory_beyond, plainly, watched
 from lm_eval_answers import VOCABULARY, answers, assert_agree, lm_eval_answers, make_requests
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loglikelihood import score
 
 
