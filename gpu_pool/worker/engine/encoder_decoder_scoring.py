@@ -15,6 +15,7 @@ import torch
 
 from gpu_pool.worker.engine.batching import is_worthwhile, run_batches
 from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import (
     Tokens,
     decode,
@@ -23,7 +24,7 @@ from gpu_pool.worker.engine.encoder_decoder import (
     pad_contexts,
     select,
 )
-from gpu_pool.worker.engine.padding import Company, pad_right
+from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.rows import Answer
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
-from gpu_pool.worker.engine.encoder_decoder import probe_encoder_company
+from gpu_pool.worker.engine.company import Company, Tokens, generated_logits, probe_company
+from gpu_pool.worker.engine.encoder_decoder import first_logits
 from gpu_pool.worker.engine.limits import Limits
-from gpu_pool.worker.engine.padding import Company, probe_company
+from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
 from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
 
@@ -94,13 +96,24 @@ class LoadedModel:
 
     @cached_property
     def company(self) -> Company:
-        """Which prompts may be continued together."""
-        return probe_encoder_company(self.model) if self.is_encoder_decoder else probe_company(self.model)
+        """Which prompts may be continued together; of an encoder, which contexts it may be given together."""
+        logits = first_logits if self.is_encoder_decoder else generated_logits
+        return probe_company(self.model, partial(logits, self.model))
+
+    @cached_property
+    def scoring_company(self) -> Company:
+        """Which rows may be scored together the plain way, padded on the right behind no mask."""
+
+        def last_logits(sequences: Sequence[Tokens]) -> torch.Tensor:
+            last = torch.tensor([len(sequences[0]) - 1], device=self.device)
+            return self.logits(pad_right(sequences, self.device), last)[0]
+
+        return probe_company(self.model, last_logits)
 
     def logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [rows, len(positions), vocabulary] of right-padded `ids` [rows, width] at `positions` (ascending).
 
-        No attention mask: causal attention never looks at the padding behind a sequence.
+        No attention mask: causal attention never looks at the padding behind a sequence (see `scoring_company`).
         """
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.forward_names else {}
         if self.narrows_logits:

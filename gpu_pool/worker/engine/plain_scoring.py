@@ -38,12 +38,15 @@ def score_rows(
 
 
 def _fits(loaded: LoadedModel, batch_size: int | None) -> Callable[[list[Row], Row], bool]:
-    """Whether one more row, none longer than the first, fits the requested size, ours, and the logits' memory."""
+    """Whether one more row, none longer than the first, leaves the others' answers alone, and fits: the requested size,
+    ours, and the logits' memory."""
     position_bytes = 4 * loaded.vocabulary
     boundary = rope_boundary(loaded) or loaded.max_length
 
     def fits(batch: list[Row], row: Row) -> bool:
         count, width = len(batch) + 1, len(batch[0].tokens)
+        if not loaded.scoring_company.allows(width, len(row.tokens)):
+            return False
         if width > boundary and len(row.tokens) != width:
             return False
         start = min(member.first_scored for member in (*batch, row)) if loaded.narrows_logits else 0
