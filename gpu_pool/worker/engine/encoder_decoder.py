@@ -56,9 +56,9 @@ def decoder_inputs(model: Any, continuation: Tokens) -> Tokens:
     return tuple(shifted[0].tolist())
 
 
-def first_logits(model: Any, contexts: Sequence[Tokens]) -> torch.Tensor:
-    """Logits [2, vocabulary] of a short decoder row after the first of these contexts, encoded with the others."""
+def decoded_logits(model: Any, contexts: Sequence[Tokens], continuation: Tokens) -> torch.Tensor:
+    """Logits [contexts, len(continuation), vocabulary] that score a continuation after each of these contexts."""
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_contexts(contexts, device)
-    decoder_ids = torch.tensor([decoder_inputs(model, (3, 4))] * len(contexts), device=device)
-    return decode(model, encode(model, ids, mask), mask, decoder_ids)[0]
+    decoder_ids = torch.tensor([decoder_inputs(model, continuation)] * len(contexts), device=device)
+    return decode(model, encode(model, ids, mask), mask, decoder_ids)
