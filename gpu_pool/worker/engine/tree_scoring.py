@@ -15,7 +15,7 @@ from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all
 from gpu_pool.worker.engine.rows import Answer, Row
-from gpu_pool.worker.engine.token_scores import TokenScores
+from gpu_pool.worker.engine.token_scores import token_log_probs
 from gpu_pool.worker.engine.token_tree import Block, Layout, pack
 
 
@@ -76,14 +76,14 @@ def _score_once(
             places = path.locate(len(row.tokens) - len(continuation), len(row.tokens))
             for (block, index), token in zip(places, continuation, strict=True):
                 targets.setdefault(block, []).append(_Target(index, token, request))
-    scores = TokenScores(loaded.softmax_dtype)
+    sums = _Sums()
     unfinished = set(layout.blocks)
     assert targets.keys() <= unfinished, "a scored token is in a block that is not computed"
 
     def run(batch: list[Block]) -> list[None]:
         if should_stop():
             raise Cancelled
-        _score_batch(loaded, batch, targets, scores, whole=deterministic)
+        _score_batch(loaded, batch, targets, sums, whole=deterministic)
         finish(batch)
         unfinished.difference_update(batch)
         return []
@@ -99,7 +99,7 @@ def _score_once(
         release_all(reserved)
         raise
     cache.keep(reserved)
-    return scores.answers()
+    return sums.answers()
 
 
 def _batches(
@@ -115,13 +115,24 @@ def _batches(
     return pack(layout.blocks, cost, (loaded.limits.scored_tokens, logits, batch_size or math.inf))
 
 
+class _Sums:
+    """What is known of each request's answer so far: its tokens may be scored in several batches."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, float] = {}
+        self._greedy: dict[int, bool] = {}
+
+    def add(self, targets: Sequence[_Target], values: Sequence[float], greedy: Sequence[bool]) -> None:
+        for target, value, is_greedy in zip(targets, values, greedy, strict=True):
+            self._values[target.request] = self._values.get(target.request, 0.0) + value
+            self._greedy[target.request] = self._greedy.get(target.request, True) and is_greedy
+
+    def answers(self) -> dict[int, Answer]:
+        return {request: (value, self._greedy[request]) for request, value in self._values.items()}
+
+
 def _score_batch(
-    loaded: LoadedModel,
-    batch: Sequence[Block],
-    targets: dict[Block, list[_Target]],
-    scores: TokenScores,
-    *,
-    whole: bool,
+    loaded: LoadedModel, batch: Sequence[Block], targets: dict[Block, list[_Target]], sums: _Sums, *, whole: bool
 ) -> None:
     """One forward pass over `batch`; `whole`: with the logits of all tokens of a block where some are scored."""
     wanted: dict[tuple[Block, int], int] = {}
@@ -130,5 +141,10 @@ def _score_batch(
         for index in range(len(block.tokens)) if whole and indexes else sorted(indexes):
             wanted[block, index] = len(wanted)
     logits = run_blocks(loaded.model, batch, list(wanted))
-    asked = ((block, target) for block in batch for target in targets.get(block, ()))
-    scores.add(logits, [(wanted[block, target.index], target.token, target.request) for block, target in asked])
+    asked = [(target, wanted[block, target.index]) for block in batch for target in targets.get(block, ())]
+    if asked:
+        asked.sort(key=lambda pair: pair[1])
+        rows = torch.tensor([row for _, row in asked], device=logits.device)
+        tokens = torch.tensor([target.token for target, _ in asked], device=logits.device)
+        values, greedy = token_log_probs(logits, rows, tokens, loaded.softmax_dtype)
+        sums.add([target for target, _ in asked], values.tolist(), greedy.tolist())

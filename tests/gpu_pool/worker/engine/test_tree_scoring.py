@@ -17,7 +17,7 @@ from engine_probes import (
     watched,
 )
 
-from gpu_pool.worker.engine import token_scores
+from gpu_pool.worker.engine import tree_scoring
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
@@ -117,14 +117,14 @@ def test_out_of_memory_halves_the_pass(most, loaded):
 def test_out_of_memory_after_the_pass(loaded, monkeypatch):
     """Blocks are let go only when their batch is wholly done: halves look back at what the failed attempt did."""
     whole = answers(fresh(loaded), few_shot())
-    reduce, failures = token_scores.token_log_probs, iter([True, True])
+    reduce, failures = tree_scoring.token_log_probs, iter([True, True])
 
     def fail_twice(*args):
         if next(failures, False):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return reduce(*args)
 
-    monkeypatch.setattr(token_scores, "token_log_probs", fail_twice)
+    monkeypatch.setattr(tree_scoring, "token_log_probs", fail_twice)
     small = fresh(loaded, scored_tokens=150)
     assert_agree(answers(small, few_shot()), whole)
     assert_kept_for_the_cache_alone(small)
