@@ -53,6 +53,8 @@ def find_layers(model: Any, forward: Forward, width: int) -> Any:
     for layers in (model.get_decoder(), *model.children()):
         try:
             found = torch.cat(list(logits_in_pieces(layers, forward, range(0, width, 2))), dim=1)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             continue  # it returns something else, or what follows needs all of it
         if found.shape == expected.shape and are_equal(found, expected, model.dtype):

@@ -9,7 +9,7 @@ import torch
 
 
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Ids [rows, longest]; what stands behind a sequence is never looked at."""
+    """Ids [rows, longest], filled on the right: no causal model looks at what stands behind a sequence."""
     width = max(map(len, sequences))
     return torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in sequences], device=device)
 
