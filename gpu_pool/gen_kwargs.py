@@ -21,7 +21,19 @@ GENERATION_KEYS = (
     *("remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens"),
     *("temperature", "top_h", "top_k", "top_p", "typical_p"),
 )
-"""Options of transformers' GenerationConfig that change the text; caches, outputs and speculation are the worker's."""
+"""Options of transformers' GenerationConfig that change the text."""
+WORKER_KEYS = frozenset(
+    {
+        *("pad_token_id", "use_cache", "cache_config", "cache_implementation", "max_cache_len", "prefill_chunk_size"),
+        *("low_memory", "compile_config", "disable_compile", "continuous_batching_config"),
+        *("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+        *("assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight"),
+        *("assistant_lookbehind", "target_lookbehind", "is_assistant", "max_matching_ngram_size"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens", "speculation_type"),
+        "use_mtp",
+    }
+)
+"""Those that do not: padding, caches, outputs and speculation are the worker's own affair."""
 KNOWN_KEYS = ("until", *LENGTH_KEYS, *GENERATION_KEYS)
 
 

@@ -21,10 +21,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
+from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
+from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.records import ModelSpec
+
+_DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")
+"""Options that transformers' generate takes no None for; of others None is a value: no end token, say."""
+
+
+class OptionsError(PoolError):
+    """A task's generation_kwargs cannot be honoured."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +115,7 @@ class RequestBuilder:
 
         Raises:
             PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
+            OptionsError: the task's `generation_kwargs` cannot be honoured.
         """
         makers: dict[str, Callable[[Sequence[Instance]], list[list[list[Unit]]]]] = {
             "loglikelihood": self._loglikelihood,
@@ -188,8 +198,17 @@ def cache_scope(model: ModelSpec, deterministic: bool) -> bytes:
 
 
 def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:
-    """A task's `generation_kwargs` as HFLM's `generate_until` and `_model_generate` read them."""
-    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs))
+    """A task's `generation_kwargs` as HFLM's `generate_until` and `_model_generate` read them.
+
+    Without what changes no text: whether generate takes it depends on how the worker computes the model.
+
+    Raises:
+        OptionsError: nothing to generate, or what has no meaning here; each fails in lm-eval's HF backend, too.
+    """
+    given = {key: value for key, value in gen_kwargs.items() if key not in WORKER_KEYS}
+    given = {key: value for key, value in given.items() if value is not None or key not in _DEFAULT_IF_NULL}
+    _check_options(given)
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given))
     until = handle_stop_sequences(kwargs.pop("until", None), eos=end_of_text)
     max_gen_toks = kwargs.pop("max_gen_toks")
     do_sample = bool(kwargs.pop("do_sample"))
@@ -197,6 +216,21 @@ def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationO
     if do_sample or temperature != 0.0:
         kwargs["temperature"] = temperature
     return GenerationOptions(until=tuple(until), max_gen_toks=max_gen_toks, do_sample=do_sample, kwargs=kwargs)
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse options with no meaning here, and take those out that say nothing."""
+    length = next((key for key in LENGTH_KEYS if given.get(key) is not None), None)
+    if length and int(given[length]) < 1:
+        raise OptionsError(f"generation_kwargs.{length} must be 1 or more, not {given[length]}")
+    count = given.pop("num_return_sequences", None)
+    if count not in (None, 1):
+        raise OptionsError(
+            f"generation_kwargs.num_return_sequences must be 1, not {count}: a prompt has one response; "
+            f"for several give the task `repeats: {count}`"
+        )
+    if given.pop("token_healing", None):
+        raise OptionsError("generation_kwargs.token_healing must be false: prompts are continued as they are")
 
 
 def is_deterministic(options: GenerationOptions) -> bool:

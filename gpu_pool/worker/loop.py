@@ -30,7 +30,7 @@ from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
 from gpu_pool.worker.computing import Answer, compute, in_short
 from gpu_pool.worker.control import Control
 from gpu_pool.worker.data_channel import listen
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loading import choose_ranks, load_model
 from gpu_pool.worker.pulse import Pulse

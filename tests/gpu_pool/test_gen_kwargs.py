@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.gen_kwargs import GENERATION_KEYS, KNOWN_KEYS, parse_gen_kwargs
+from gpu_pool.gen_kwargs import GENERATION_KEYS, KNOWN_KEYS, WORKER_KEYS, parse_gen_kwargs
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,6 @@ def test_a_list_in_the_string_syntax_is_refused() -> None:
 def test_generation_keys_are_those_of_transformers() -> None:
     from transformers import GenerationConfig
 
-    assert set(GENERATION_KEYS) <= set(GenerationConfig().__dict__)
+    assert set(GENERATION_KEYS) | WORKER_KEYS <= set(GenerationConfig().__dict__)
+    assert WORKER_KEYS.isdisjoint(KNOWN_KEYS)
     assert len(set(KNOWN_KEYS)) == len(KNOWN_KEYS)

@@ -75,3 +75,7 @@ PLAIN: dict[str, Settings] = {
     "rwkv": _RECURRENT | {"context_length": MAX_LENGTH},
 }
 """Whole sequences are computed, in padded batches: by what `routes` finds in their configs."""
+BIDIRECTIONAL: dict[str, Settings] = {
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.3},
+}
+"""The plain way, and padding is looked at from both sides. Their configs bound no length."""

@@ -13,11 +13,6 @@ from gpu_pool.worker.engine.limits import Limits
 T = TypeVar("T")
 R = TypeVar("R")
 
-
-class Cancelled(Exception):
-    """Nobody waits for this chunk any more."""
-
-
 _PADDING_SHARE = 0.2
 """Most of a row that may be padding where another batch would be worth its while."""
 

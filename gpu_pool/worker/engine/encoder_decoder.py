@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from gpu_pool.worker.engine.padding import Company
-
-Tokens = tuple[int, ...]
-
-_PROBE_LENGTH = 6
-_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
-"""Share of the logits' spread that company may change, in fp32 and below: rounding does less."""
+from gpu_pool.worker.engine.company import Tokens
 
 
 def pad_contexts(sequences: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,25 +56,9 @@ def decoder_inputs(model: Any, continuation: Tokens) -> Tokens:
     return tuple(shifted[0].tolist())
 
 
-@torch.inference_mode()
-def probe_encoder_company(model: Any) -> Company:
-    """Which contexts may be encoded together without changing each other's answers: ask the model."""
-    embedding = model.get_input_embeddings().weight
-    first, second, longer = (
-        tuple((factor * index + 3) % len(embedding) for index in range(length))
-        for factor, length in ((7, _PROBE_LENGTH), (5, _PROBE_LENGTH), (11, 2 * _PROBE_LENGTH))
-    )
-
-    def logits(*contexts: Tokens) -> torch.Tensor:
-        """Of the first context's decoder row [2, vocabulary]."""
-        ids, mask = pad_contexts(contexts, embedding.device)
-        decoder_ids = torch.tensor([decoder_inputs(model, (3, 4))] * len(contexts), device=embedding.device)
-        return decode(model, encode(model, ids, mask), mask, decoder_ids)[0].float()
-
-    alone = logits(first)
-    share = _TOLERANCE if model.dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
-    allowed = share * (alone.max() - alone.min())
-    for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
-        if (alone - logits(first, other)).abs().max() <= allowed:
-            return company
-    return Company.NONE
+def decoded_logits(model: Any, contexts: Sequence[Tokens], continuation: Tokens) -> torch.Tensor:
+    """Logits [contexts, len(continuation), vocabulary] that score a continuation after each of these contexts."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = pad_contexts(contexts, device)
+    decoder_ids = torch.tensor([decoder_inputs(model, continuation)] * len(contexts), device=device)
+    return decode(model, encode(model, ids, mask), mask, decoder_ids)

@@ -16,9 +16,9 @@ import transformers
 
 from gpu_pool.messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import Tokens, encode, pad_contexts, select
 from gpu_pool.worker.engine.generate_arguments import beams, effective, generate_kwargs, until_eos
-from gpu_pool.worker.engine.padding import Company
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 if TYPE_CHECKING:

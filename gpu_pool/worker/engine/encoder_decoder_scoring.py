@@ -7,13 +7,16 @@ runs once for each distinct context of a batch, the decoder once for each distin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpu_pool.worker.engine.batching import Cancelled, is_worthwhile, run_batches
+from gpu_pool.worker.engine.batching import is_worthwhile, run_batches
+from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import (
     Tokens,
     decode,
@@ -22,8 +25,10 @@ from gpu_pool.worker.engine.encoder_decoder import (
     pad_contexts,
     select,
 )
-from gpu_pool.worker.engine.padding import Company, pad_right
+from gpu_pool.worker.engine.head import Forward, logits_in_pieces
+from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.rows import Answer
+from gpu_pool.worker.engine.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -107,18 +112,22 @@ def _contexts_fit(loaded: LoadedModel, batch_size: int | None) -> Callable[[list
 
 def _rows_fit(loaded: LoadedModel, width: int, batch_size: int | None) -> Callable[[list[Any], Any], bool]:
     """Whether the decoder may take one more row, none longer than the first, after contexts padded to `width`."""
-    head = loaded.model.get_output_embeddings() or loaded.model.get_input_embeddings()
-    position_bytes = 4 * head.weight.shape[0]
 
     def fits(batch: list[tuple[int, Row]], item: tuple[int, Row]) -> bool:
         if loaded.company is Company.NONE:
             return False
         longest, length = len(batch[0][1].inputs), len(item[1].inputs)
-        if (len(batch) + 1) * longest * position_bytes > loaded.limits.logits_bytes:
+        if (len(batch) + 1) * longest > _most_positions(loaded):
             return False
         return is_worthwhile(loaded.limits, len(batch), width + longest, width + length, batch_size)
 
     return fits
+
+
+def _most_positions(loaded: LoadedModel) -> int:
+    """Whose logits there is room for."""
+    head = loaded.model.get_output_embeddings() or loaded.model.get_input_embeddings()
+    return loaded.limits.logits(head.weight.shape[0])
 
 
 @torch.inference_mode()
@@ -137,8 +146,11 @@ def _score_contexts(
         places = torch.tensor([place for place, _ in batch], device=loaded.device)
         rows = [row for _, row in batch]
         decoder_ids = pad_right([row.inputs for row in rows], loaded.device)
-        logits = decode(loaded.model, select(encoded, places), mask[places], decoder_ids)
-        return _score_rows(logits, rows, loaded.softmax_dtype)
+        forward = partial(decode, loaded.model, select(encoded, places), mask[places], decoder_ids)
+        scores = TokenScores(loaded.softmax_dtype)
+        for start, logits in _pieces(loaded, forward, decoder_ids.shape):
+            scores.add(logits.flatten(0, 1), _asked(rows, start, logits.shape[1]))
+        return list(scores.answers().items())
 
     def on_shortage(batch: list[tuple[int, Row]]) -> None:
         loaded.limits.shrink(len(batch) * (ids.shape[1] + len(batch[0][1].inputs)))
@@ -148,25 +160,23 @@ def _score_contexts(
     return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size), on_shortage))
 
 
-def _score_rows(logits: torch.Tensor, rows: Sequence[Row], dtype: torch.dtype) -> list[tuple[int, Answer]]:
-    """Answers from the decoder's logits [rows, longest, vocabulary]; they leave the device together."""
-    places, positions, tokens = torch.tensor(
-        [
-            (place, position, token)
-            for place, row in enumerate(rows)
-            for _, continuation in row.targets
-            for position, token in enumerate(continuation)
-        ],
-        device=logits.device,
-    ).T
-    logits = logits.to(dtype)
-    log_probs = logits[places, positions, tokens] - logits.logsumexp(-1)[places, positions]
-    is_best = logits.argmax(-1)[places, positions] == tokens
-    targets = [target for row in rows for target in row.targets]
-    lengths = [len(continuation) for _, continuation in targets]
+def _pieces(loaded: LoadedModel, forward: Forward, shape: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first position, logits [rows, positions, vocabulary]) of decoder rows of this `shape`: as many as there is room
+    for."""
+    rows, width = shape
+    positions = range(0, width, max(1, _most_positions(loaded) // rows))
+    if len(positions) == 1 or loaded.layers is None:
+        yield 0, forward()
+    else:
+        yield from zip(positions, logits_in_pieces(loaded.layers, forward, positions), strict=True)
+
+
+def _asked(rows: Sequence[Row], start: int, width: int) -> list[tuple[int, int, int]]:
+    """(row of logits, token, request) of all tokens that positions `start` to `start + width` of `rows` predict."""
     return [
-        (index, (float(chosen.sum()), bool(best.all())))
-        for (index, _), chosen, best in zip(
-            targets, log_probs.cpu().split(lengths), is_best.cpu().split(lengths), strict=True
-        )
+        (place * width + position - start, token, index)
+        for place, row in enumerate(rows)
+        for index, continuation in row.targets
+        for position, token in enumerate(continuation)
+        if start <= position < start + width
     ]

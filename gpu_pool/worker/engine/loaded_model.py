@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import torch
 
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
+from gpu_pool.worker.engine.company import Company, Tokens, generated_logits, probe_company
 from gpu_pool.worker.engine.configs import text_config
-from gpu_pool.worker.engine.encoder_decoder import probe_encoder_company
+from gpu_pool.worker.engine.encoder_decoder import decoded_logits
+from gpu_pool.worker.engine.head import find_layers
 from gpu_pool.worker.engine.limits import Limits
 from gpu_pool.worker.engine.packed import measure_token_bytes
-from gpu_pool.worker.engine.padding import Company, probe_company
+from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
 from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
+
+_PROBE = (3, 4, 5, 6)
+"""Tokens to try a model with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,20 +108,47 @@ class LoadedModel:
 
     @cached_property
     def company(self) -> Company:
-        """Which prompts may be continued together."""
-        return probe_encoder_company(self.model) if self.is_encoder_decoder else probe_company(self.model)
+        """Which prompts may be continued together; of an encoder, which contexts it may be given together."""
+        if self.is_encoder_decoder:
+            return probe_company(self.model, lambda contexts: decoded_logits(self.model, contexts, _PROBE)[0])
+        return probe_company(self.model, partial(generated_logits, self.model))
+
+    @cached_property
+    def scoring_company(self) -> Company:
+        """Which rows may be scored together the plain way, padded on the right behind no mask."""
+
+        def last_logits(sequences: Sequence[Tokens]) -> torch.Tensor:
+            last = torch.tensor([len(sequences[0]) - 1], device=self.device)
+            return self.logits(pad_right(sequences, self.device), last)[0]
+
+        return probe_company(self.model, last_logits)
+
+    @cached_property
+    def layers(self) -> Any:
+        """What can be run once for several pieces of logits (`logits_in_pieces`); None where nothing can."""
+        forward = partial(self.all_logits, pad_right([_PROBE], self.device))
+        if self.is_encoder_decoder:
+            forward = partial(decoded_logits, self.model, [_PROBE], _PROBE)
+        return find_layers(self.base_model, forward, len(_PROBE))
+
+    def all_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, width, vocabulary] of right-padded `ids`, behind those of an adapter's virtual tokens.
+
+        No attention mask: causal attention never looks at the padding behind a sequence (see `scoring_company`).
+        """
+        return self.model(input_ids=ids, **self._without_cache).logits
 
     def logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, len(positions), vocabulary] of right-padded `ids` [rows, width] at `positions` (ascending).
-
-        No attention mask: causal attention never looks at the padding behind a sequence.
-        """
-        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.forward_names else {}
+        """Logits [rows, len(positions), vocabulary] of right-padded `ids` [rows, width] at `positions` (ascending)."""
         if self.narrows_logits:
-            return self.model(input_ids=ids, logits_to_keep=positions, **options).logits
-        logits = self.model(input_ids=ids, **options).logits
+            return self.model(input_ids=ids, logits_to_keep=positions, **self._without_cache).logits
+        logits = self.all_logits(ids)
         virtual_tokens = logits.shape[1] - ids.shape[1]
         return logits[:, positions.to(logits.device) + virtual_tokens]
+
+    @property
+    def _without_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if "use_cache" in self.forward_names else {}
 
     def generated_rows(self, longest: int, options: GenerationOptions) -> int:
         """Sequences that may be continued at once, when each may grow to its limit from `longest` tokens of its own."""

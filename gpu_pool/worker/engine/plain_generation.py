@@ -10,11 +10,12 @@ import transformers
 
 from gpu_pool.messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, until_eos
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.padding import Company, pad_left
+from gpu_pool.worker.engine.padding import pad_left
 from gpu_pool.worker.engine.prompts import Prompt
-from gpu_pool.worker.engine.routes import rope_boundary
+from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 _COUNT_PADDING = (

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from gpu_pool.worker.engine.batching import Cancelled, is_worthwhile, run_batches
+from gpu_pool.worker.engine.batching import is_worthwhile, run_batches
+from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.head import logits_in_pieces
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.padding import pad_right
-from gpu_pool.worker.engine.routes import rope_boundary
+from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.rows import Answer, Row
+from gpu_pool.worker.engine.token_scores import TokenScores
 
 
 def score_rows(
@@ -37,44 +40,60 @@ def score_rows(
 
 
 def _fits(loaded: LoadedModel, batch_size: int | None) -> Callable[[list[Row], Row], bool]:
-    """Whether one more row, none longer than the first, fits the requested size, ours, and the logits' memory."""
-    position_bytes = 4 * loaded.vocabulary
+    """Whether one more row, none longer than the first, leaves the others' answers alone and fits the requested size,
+    ours, and the logits' memory."""
     boundary = rope_boundary(loaded) or loaded.max_length
 
     def fits(batch: list[Row], row: Row) -> bool:
-        count, width = len(batch) + 1, len(batch[0].tokens)
+        width = len(batch[0].tokens)
+        if not loaded.scoring_company.allows(width, len(row.tokens)):
+            return False
         if width > boundary and len(row.tokens) != width:
             return False
-        start = min(member.first_scored for member in (*batch, row)) if loaded.narrows_logits else 0
-        if count * (width - start) * position_bytes > loaded.limits.logits_bytes:
+        if not _logits_fit(loaded, [*batch, row]):
             return False
         return is_worthwhile(loaded.limits, len(batch), width, len(row.tokens), batch_size)
 
     return fits
 
 
+def _logits_fit(loaded: LoadedModel, rows: Sequence[Row]) -> bool:
+    """Whether there is room for the logits of `rows`, none longer than the first, at once."""
+    start = min(row.first_scored for row in rows) if loaded.narrows_logits else 0
+    return len(rows) * (len(rows[0].tokens) - start) <= loaded.limits.logits(loaded.vocabulary)
+
+
 @torch.inference_mode()
 def _score_rows(loaded: LoadedModel, rows: list[Row]) -> list[tuple[int, Answer]]:
     """One forward pass: (index of the request, answer) for all targets of `rows`."""
+    if len(rows) == 1 and not _logits_fit(loaded, rows) and loaded.layers is not None:
+        return _score_in_pieces(loaded, rows[0])
     wanted = sorted({position for row in rows for position in range(row.first_scored, len(row.tokens))})
     column = {position: index for index, position in enumerate(wanted)}
     ids = pad_right([row.tokens for row in rows], loaded.device)
     logits = loaded.logits(ids, torch.tensor(wanted, device=loaded.device))
-    answers: list[tuple[int, Answer]] = []
+    scores = TokenScores(loaded.softmax_dtype)
     for row, row_logits in zip(rows, logits, strict=True):
         scored = row_logits[column[row.first_scored] : column[len(row.tokens) - 1] + 1]
-        answers += _score_targets(scored, row, loaded.softmax_dtype)
-    return answers
+        scores.add(scored, _asked(row, row.first_scored, len(row.tokens)))
+    return list(scores.answers().items())
 
 
-def _score_targets(logits: torch.Tensor, row: Row, dtype: torch.dtype) -> list[tuple[int, Answer]]:
-    """Answers from a row's logits [scored positions, vocabulary]; the last one predicts every target's last token."""
-    log_probs = F.log_softmax(logits, dim=-1, dtype=dtype)
-    most_likely = log_probs.argmax(dim=-1)
-    answers: list[tuple[int, Answer]] = []
-    for index, continuation in row.targets:
-        target = torch.tensor(continuation, device=logits.device)
-        chosen = log_probs[-len(target) :].gather(1, target[:, None])
-        is_greedy = bool((most_likely[-len(target) :] == target).all())
-        answers.append((index, (float(chosen.sum()), is_greedy)))
-    return answers
+def _score_in_pieces(loaded: LoadedModel, row: Row) -> list[tuple[int, Answer]]:
+    """The same for a row with more logits than there is room for: some of them after the others."""
+    positions = range(row.first_scored, len(row.tokens), max(1, loaded.limits.logits(loaded.vocabulary)))
+    forward = partial(loaded.all_logits, pad_right([row.tokens], loaded.device))
+    scores = TokenScores(loaded.softmax_dtype)
+    for start, logits in zip(positions, logits_in_pieces(loaded.layers, forward, positions), strict=True):
+        scores.add(logits[0], _asked(row, start, start + logits.shape[1]))
+    return list(scores.answers().items())
+
+
+def _asked(row: Row, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(position from `start` on, token, request) of all tokens that the row's positions before `end` predict."""
+    return [
+        (position - start, token, index)
+        for index, continuation in row.targets
+        for position, token in enumerate(continuation, len(row.tokens) - len(continuation))
+        if start <= position < end
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 
 _LOOKBACK_MARGIN = 2
 """Tokens looked at beyond a stop string's own: a model may write it in other tokens than the tokenizer would."""
@@ -29,14 +29,20 @@ class StopFinder:
     def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
         self.strings = stop_strings(until, tokenizer)
         self._tokenizer = tokenizer
-        longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self.strings), default=0)
-        self.lookback = longest + _LOOKBACK_MARGIN
+        self._lookbacks = {
+            stop: len(tokenizer.encode(stop, add_special_tokens=False)) + _LOOKBACK_MARGIN for stop in self.strings
+        }
+        """Tokens that may hold each stop string (lm-eval's `MultiTokenEOSCriteria`)."""
+        self.lookback = max(self._lookbacks.values(), default=_LOOKBACK_MARGIN)
         """Tokens of a row that may hold a stop string which its last one completes."""
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether a stop string stands in the last of a row's new `tokens`."""
+        """Whether a stop string stands in as many of a row's last new `tokens` as it may take."""
         text = self._tokenizer.decode(tokens[-self.lookback :])
-        return any(stop in text for stop in self.strings)
+        return any(  # mostly none is in the longest text, and then in no shorter one
+            stop in text and (lookback == self.lookback or stop in self._tokenizer.decode(tokens[-lookback:]))
+            for stop, lookback in self._lookbacks.items()
+        )
 
 
 class StopAtStrings(transformers.StoppingCriteria):

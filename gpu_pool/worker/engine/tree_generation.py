@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from gpu_pool.messages import GenerationOptions
-from gpu_pool.worker.engine.batching import Cancelled, run_halving
+from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.choosing import Chooser
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gpu_pool.worker.engine.batching import Cancelled, run_halving
+from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all
 from gpu_pool.worker.engine.rows import Answer, Row
+from gpu_pool.worker.engine.token_scores import token_log_probs
 from gpu_pool.worker.engine.token_tree import Block, Layout, pack
-
-_ROWS_AT_ONCE = 64
-"""Positions whose logits are reduced together: little enough for a CPU's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +148,3 @@ def _score_batch(
         tokens = torch.tensor([target.token for target, _ in asked], device=logits.device)
         values, greedy = token_log_probs(logits, rows, tokens, loaded.softmax_dtype)
         sums.add([target for target, _ in asked], values.tolist(), greedy.tolist())
-
-
-def token_log_probs(
-    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probability, whether it is the most likely) of `tokens` [n] in `rows` [n], ascending, of logits [m, V].
-
-    By the function that lm-eval's HF backend uses: the sum over a vocabulary in fp32 errs by up to 1e-5, here as there.
-    """
-    values, greedy = [], []
-    bounds = rows.tolist()
-    for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
-        some = torch.log_softmax(logits[start : start + _ROWS_AT_ONCE], dim=-1, dtype=dtype)
-        first, last = bisect_left(bounds, start), bisect_left(bounds, start + len(some))
-        row, token = rows[first:last] - start, tokens[first:last]
-        values.append(some[row, token])
-        greedy.append(some.argmax(-1)[row] == token)
-    return torch.cat(values).double(), torch.cat(greedy)

@@ -185,12 +185,17 @@ def test_an_error_share_is_judged_when_all_requests_are_known(evaluator, job_id,
     )
 
 
-def test_a_job_that_cannot_be_built(evaluator, job_id, start_worker) -> None:
-    evaluator.start(job_id, tasks=("local_generation",), gen_kwargs={"max_gen_toks": 5000})
+@pytest.mark.parametrize(
+    ("gen_kwargs", "problem"),
+    [
+        ({"max_gen_toks": 5000}, "max_gen_toks (5000) must be less than the model's maximum sequence length (2048)"),
+        ({"max_gen_toks": 0}, "generation_kwargs.max_gen_toks must be 1 or more, not 0"),
+    ],
+)
+def test_a_job_that_cannot_be_built(gen_kwargs, problem, evaluator, job_id, start_worker) -> None:
+    evaluator.start(job_id, tasks=("local_generation",), gen_kwargs=gen_kwargs)
     (failed,) = evaluator.finish()
-    assert failed.error == (
-        "local_generation: max_gen_toks (5000) must be less than the model's maximum sequence length (2048)"
-    )
+    assert failed.error == f"local_generation: {problem}"
 
 
 def test_a_second_run_comes_from_the_cache(evaluator, job_id, start_worker) -> None:

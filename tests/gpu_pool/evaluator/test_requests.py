@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gpu_pool.evaluator.requests import Unit, rolling_windows
+from gpu_pool.evaluator.requests import OptionsError, Unit, generation_options, rolling_windows
 
 PREFIX = 7
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -34,3 +37,41 @@ def test_an_answered_unit_forgets_its_tokens() -> None:
     assert answered.cost == 3
     answered.forget_tokens()
     assert answered.cost == 0
+
+
+TASK = {"until": ["\n"], "max_gen_toks": 9, "temperature": 0.7, "top_p": 0.9, "eos_token_id": None}
+
+
+def test_generation_options() -> None:
+    options = generation_options(TASK, "<end>")
+    assert (options.until, options.max_gen_toks, options.do_sample) == (("\n", "<end>"), 9, True)
+    assert options.kwargs == {"temperature": 0.7, "top_p": 0.9, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"pad_token_id": 5}, {"use_cache": False}, {"return_dict_in_generate": True}, {"output_scores": True}),
+        *({"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 1}),
+        *({"num_return_sequences": None}, {"num_beams": None}, {"max_length": None}, {"token_healing": False}),
+    ],
+    ids=str,
+)
+def test_what_changes_no_text_is_the_workers_own(more: dict[str, Any]) -> None:
+    """transformers' generate, or what is done with its answer, would fail of these; the token tree knows none."""
+    assert generation_options(TASK | more, "<end>") == generation_options(TASK, "<end>")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_gen_toks": 0}, r"generation_kwargs\.max_gen_toks must be 1 or more, not 0"),
+        ({"max_gen_toks": None, "max_new_tokens": -5}, r"generation_kwargs\.max_new_tokens must be 1 or more, not -5"),
+        ({"num_return_sequences": 2}, r"generation_kwargs\.num_return_sequences .*`repeats: 2`"),
+        ({"num_return_sequences": 2, "num_beams": 2}, r"generation_kwargs\.num_return_sequences .*`repeats: 2`"),
+        ({"token_healing": True}, r"generation_kwargs\.token_healing"),
+    ],
+)
+def test_options_that_cannot_be_honoured(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(OptionsError, match=problem):
+        generation_options(TASK | options, "<end>")

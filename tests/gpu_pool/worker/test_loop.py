@@ -10,7 +10,7 @@ from chunks import generating
 
 from gpu_pool.messages import BatchProgress, ChunkBegun, ChunkFailed, FromWorkerData, GenerationChunk, GenerationDone
 from gpu_pool.worker.chunk_queue import ChunkQueue, Client
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.loop import Replica, step
 from gpu_pool.worker.pulse import Pulse
 

@@ -2,6 +2,7 @@
 
 import pytest
 from checkpoint_forms import save_adapter
+from engine_probes import fresh, plainly
 from fresh_models import load_fresh
 from lm_eval_answers import PROMPTS, lm_eval_texts, lm_eval_values, texts, values
 from transformers import AutoModelForSeq2SeqLM
@@ -25,6 +26,9 @@ def test_equals_lm_eval(kind, checkpoint, tmp_path, load, reference):
     adapted, theirs = load_fresh(base, peft=str(tmp_path)), reference(base, peft=str(tmp_path))
     assert values(adapted) == pytest.approx(lm_eval_values(theirs), rel=1e-5)
     assert values(adapted) != pytest.approx(values(load(base)), rel=1e-3)
+    in_pieces = plainly(fresh(adapted, logits_bytes=1))
+    assert values(in_pieces) == pytest.approx(values(adapted), rel=1e-5)
+    assert in_pieces.layers is not None
     together = texts(adapted, PROMPTS[:4], max_gen_toks=8)
     assert together == texts(adapted, PROMPTS[:4], 1, max_gen_toks=8)
 

@@ -19,10 +19,10 @@ from lm_eval_answers import (
     texts,
 )
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loglikelihood import score
-from gpu_pool.worker.engine.padding import Company
 
 TYPES = ["t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "m2m_100", "pegasus"]
 

@@ -7,7 +7,7 @@ from chunks import generating
 from engine_probes import fresh, never, out_of_memory_beyond, plainly
 from lm_eval_answers import PROMPTS, lm_eval_texts, texts
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 
 

@@ -11,7 +11,7 @@ from engine_probes import assert_kept_for_the_cache_alone, fresh, never, out_of_
 from prompts import PROMPTS, SAMPLING, SEEDS
 
 from gpu_pool.messages import GenerationChunk
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate, generate_chunks
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 

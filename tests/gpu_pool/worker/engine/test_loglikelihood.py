@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+from architectures import PLAIN
 from chunks import scoring
 from engine_probes import fresh, out_of_memory_beyond, plainly, watched
 from lm_eval_answers import VOCABULARY, answers, assert_agree, lm_eval_answers, make_requests
 
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loglikelihood import score
 
 
@@ -60,6 +62,22 @@ def test_batches_are_bounded(checkpoint, load):
         answers(loaded, make_requests(30, longest=30))
     assert max(passes.plain) <= 64
     assert len(passes.plain) < 30
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, None])
+def test_rows_that_look_at_padding_are_not_padded(batch_size, checkpoint, load, reference):
+    loaded = load(checkpoint("xlnet"), max_length=64)
+    requests = make_requests(30, longest=5)
+    with watched(loaded) as passes:
+        ours = answers(loaded, requests, batch_size)
+    assert loaded.scoring_company is Company.EQUAL_LENGTH
+    assert_agree(ours, lm_eval_answers(reference(checkpoint("xlnet"), max_length=64), requests))
+    assert batch_size == 1 or len(passes.plain) < len(requests)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_padding_behind_a_causal_row_changes_nothing(name, checkpoint, load):
+    assert load(checkpoint(name)).scoring_company is Company.ANY_LENGTH
 
 
 def test_out_of_memory_halves_the_batch(checkpoint, load):

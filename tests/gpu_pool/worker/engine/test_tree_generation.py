@@ -21,7 +21,7 @@ from prompts import PROMPTS, SAMPLING, SEEDS
 
 from gpu_pool.worker.computing import compute
 from gpu_pool.worker.engine import attention
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.slots import Slots

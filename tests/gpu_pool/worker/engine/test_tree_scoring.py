@@ -18,7 +18,7 @@ from engine_probes import (
 )
 
 from gpu_pool.worker.engine import tree_scoring
-from gpu_pool.worker.engine.batching import Cancelled
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.rows import Answer

@@ -1,0 +1,68 @@
+# pyright: basic
+"""Which sequences may share a batch of the plain way without changing each other's answers: the model is asked."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gpu_pool.worker.engine.padding import pad_left
+
+Tokens = tuple[int, ...]
+
+_PROBE_LENGTH = 6
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+"""Share of the logits' spread by which they may be apart: rounding does less, a polluted state more."""
+
+
+class Company(enum.Enum):
+    """Which sequences a model can compute together without changing each other's answers."""
+
+    ANY_LENGTH = "any length"
+    EQUAL_LENGTH = "equal length"  # padding gets into some states and attentions, attention mask or not
+    NONE = "none"  # and some mix the rows of a batch up
+
+    def allows(self, width: int, length: int) -> bool:
+        """Whether sequences of these lengths may meet."""
+        return self is Company.ANY_LENGTH or (self is Company.EQUAL_LENGTH and width == length)
+
+
+@torch.inference_mode()
+def probe_company(model: Any, logits: Callable[[Sequence[Tokens]], torch.Tensor]) -> Company:
+    """Ask the model: `logits(sequences)` are some of the first one's [..., vocabulary], computed with the others."""
+    size = model.get_input_embeddings().weight.shape[0]
+    first, second, longer = (
+        tuple((factor * index + 3) % size for index in range(length))
+        for factor, length in ((7, _PROBE_LENGTH), (5, _PROBE_LENGTH), (11, 2 * _PROBE_LENGTH))
+    )
+    alone = logits([first])
+    for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
+        if are_equal(alone, logits([first, other]), model.dtype):
+            return company
+    return Company.NONE
+
+
+def are_equal(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding explains how far these logits, both of one shape, of a model of this type are apart."""
+    one, other = one.float(), other.float()
+    allowed = _TOLERANCE.get(dtype, _HALF_TOLERANCE) * (one.max() - one.min())
+    return bool((one - other).abs().max() <= allowed)
+
+
+def generated_logits(model: Any, sequences: Sequence[Tokens]) -> torch.Tensor:
+    """Logits [vocabulary] of the first sequence's second new token: past the prompt, to probe the cache too."""
+    ids, mask = pad_left(sequences, model.get_input_embeddings().weight.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        min_new_tokens=2,
+        max_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.logits[1][0]
