@@ -19,6 +19,7 @@ from gpu_pool.worker.engine.limits import Limits
 from gpu_pool.worker.engine.padding import Company, probe_company
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
 from gpu_pool.worker.engine.routes import Route, choose_route, rope_boundary
+from gpu_pool.worker.engine.token_tree import GRID, Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class LoadedModel:
         """Logits of a position."""
         return self.model.get_input_embeddings().weight.shape[0]
 
+    def room(self, sequences: float) -> Room:
+        """What a forward pass along the token tree that answers at most so many `sequences` may hold at present."""
+        return Room(self.limits.scored_tokens, self.limits.logits(self.vocabulary), sequences)
+
     @cached_property
     def prefix_cache(self) -> PrefixCache:
         """Keys and values of beginnings that requests share."""
@@ -90,7 +95,7 @@ class LoadedModel:
     @cached_property
     def grid_cache(self) -> PrefixCache:
         """The same for deterministic requests, whose blocks are others."""
-        return PrefixCache(self.limits.prefix_bytes)
+        return PrefixCache(self.limits.prefix_bytes, GRID)
 
     @cached_property
     def company(self) -> Company:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from gpu_pool.worker.engine.attention import NAME, AttentionPlan, attending_by
+from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.slots import Slots
-from gpu_pool.worker.engine.token_tree import Block, Path
 from gpu_pool.worker.engine.transfer import to_device
 
 
@@ -61,7 +61,7 @@ def run_step(model: Any, slots: Slots, tokens: Sequence[int]) -> torch.Tensor:
     return output.logits[0]
 
 
-def hold(path: Path) -> None:
+def hold(path: BlockPath) -> None:
     """One user more of these blocks: their keys and values stay until it is released."""
     for block, length in path.sources:
         block.users += 1
