@@ -1,11 +1,10 @@
-"""How token sequences become batches: all of it, for scoring and generation alike.
+"""How token sequences become batches: all of the way, for scoring and generation alike.
 
-                 tree                 blocks                batches
-    sequences ─────────► distinct ──────────────► Layout ──────────► forward passes
-      sorted    _build    tokens    lay_out(_grid)         pack
+    sequences ──_build──► tree ──lay_out──► blocks ──pack──► batches ──► forward passes (`packed`)
 
 **Tree.** Sequences that begin alike share those tokens' keys and values, so each distinct token of their tree need be
-computed only once, and not again where earlier chunks have left it (`known`, from the `prefix_cache`).
+computed only once, and not at all where earlier chunks have left it (`known` paths, from the `prefix_cache`), unless
+its output is needed.
 
 **Blocks** are runs of tokens along one path, causal among themselves. `lay_out` follows the heaviest path from the root
 as one block, and lays out what branches off it, each branch beginning with a block of its own that looks back at the
@@ -17,15 +16,15 @@ log2(distinct tokens) times, however the tree is shaped).
               └───────────── question 2 ──── …                 block 2: question 2, …, after the prefix in block 0
 
 **Batches.** `pack` takes blocks in that order (what looks back at a block follows it closely) for as long as a forward
-pass has room: for tokens, for logits, and for sequences that end in it. Each batch is run as one sequence of tokens
-[1, T] without any padding; only attention knows what belongs together (`attention`). Two things differ by the caller:
+pass has room for their tokens, their logits, and the sequences that end in them. A batch is run as one sequence of
+tokens [1, T] without any padding; only attention knows what belongs together (`attention`). By the caller differ
 
-                           outputs needed                   sequences that a pass has room for
-    `tree_scoring`         from the first scored token on   the batch size asked for, or any number
-    `tree_generation`      after a prompt's last token      slots that are free
+                         outputs needed                    sequences that a pass has room for
+    `tree_scoring`       from the first scored token on    the batch size asked for, or any number
+    `tree_generation`    after a prompt's last token       slots that are free
 
-**Deterministic** runs have blocks cut at multiples of `GRID` tokens instead, and each is a batch of its own: the bits
-of an answer then depend on its request alone.
+**Deterministic** runs have blocks cut at multiples of `GRID` tokens instead (`lay_out_grid`), and each block is a batch
+of its own: the bits of an answer then depend on its request alone.
 
 Pure Python, without torch.
 """
@@ -104,9 +103,9 @@ def pack(
     *,
     deterministic: bool = False,
 ) -> Iterator[list[Block]]:
-    """Batches of blocks, in order, for whose costs there is `room` in every respect; at least one in each, or just one.
+    """Batches of blocks, in order: of as many as there is `room` for in every respect, but of one at least.
 
-    The next one alone may be taken where the room changes from batch to batch: `blocks` are looked at as they are used.
+    `deterministic`: of just one. Where the room changes from batch to batch, take the first and ask again for the rest.
     """
     batch: list[Block] = []
     used = (0.0,) * len(room)
