@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from gpu_pool.evaluator.requests import Unit
+from gpu_pool.worker.engine.blocks import common_prefix
 from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out
-from gpu_pool.worker.engine.token_tree import common_prefix
 
 FORMULA = (
     "scoring and prompts: FLOPs with perfect sharing / matrix peak; decoding: for each step of all sequences together "

@@ -110,11 +110,16 @@ def out_of_memory_beyond(loaded: LoadedModel, *, read: int = 10**9, continued: i
 def assert_kept_for_the_cache_alone(loaded: LoadedModel) -> None:
     """Every block in the prefix cache has the beginnings that it holds as its users, and no others."""
     users: dict[Any, int] = {}
-    for path in loaded.prefix_cache._paths.values():
+    for _, path, _ in loaded.prefix_cache._kept.values():
         for block, length in path.sources:
             users[block] = users.get(block, 0) + 1
             assert all(keys.shape[1] >= length for keys, _ in block.keys_values.values())
     assert {block: block.users for block in users} == users
+
+
+def kept_tensor_bytes(loaded: LoadedModel) -> int:
+    """Memory of the prefix cache, without scores, which are in arrays."""
+    return loaded.prefix_cache.bytes - sum(scores.nbytes for _, _, scores in loaded.prefix_cache._kept.values())
 
 
 def tensor_bytes() -> int:

@@ -17,8 +17,8 @@ import torch
 from transformers import AttentionInterface
 
 from gpu_pool.worker.engine.attention_steps import Found, Inputs, Step, VarlenCall, group, place, ranges
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.spans import in_window, spans_by_depth
-from gpu_pool.worker.engine.token_tree import Block
 from gpu_pool.worker.engine.varlen_kernels import VarlenAttention, varlen_kernel
 
 NAME = "evalpool_packed"

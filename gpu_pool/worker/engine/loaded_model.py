@@ -25,6 +25,7 @@ from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
 from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
+from gpu_pool.worker.engine.token_tree import GRID, Room
 
 _PROBE = (3, 4, 5, 6)
 """Tokens to try a model with."""
@@ -96,6 +97,10 @@ class LoadedModel:
         """Logits of a position."""
         return self.model.get_input_embeddings().weight.shape[0]
 
+    def room(self, sequences: float) -> Room:
+        """What a forward pass along the token tree that answers at most so many `sequences` may hold at present."""
+        return Room(self.limits.scored_tokens, self.limits.logits(self.vocabulary), sequences)
+
     @cached_property
     def prefix_cache(self) -> PrefixCache:
         """Keys and values of beginnings that requests share."""
@@ -104,7 +109,7 @@ class LoadedModel:
     @cached_property
     def grid_cache(self) -> PrefixCache:
         """The same for deterministic requests, whose blocks are others."""
-        return PrefixCache(self.limits.prefix_bytes)
+        return PrefixCache(self.limits.prefix_bytes, GRID)
 
     @cached_property
     def company(self) -> Company:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from gpu_pool.worker.engine.attention import NAME, AttentionPlan, attending_by
+from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.slots import Slots
-from gpu_pool.worker.engine.token_tree import Block, Path
 from gpu_pool.worker.engine.transfer import to_device
 
 
@@ -71,13 +71,13 @@ def measure_token_bytes(model: Any) -> int:
 
     Configs do not tell: heads and dimensions may differ between layers, and between keys and values.
     """
-    block = Block(0, (0,), Path(), users=1, reach=1)
+    block = Block(0, (0,), BlockPath(), users=1, reach=1)
     with packed_attention_in(model):
         run_blocks(model, [block], [(block, 0)])
     return kept_bytes(block)
 
 
-def hold(path: Path) -> None:
+def hold(path: BlockPath) -> None:
     """One user more of these blocks: their keys and values stay until it is released."""
     for block, length in path.sources:
         block.users += 1

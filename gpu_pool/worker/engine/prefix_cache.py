@@ -6,106 +6,104 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from gpu_pool.worker.engine.blocks import BlockPath, Tokens, common_prefix
+from gpu_pool.worker.engine.kept_scores import NO_SCORES, Computed, Scores, comparable, scores_along
 from gpu_pool.worker.engine.packed import hold, kept_bytes, release
-from gpu_pool.worker.engine.token_tree import Layout, Path, Tokens, common_prefix, lay_out, lay_out_grid
-
-if TYPE_CHECKING:
-    from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.token_tree import MOST_SHARED, Layout
 
 MIN_TOKENS = 16
 """Shorter beginnings are computed as fast as they are looked back at."""
-MOST_SHARED = 16
-"""Beginnings kept of one chunk."""
 MOST_KEPT = 256
 """Beginnings kept in all: each is compared with every chunk."""
-_LEAST_SHARED_BY = 8
-GRID = 128
-"""Tokens of a block where bits must not depend on what sequences share: enough to use the device well."""
+
+
+class Beginning(NamedTuple):
+    """What sequences begin with, and what is known of it."""
+
+    tokens: Tokens
+    path: BlockPath
+    """The blocks that hold their keys and values."""
+    scores: Scores
+    """Of those tokens that have been scored."""
 
 
 class PrefixCache:
     """Least recently used beginnings go first. Blocks are freed when no beginning and no computation uses them."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, grid: int = 1) -> None:
+        """`grid`: tokens of a block where scores must be the same to the bit whatever chunk they come from."""
         self.max_bytes = max_bytes
-        self._paths: OrderedDict[Tokens, Path] = OrderedDict()
+        self.grid = grid
+        self._kept: OrderedDict[Tokens, Beginning] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._kept)
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys and values held."""
-        blocks = {source.block for path in self._paths.values() for source in path.sources}
-        return sum(map(kept_bytes, blocks))
+        """Memory of the keys, values and scores held."""
+        blocks = {source.block for beginning in self._kept.values() for source in beginning.path.sources}
+        return sum(map(kept_bytes, blocks)) + sum(beginning.scores.nbytes for beginning in self._kept.values())
 
-    def find(self, sequences: Sequence[Tokens]) -> list[tuple[Tokens, Path]]:
-        """What is known of the beginnings of `sequences` (sorted): (tokens, path that holds them), each once.
+    def find(self, sequences: Sequence[Tokens]) -> list[Beginning]:
+        """What is known of the beginnings of `sequences` (sorted), each once.
 
         The shortest that is kept counts as used, so that what others went on with after it grows old.
         """
-        found: dict[Tokens, Path] = {}
-        for tokens, path in sorted(self._paths.items(), key=lambda entry: len(entry[0])):
+        found: dict[Tokens, Beginning] = {}
+        for tokens, path, scores in sorted(self._kept.values(), key=lambda beginning: len(beginning.tokens)):
             place = bisect_left(sequences, tokens)
             near = sequences[max(0, place - 1) : place + 1]
             same = max((common_prefix(tokens, sequence) for sequence in near), default=0)
-            if same >= MIN_TOKENS and tokens[:same] not in found:
-                found[tokens[:same]] = path.until(same)
-                self._paths.move_to_end(tokens)
-        return list(found.items())
+            if same < MIN_TOKENS:
+                continue
+            begun = tokens[:same]
+            if begun not in found:
+                found[begun] = Beginning(begun, path.until(same), NO_SCORES)
+                self._kept.move_to_end(tokens)
+            found[begun] = _with_scores(found[begun], scores, comparable(same, self.grid))
+        return list(found.values())
 
-    def reserve(self, layout: Layout, sequences: Sequence[Tokens]) -> list[tuple[Tokens, Path]]:
+    def reserve(self, layout: Layout, sequences: Sequence[Tokens]) -> list[Beginning]:
         """Beginnings of `sequences` worth keeping: their blocks will be kept when they are computed.
 
         They are some that many requests share, and the last sequence, where the next chunk goes on. Give them to
         `keep` or `release_all` afterwards.
         """
         wanted = [*layout.shared[:MOST_SHARED], (len(sequences) - 1, len(sequences[-1]))]
-        reserved: list[tuple[Tokens, Path]] = []
+        reserved: list[Beginning] = []
         for index, length in wanted:
             if length >= MIN_TOKENS:
                 path = layout.paths[index].until(length)
                 hold(path)
-                reserved.append((sequences[index][:length], path))
+                reserved.append(Beginning(sequences[index][:length], path, NO_SCORES))
         return reserved
 
-    def keep(self, reserved: Sequence[tuple[Tokens, Path]]) -> None:
-        """Remember these, whose blocks are computed by now, and forget the oldest beyond the bound."""
-        for tokens, path in reserved:
-            if (before := self._paths.pop(tokens, None)) is not None:
-                release(before.sources)
-            self._paths[tokens] = path
-        while len(self._paths) > MOST_KEPT or (self._paths and self.bytes > self.max_bytes):
-            release(self._paths.popitem(last=False)[1].sources)
+    def keep(self, reserved: Sequence[Beginning], computed: Computed | None = None) -> None:
+        """Remember these, whose blocks are `computed` by now, with the scores; forget the oldest beyond the bound."""
+        for beginning in reserved:
+            if computed:
+                beginning = beginning._replace(scores=scores_along(beginning.path, beginning.tokens, computed))
+            if (before := self._kept.pop(beginning.tokens, None)) is not None:
+                release(beginning.path.sources)
+                beginning = _with_scores(before, beginning.scores, len(before.tokens))
+            self._kept[beginning.tokens] = beginning
+        while len(self._kept) > MOST_KEPT or (self._kept and self.bytes > self.max_bytes):
+            release(self._kept.popitem(last=False)[1].path.sources)
 
     def clear(self) -> None:
         """Forget everything."""
-        release_all(list(self._paths.items()))
-        self._paths.clear()
+        release_all(list(self._kept.values()))
+        self._kept.clear()
 
 
-def lay_out_for(
-    loaded: LoadedModel,
-    sequences: Sequence[Tokens],
-    needed_from: Sequence[int],
-    known: Sequence[tuple[Tokens, Path]],
-    *,
-    deterministic: bool,
-) -> Layout:
-    """The blocks of a chunk's sequences (sorted, distinct): by what they share, or on the fixed grid."""
-    if deterministic:
-        return lay_out_grid(sequences, needed_from, grid=GRID, known=known)
-    return lay_out(
-        sequences,
-        needed_from,
-        longest_block=max(1, min(loaded.limits.scored_tokens, loaded.limits.logits(loaded.vocabulary))),
-        known=known,
-        shared_by=max(_LEAST_SHARED_BY, len(sequences) // MOST_SHARED),
-    )
+def release_all(beginnings: Sequence[Beginning]) -> None:
+    for beginning in beginnings:
+        release(beginning.path.sources)
 
 
-def release_all(reserved: Sequence[tuple[Tokens, Path]]) -> None:
-    for _, path in reserved:
-        release(path.sources)
+def _with_scores(beginning: Beginning, scores: Scores, end: int) -> Beginning:
+    """`beginning`, and of its first `end` tokens the `scores` that it has not."""
+    return beginning._replace(scores=beginning.scores.and_those_of(scores, end)) if scores.nbytes else beginning

@@ -20,12 +20,13 @@ from transformers import AttentionInterface
 
 from gpu_pool.worker.engine.attention import NAME, packed_attention
 from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.configs import largest
 from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.rope import rope_boundary, scaled_from
 from gpu_pool.worker.engine.slots import Slots
-from gpu_pool.worker.engine.token_tree import Block, lay_out
+from gpu_pool.worker.engine.token_tree import lay_out
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from gpu_pool.worker.engine.token_tree import Block, Path
+from gpu_pool.worker.engine.blocks import Block, BlockPath
 
 LEAST_SAVED = 512
 """Tokens of keys and values that a block must save, all its rows together, to be attended to apart."""
@@ -20,7 +20,7 @@ MOST_OUTLIERS = 8
 """Prompts of a chunk that stay in their blocks for being so long."""
 
 
-def shared_lengths(paths: Sequence[Path], counts: Sequence[int]) -> list[int]:
+def shared_lengths(paths: Sequence[BlockPath], counts: Sequence[int]) -> list[int]:
     """How many first tokens of each path to leave in its blocks, where `counts` prompts follow each.
 
     Within a block they end at one of few places, so that the rows between two of them see the same tokens.
@@ -34,7 +34,7 @@ def shared_lengths(paths: Sequence[Path], counts: Sequence[int]) -> list[int]:
     return shared
 
 
-def _worth_sharing(paths: Sequence[Path], counts: Sequence[int]) -> list[int]:
+def _worth_sharing(paths: Sequence[BlockPath], counts: Sequence[int]) -> list[int]:
     shared = [0] * len(paths)
     groups = [(0, list(range(len(paths))))]
     while groups:
@@ -54,7 +54,7 @@ def _worth_sharing(paths: Sequence[Path], counts: Sequence[int]) -> list[int]:
     return shared
 
 
-def _by_block(paths: Sequence[Path], depth: int, members: Iterable[int]) -> dict[Block, list[int]]:
+def _by_block(paths: Sequence[BlockPath], depth: int, members: Iterable[int]) -> dict[Block, list[int]]:
     users: dict[Block, list[int]] = {}
     for member in members:
         if depth < len(paths[member].sources):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.kernels import HIDDEN, attend, merge
-from gpu_pool.worker.engine.token_tree import Block, Path
 
 _GROWTH = 64
 """Tokens by which slots grow at least when one is full."""
@@ -53,7 +53,7 @@ class Slots:
         """By layer: keys and values [rows and more, heads, room, dimension]."""
         self._rows = self._room = 0
         """What the buffers have room for."""
-        self._paths: list[Path] = []
+        self._paths: list[BlockPath] = []
         """What precedes each row's own tokens."""
         self._lengths: list[int] = []
         """Own tokens of each row."""
@@ -69,7 +69,7 @@ class Slots:
         """Rows that the buffers have room for, or were to have when memory did not suffice: it never gets less."""
         return self._rows
 
-    def add(self, path: Path, shared: int) -> None:
+    def add(self, path: BlockPath, shared: int) -> None:
         """One row more, that goes on after `path`; its first `shared` tokens stay where they are."""
         row, own = len(self), path.end - shared
         self._grow(row + 1, own + 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gpu_pool.worker.engine.token_tree import Block, Source
+from gpu_pool.worker.engine.blocks import Block, Source
 
 
 @dataclass(slots=True)

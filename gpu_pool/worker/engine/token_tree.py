@@ -1,104 +1,173 @@
-"""How many token sequences become few computations: their tree, cut into blocks, packed into batches.
+"""How token sequences become batches: all of the way, for scoring and generation alike.
 
-Sequences that begin alike share those tokens' keys and values, so each distinct token of their tree need be computed
-only once. `lay_out` cuts the tree into **blocks**: runs of tokens along one path, causal among themselves. It follows
-the heaviest path from the root as one block, and lays out what branches off it, each branch beginning with a block of
-its own that looks back at the first tokens of the blocks above it (a heavy-path decomposition: a sequence leaves one
-block for another at most log2(distinct tokens) times, however the tree is shaped).
+    sequences ──_build──► tree ──lay_out──► blocks ──pack──► batches ──► forward passes (`packed`)
+
+**Tree.** Sequences that begin alike share those tokens' keys and values, so each distinct token of their tree need be
+computed only once, and not at all where earlier chunks have left it (`known` paths, from the `prefix_cache`), unless
+its output is needed.
+
+**Blocks** are runs of tokens along one path, causal among themselves. `lay_out` follows the heaviest path from the root
+as one block, and lays out what branches off it, each branch beginning with a block of its own that looks back at the
+first tokens of the blocks above it (a heavy-path decomposition: a sequence leaves one block for another at most
+log2(distinct tokens) times, however the tree is shaped).
 
         few-shot prefix ──── question 1 ──── answer A          block 0: prefix, question 1, answer A
               │                   └───────── answer B          block 1: answer B, after the first n tokens of block 0
               └───────────── question 2 ──── …                 block 2: question 2, …, after the prefix in block 0
 
-`pack` then fills **batches** with blocks in that order (what looks back at a block follows it closely), to be run as
-one sequence of tokens [1, T] without any padding: only attention knows what belongs together (`attention`).
+**Batches.** `pack` takes blocks in that order (what looks back at a block follows it closely) for as long as a forward
+pass has room for their tokens, their logits, and the sequences that end in them. A batch is run as one sequence of
+tokens [1, T] without any padding; only attention knows what belongs together (`attention`). By the caller differ
+
+                         outputs needed                    sequences that a pass has room for
+    `tree_scoring`       from the first scored token on    the batch size asked for, or any number
+    `tree_generation`    after a prompt's last token       slots that are free
+
+**Deterministic** runs have blocks cut at multiples of `GRID` tokens instead (`lay_out_grid`), and each block is a batch
+of its own: the bits of an answer then depend on its request alone.
 
 Pure Python, without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Tokens = tuple[int, ...]
+from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens, common_prefix
+
+GRID = 128
+"""Tokens of a block where bits must not depend on what sequences share: enough to use the device well."""
 DUPLICATED_SHARE = 0.02
 """A branch computes tokens that it shares again where they are fewer than this share of its own: looking back at a few
 tokens costs more than computing them."""
-_STRIDE = 64
+MOST_SHARED = 16
+"""Beginnings of one chunk that are worth keeping for the next ones."""
+_LEAST_SHARED_BY = 8
+"""Sequences that have such a beginning."""
 
 
-def common_prefix(first: Tokens, second: Tokens) -> int:
-    """How many tokens two sequences of one type begin with in common."""
-    longest, same = min(len(first), len(second)), 0
-    while same < longest and first[same : same + _STRIDE] == second[same : same + _STRIDE]:
-        same += _STRIDE
-    same = min(same, longest)
-    while same < longest and first[same] == second[same]:
-        same += 1
-    return same
+class Room(NamedTuple):
+    """What a forward pass may hold, or what a block takes of it."""
 
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """Tokens computed together, each of which sees those before it and what `path` holds."""
-
-    start: int
-    """Position of the first token in its sequences."""
-    tokens: Tokens
-    path: Path
-    """What precedes the block: positions 0 to `start`."""
-    sequences: int = 0
-    """Sequences that end in this block."""
-    users: int = 0
-    """Blocks not computed yet that look back at this one, and whoever else wants its keys and values to be kept."""
-    reach: int = 0
-    """How many of its first tokens are looked back at."""
-    keys_values: Any = None
-    """Of those tokens, while there are users and the block itself is computed (`packed`)."""
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
-class Source(NamedTuple):
-    """The first `length` tokens of a block, as something to look back at."""
-
-    block: Block
-    length: int
+    tokens: float
+    logits: float
+    """Positions whose logits are asked for."""
+    sequences: float
+    """That end there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
-    """A sequence's first tokens as the blocks that hold them, in order."""
+class Layout:
+    """What is to be computed, in order."""
 
-    sources: tuple[Source, ...] = ()
+    blocks: list[Block]
+    paths: list[BlockPath]
+    """Of each sequence: the blocks that hold it."""
+    shared: list[tuple[int, int]]
+    """(sequence, length) of the longest beginnings that `shared_by` sequences or more have in common."""
 
     @property
-    def end(self) -> int:
-        """Tokens held."""
-        return self.sources[-1].block.start + self.sources[-1].length if self.sources else 0
+    def tokens(self) -> int:
+        """Tokens to be computed."""
+        return sum(len(block.tokens) for block in self.blocks)
 
-    def then(self, block: Block) -> Path:
-        """This path and all of `block`, which begins where it ends."""
-        return Path((*self.sources, Source(block, len(block.tokens))))
 
-    def until(self, end: int) -> Path:
-        """The first `end` tokens."""
-        kept = [source for source in self.sources if source.block.start < end]
-        if kept and kept[-1].block.start + kept[-1].length > end:
-            kept[-1] = Source(kept[-1].block, end - kept[-1].block.start)
-        return Path(tuple(kept))
+def plan(
+    sequences: Sequence[Tokens],
+    needed_from: Sequence[int],
+    room: Room,
+    known: Sequence[tuple[Tokens, BlockPath]],
+    *,
+    deterministic: bool,
+) -> Layout:
+    """The blocks of a chunk, each of which has room in a forward pass even if all its tokens are scored.
 
-    def locate(self, start: int, end: int) -> list[tuple[Block, int]]:
-        """(block, index in it) of the tokens at positions start to end."""
-        return [
-            (block, position - block.start)
-            for block, length in self.sources
-            for position in range(max(start, block.start), min(end, block.start + length))
-        ]
+    `sequences` are sorted, distinct and none is empty. `needed_from[i]` is the first position of sequence i whose
+    output is needed: tokens from there on are computed even where `known` paths (token sequences whose keys and values
+    are kept) hold them.
+    """
+    if deterministic:
+        return lay_out_grid(sequences, needed_from, grid=GRID, known=known)
+    longest_block = max(1, int(min(room.tokens, room.logits)))
+    shared_by = max(_LEAST_SHARED_BY, len(sequences) // MOST_SHARED)
+    return lay_out(sequences, needed_from, longest_block=longest_block, known=known, shared_by=shared_by)
+
+
+def pack(
+    blocks: Iterable[Block],
+    cost: Callable[[Block], tuple[float, ...]],
+    room: tuple[float, ...],
+    *,
+    deterministic: bool = False,
+) -> Iterator[list[Block]]:
+    """Batches of blocks, in order: of as many as there is `room` for in every respect, but of one at least.
+
+    `deterministic`: of just one. Where the room changes from batch to batch, take the first and ask again for the rest.
+    """
+    batch: list[Block] = []
+    used = (0.0,) * len(room)
+    for block in blocks:
+        own = cost(block)
+        after = tuple(map(sum, zip(used, own, strict=True)))
+        if batch and (deterministic or any(a > b for a, b in zip(after, room, strict=True))):
+            yield batch
+            batch, after = [], own
+        batch.append(block)
+        used = after
+    if batch:
+        yield batch
+
+
+def lay_out(
+    sequences: Sequence[Tokens],
+    needed_from: Sequence[int],
+    *,
+    longest_block: int,
+    known: Sequence[tuple[Tokens, BlockPath]] = (),
+    shared_by: int = _LEAST_SHARED_BY,
+) -> Layout:
+    """Blocks of at most `longest_block` tokens that hold every distinct token about once; the rest as for `plan`."""
+    root = _build(sequences, needed_from)
+    for tokens, path in sorted(known, key=lambda entry: -len(entry[0])):
+        _mark_known(root, sequences, needed_from, tokens, path)
+    work = _Layouter(sequences, needed_from, longest_block)
+    work.lay_children(root, BlockPath())
+    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], _shared(root, shared_by))
+
+
+def lay_out_grid(
+    sequences: Sequence[Tokens],
+    needed_from: Sequence[int],
+    *,
+    grid: int,
+    known: Sequence[tuple[Tokens, BlockPath]] = (),
+) -> Layout:
+    """Blocks cut at multiples of `grid` positions, whatever the sequences have in common, each to be run alone.
+
+    What a token is computed with then depends on nothing but the tokens before it: where whole blocks are the same they
+    are shared, a sequence's last one is its own. `known` paths are of such blocks too; the rest as for `plan`.
+    """
+    work = _Layouter(sequences, needed_from, grid)
+    whole: dict[Tokens, BlockPath] = {(): BlockPath()}
+    old = {tokens[:end]: path.until(end) for tokens, path in known for end in range(grid, path.end + 1, grid)}
+    floors: dict[Tokens, int] = {}
+    for tokens, needed in zip(sequences, needed_from, strict=True):
+        for end in range(grid, len(tokens) + 1, grid):
+            floors[tokens[:end]] = min(needed, floors.get(tokens[:end], needed))
+    for index, tokens in enumerate(sequences):
+        path = BlockPath()
+        for end in range(grid, len(tokens) + 1, grid):
+            if tokens[:end] in whole:
+                path = whole[tokens[:end]]
+            elif tokens[:end] in old and end <= floors[tokens[:end]]:
+                path = old[tokens[:end]]
+            else:
+                path = whole[tokens[:end]] = work.add_blocks(tokens[:end], path)
+        work.paths[index] = work.add_blocks(tokens, path)
+    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], [])
 
 
 @dataclass(eq=False, slots=True)
@@ -117,92 +186,8 @@ class _Node:
     """The first position at which some sequence below needs an output."""
     sequences: int = 0
     """Sequences that pass or end here."""
-    known: tuple[Path, int] | None = None
+    known: tuple[BlockPath, int] | None = None
     """A computed path through this node, and how far it is of use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What is to be computed, in order."""
-
-    blocks: list[Block]
-    paths: list[Path]
-    """Of each sequence: the blocks that hold it."""
-    shared: list[tuple[int, int]]
-    """(sequence, length) of the longest beginnings that `shared_by` sequences or more have in common."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to be computed."""
-        return sum(len(block.tokens) for block in self.blocks)
-
-
-def lay_out(
-    sequences: Sequence[Tokens],
-    needed_from: Sequence[int],
-    *,
-    longest_block: int,
-    known: Sequence[tuple[Tokens, Path]] = (),
-    shared_by: int = 8,
-) -> Layout:
-    """Blocks that hold every distinct token of `sequences` (sorted, distinct, none empty) about once.
-
-    `needed_from[i]` is the first position of sequence i whose output is needed: tokens from there on are computed even
-    where `known` paths (token sequences whose keys and values are kept) hold them. No block has more than
-    `longest_block` tokens.
-    """
-    root = _build(sequences, needed_from)
-    for tokens, path in sorted(known, key=lambda entry: -len(entry[0])):
-        _mark_known(root, sequences, needed_from, tokens, path)
-    work = _Layouter(sequences, longest_block)
-    work.lay_children(root, Path())
-    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], _shared(root, shared_by))
-
-
-def lay_out_grid(
-    sequences: Sequence[Tokens], needed_from: Sequence[int], *, grid: int, known: Sequence[tuple[Tokens, Path]] = ()
-) -> Layout:
-    """Blocks cut at multiples of `grid` positions, whatever the sequences have in common, each to be run alone.
-
-    What a token is computed with then depends on nothing but the tokens before it: where whole blocks are the same they
-    are shared, a sequence's last one is its own. `known` paths are of such blocks too; the rest as for `lay_out`.
-    """
-    work = _Layouter(sequences, grid)
-    whole: dict[Tokens, Path] = {(): Path()}
-    old = {tokens[:end]: path.until(end) for tokens, path in known for end in range(grid, path.end + 1, grid)}
-    floors: dict[Tokens, int] = {}
-    for tokens, needed in zip(sequences, needed_from, strict=True):
-        for end in range(grid, len(tokens) + 1, grid):
-            floors[tokens[:end]] = min(needed, floors.get(tokens[:end], needed))
-    for index, tokens in enumerate(sequences):
-        path = Path()
-        for end in range(grid, len(tokens) + 1, grid):
-            if tokens[:end] in whole:
-                path = whole[tokens[:end]]
-            elif tokens[:end] in old and end <= floors[tokens[:end]]:
-                path = old[tokens[:end]]
-            else:
-                path = whole[tokens[:end]] = work.add_blocks(tokens[:end], path)
-        work.paths[index] = work.add_blocks(tokens, path)
-    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], [])
-
-
-def pack(
-    blocks: Iterable[Block], cost: Callable[[Block], tuple[float, ...]], most: tuple[float, ...]
-) -> Iterator[list[Block]]:
-    """Batches of blocks, in order, whose costs add up to no more than `most` in any respect; at least one in each."""
-    batch: list[Block] = []
-    used = (0.0,) * len(most)
-    for block in blocks:
-        own = cost(block)
-        after = tuple(map(sum, zip(used, own, strict=True)))
-        if batch and any(a > b for a, b in zip(after, most, strict=True)):
-            yield batch
-            batch, after = [], own
-        batch.append(block)
-        used = after
-    if batch:
-        yield batch
 
 
 def _build(sequences: Sequence[Tokens], needed_from: Sequence[int]) -> _Node:
@@ -235,31 +220,49 @@ def _build(sequences: Sequence[Tokens], needed_from: Sequence[int]) -> _Node:
 
 
 def _mark_known(
-    root: _Node, sequences: Sequence[Tokens], needed_from: Sequence[int], tokens: Tokens, path: Path
+    root: _Node, sequences: Sequence[Tokens], needed_from: Sequence[int], tokens: Tokens, path: BlockPath
 ) -> None:
-    """Let the nodes along `tokens` know that `path` holds them, as far as none of their outputs is needed."""
-    node, walked, limit = root, list[_Node](), path.end
+    """Let the nodes along `tokens` know that `path` holds them, as far as it is of use."""
+    node, walked, end = root, list[_Node](), path.end
+    leaving: list[tuple[int, int]] = []
     while True:
-        if node.ending is not None:
-            limit = min(limit, needed_from[node.ending])
+        if node.ending is not None and node.known is None:
+            leaving.append((node.end, needed_from[node.ending]))
         following, same = None, 0
         for child in node.children:
             spelt = sequences[child.sequence]
             if child.start < path.end and spelt[child.start] == tokens[child.start]:
                 own = spelt[child.start : child.end]
                 following, same = child, common_prefix(own, tokens[child.start : child.end])
-            elif child.needed_from < child.start:
-                limit = min(limit, child.needed_from)
+            elif child.needed_from < child.start and node.known is None:
+                leaving.append((child.start, child.needed_from))
         if following is None:
             break
         walked.append(following)
         if following.start + same < following.end:
-            limit = min(limit, following.start + same, following.needed_from)
+            end = min(end, following.start + same, following.needed_from)
             break
         node = following
+    end = _useful(min(end, node.end) if following is None else end, leaving)
     for node in walked:
-        if node.known is None and node.start < limit:
-            node.known = (path, limit)
+        if node.known is None and node.start < end:
+            node.known = (path, end)
+
+
+def _useful(end: int, leaving: Sequence[tuple[int, int]]) -> int:
+    """How many first tokens of a known path to use, `end` at most, so that the fewest are computed again.
+
+    `leaving` are (position at which it leaves the path, first position before that of which it needs the output).
+    What leaves the used part computes from its first needed output on itself, a single token as a rule; what leaves
+    later needs all of its outputs from the rest, which is computed again once for all.
+    """
+    useful, fewest = 0, math.inf
+    used, again = end, sum(start - needed for start, needed in leaving)
+    for start, needed in [*sorted(leaving, reverse=True), (0, 0)]:
+        if start <= used and again - used <= fewest:
+            useful, fewest = used, again - used
+        used, again = min(used, needed), again - (start - needed)
+    return useful
 
 
 def _shared(root: _Node, shared_by: int) -> list[tuple[int, int]]:
@@ -277,53 +280,58 @@ def _shared(root: _Node, shared_by: int) -> list[tuple[int, int]]:
 class _Layouter:
     """Walks the tree, heaviest path first."""
 
-    def __init__(self, sequences: Sequence[Tokens], longest_block: int) -> None:
+    def __init__(self, sequences: Sequence[Tokens], needed_from: Sequence[int], longest_block: int) -> None:
         self._sequences = sequences
+        self._needed_from = needed_from
         self._longest_block = longest_block
         self.blocks: list[Block] = []
-        self.paths: dict[int, Path] = {}
+        self.paths: dict[int, BlockPath] = {}
 
-    def lay_children(self, node: _Node, path: Path) -> None:
+    def lay_children(self, node: _Node, path: BlockPath) -> None:
         for child in node.children:
             self._lay(child, path)
 
-    def _lay(self, node: _Node, path: Path) -> None:
-        """Lay out `node` and everything below it; `path` ends where the node starts."""
+    def _lay(self, node: _Node, path: BlockPath) -> None:
+        """Lay out `node` and everything below it; `path` ends where the node starts, or before."""
         if node.known:
             self._follow_known(node, *node.known)
         else:
             self._lay_heavy(node, self._without_scraps(path, node.size))
 
-    def _follow_known(self, node: _Node, path: Path, end: int) -> None:
-        """Use the computed `path` up to `end`, and lay out what branches off it or goes on after it."""
+    def _follow_known(self, node: _Node, path: BlockPath, end: int) -> None:
+        """Use the computed `path` up to `end`, and lay out what leaves it or goes on after it."""
         while node.end <= end:
             if node.ending is not None:
-                self.paths[node.ending] = path.until(node.end)
+                self._end(node.ending, path.until(self._needed_from[node.ending]))
             following = None
             for child in node.children:
                 if following is None and child.known and child.known[0] is path and child.start < end:
                     following = child
                 else:
-                    self._lay(child, path.until(child.start))
+                    self._lay(child, path.until(min(child.start, child.needed_from)))
             if following is None:
                 return
             node = following
         self._lay_heavy(node, path.until(end))
 
-    def _lay_heavy(self, node: _Node, path: Path) -> None:
+    def _lay_heavy(self, node: _Node, path: BlockPath) -> None:
         chain = [node]
         while chain[-1].children:
             chain.append(max(chain[-1].children, key=lambda child: child.size))
         path = self.add_blocks(self._sequences[chain[-1].sequence], path)
         for upper, following in zip(chain, [*chain[1:], None], strict=True):
             if upper.ending is not None:
-                self.paths[upper.ending] = path.until(upper.end)
-                path.until(upper.end).sources[-1].block.sequences += 1
+                self._end(upper.ending, path.until(upper.end))
             for child in upper.children:
                 if child is not following:
                     self._lay(child, path.until(child.start))
 
-    def add_blocks(self, tokens: Tokens, path: Path) -> Path:
+    def _end(self, sequence: int, path: BlockPath) -> None:
+        """Let a sequence end with what is left of it after `path`, or with the path's last block."""
+        self.paths[sequence] = path = self.add_blocks(self._sequences[sequence], path)
+        path.sources[-1].block.sequences += 1
+
+    def add_blocks(self, tokens: Tokens, path: BlockPath) -> BlockPath:
         for start in range(path.end, len(tokens), self._longest_block):
             block = Block(start, tokens[start : start + self._longest_block], path)
             for source in path.sources:
@@ -334,7 +342,7 @@ class _Layouter:
         return path
 
     @staticmethod
-    def _without_scraps(path: Path, size: int) -> Path:
+    def _without_scraps(path: BlockPath, size: int) -> BlockPath:
         """`path` without last sources that together hold so few tokens that a branch of `size` computes them itself."""
         end = path.end
         while path.sources and end - path.sources[-1].block.start <= DUPLICATED_SHARE * size:

@@ -1,8 +1,9 @@
 # pyright: basic
 """Continuous batching: prompts are read along their token tree, and continued side by side, each leaving when it ends.
 
-A step continues every row by one token. Rows that end make room for prompts that wait; what prompts begin with in
-common is computed once and attended to by all, never copied.
+A step continues every row by one token. Rows that end make room for prompts that wait. What prompts begin with in
+common is computed once; where that spares enough it stays in the tree's blocks, where all their rows attend to it, and
+otherwise it is copied into the slots (`sharing`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import torch
 
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.choosing import Chooser
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
-from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all
+from gpu_pool.worker.engine.prefix_cache import Beginning, release_all
 from gpu_pool.worker.engine.prompts import Prompt
 from gpu_pool.worker.engine.sampling import SeededNoise
 from gpu_pool.worker.engine.sharing import shared_lengths
 from gpu_pool.worker.engine.slots import Slots
 from gpu_pool.worker.engine.stopping import StopFinder, finish_text
-from gpu_pool.worker.engine.token_tree import Block, Path
+from gpu_pool.worker.engine.token_tree import Room, pack, plan
 
 _WORTHWHILE_PREFILL = 128
 """Tokens of waiting prompts that are worth a forward pass of their own while others are continued."""
@@ -35,21 +37,21 @@ _IDLE_SHARE = 0.25
 
 
 @dataclass(eq=False, slots=True)
-class _Sequence:
+class _DistinctPrompt:
     """A distinct prompt and everyone who wants it continued."""
 
-    path: Path
+    path: BlockPath
     shared: int
     """Its first tokens that stay in the tree's blocks."""
     prompts: list[Prompt]
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
+class _RunningPrompt:
     """One prompt that is being continued."""
 
     prompt: Prompt
-    path: Path
+    path: BlockPath
     """What it shares, held until it ends."""
     noise: SeededNoise | None
     tokens: list[int] = field(default_factory=list)
@@ -75,7 +77,7 @@ def continue_rows(
         Cancelled: `should_stop` said so.
         torch.OutOfMemoryError: there is not enough memory for so many rows.
     """
-    run = _Run(loaded, options, chooser, most_rows, more, deterministic)
+    run = _ContinuousBatch(loaded, options, chooser, most_rows, more, deterministic)
     with packed_attention_in(loaded.model), torch.inference_mode():
         try:
             run.admit(prompts)
@@ -90,7 +92,7 @@ def continue_rows(
     run.remember()
 
 
-class _Run:
+class _ContinuousBatch:
     """Prompts on their way."""
 
     def __init__(
@@ -106,18 +108,18 @@ class _Run:
         self._options = options
         self._chooser = chooser
         self._stop = StopFinder(loaded.tokenizer, options.until)
-        self._more = more
-        self._alone = deterministic
+        self._take_prompts = more
+        self._deterministic = deterministic
         self._texts: list[tuple[Prompt, str]] = []
         self._cache = loaded.grid_cache if deterministic else loaded.prefix_cache
-        self._reserved: list[tuple[tuple[int, ...], Path]] = []
+        self._reserved: list[Beginning] = []
         self._blocks: deque[Block] = deque()
-        self._ending: dict[Block, list[_Sequence]] = {}
+        self._ending: dict[Block, list[_DistinctPrompt]] = {}
         """Prompts by the block that holds their last token."""
-        self._held: set[_Sequence] = set()
-        self._waiting: deque[tuple[_Sequence, Prompt, torch.Tensor]] = deque()
+        self._held: set[_DistinctPrompt] = set()
+        self._waiting: deque[tuple[_DistinctPrompt, Prompt, torch.Tensor]] = deque()
         """Prompts that have been read: with the logits after their last token."""
-        self._rows: list[_Row] = []
+        self._rows: list[_RunningPrompt] = []
         self._slots = Slots(most_rows, loaded.device)
         self._longest = 0
         """Tokens of its own that any row had when it started."""
@@ -131,16 +133,18 @@ class _Run:
         sequences = sorted(by_tokens)
         prompts_of = [by_tokens[tokens] for tokens in sequences]
         last = [len(tokens) - 1 for tokens in sequences]
-        known = self._cache.find(sequences)
-        layout = lay_out_for(self._loaded, sequences, last, known, deterministic=self._alone)
+        known = [(tokens, path) for tokens, path, _ in self._cache.find(sequences)]
+        layout = plan(sequences, last, self._loaded.room(self._free), known, deterministic=self._deterministic)
         self._reserved = self._cache.reserve(layout, sequences)
         self._blocks.extend(layout.blocks)
-        shared = [0] * len(sequences) if self._alone else shared_lengths(layout.paths, list(map(len, prompts_of)))
+        shared = [0] * len(sequences)
+        if not self._deterministic:
+            shared = shared_lengths(layout.paths, list(map(len, prompts_of)))
         own = (path.end - length for path, length in zip(layout.paths, shared, strict=True))
         self._longest = max(self._longest, *own)
         self._slots.most = min(self._slots.most, self._loaded.generated_rows(self._longest, self._options))
         for path, length, some in zip(layout.paths, shared, prompts_of, strict=True):
-            sequence = _Sequence(path, length, some)
+            sequence = _DistinctPrompt(path, length, some)
             hold(path)
             self._held.add(sequence)
             self._ending.setdefault(path.sources[-1].block, []).append(sequence)
@@ -186,7 +190,7 @@ class _Run:
             self._start_waiting()
 
     def _admit_more(self) -> bool:
-        if not (prompts := self._more()):
+        if not (prompts := self._take_prompts()):
             return False
         self.admit(prompts)
         return True
@@ -198,20 +202,16 @@ class _Run:
 
     def _next_batch(self) -> list[Block]:
         """Blocks to be read together, so that their prompts find a slot; none while too few slots are free."""
-        free, tokens, rows = self._free, 0, 0
-        batch: list[Block] = []
-        for block in self._blocks:
-            ending = sum(len(sequence.prompts) for sequence in self._ending.get(block, ()))
-            if batch and (
-                self._alone or rows + ending > free or tokens + len(block.tokens) > self._loaded.limits.scored_tokens
-            ):
-                break
-            batch.append(block)
-            tokens += len(block.tokens)
-            rows += ending
+        if not (free := self._free):
+            return []
+        batch = next(pack(self._blocks, self._cost, self._loaded.room(free), deterministic=self._deterministic))
+        tokens = sum(len(block.tokens) for block in batch)
         is_worthwhile = tokens >= _WORTHWHILE_PREFILL or free >= _IDLE_SHARE * self._slots.most
-        is_worthwhile = is_worthwhile or len(batch) == len(self._blocks)
-        return batch if free and is_worthwhile else []
+        return batch if is_worthwhile or len(batch) == len(self._blocks) else []
+
+    def _cost(self, block: Block) -> Room:
+        ending = self._ending.get(block, ())
+        return Room(len(block.tokens), len(ending), sum(len(sequence.prompts) for sequence in ending))
 
     def _read(self, batch: list[Block]) -> list[None]:
         """Compute prompts' tokens; those that end here wait for a slot then."""
@@ -229,13 +229,13 @@ class _Run:
         starting = [self._waiting.popleft() for _ in range(min(self._free, len(self._waiting)))]
         if not starting:
             return
-        rows: list[_Row] = []
+        rows: list[_RunningPrompt] = []
         for sequence, prompt, _ in starting:
             shared = sequence.path.until(sequence.shared)
             with self._learning():
                 self._slots.add(sequence.path, sequence.shared)
             hold(shared)
-            rows.append(_Row(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
+            rows.append(_RunningPrompt(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
             self._rows.append(rows[-1])
         waiting = {sequence for sequence, _, _ in self._waiting}
         for sequence in {sequence for sequence, _, _ in starting} - waiting:
@@ -258,7 +258,7 @@ class _Run:
             self._loaded.shrink_generated_rows(self._slots.held, self._longest, self._options)
             raise
 
-    def _append(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+    def _append(self, rows: Sequence[_RunningPrompt], logits: torch.Tensor) -> None:
         """Give each row its next token, and let go of those that end with it."""
         for row, token in zip(rows, self._chooser.choose(logits, [row.noise for row in rows]), strict=True):
             row.tokens.append(token)
@@ -266,7 +266,7 @@ class _Run:
             if self._is_finished(self._rows[place]):
                 self._finish(place)
 
-    def _is_finished(self, row: _Row) -> bool:
+    def _is_finished(self, row: _RunningPrompt) -> bool:
         is_full = len(row.tokens) >= self._options.max_gen_toks
         return is_full or row.tokens[-1] in self._chooser.eos or self._stop.ends(row.tokens)
 

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.cancellation import Cancelled
+from gpu_pool.worker.engine.kept_scores import Score, Scores, find_scores
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
-from gpu_pool.worker.engine.prefix_cache import lay_out_for, release_all
+from gpu_pool.worker.engine.prefix_cache import release_all
 from gpu_pool.worker.engine.rows import Answer, Row
 from gpu_pool.worker.engine.token_scores import token_log_probs
-from gpu_pool.worker.engine.token_tree import Block, Layout, pack
+from gpu_pool.worker.engine.token_tree import Layout, Room, pack, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +70,13 @@ def _score_once(
     """The answers for sorted `rows`."""
     sequences = [row.tokens for row in rows]
     cache = loaded.grid_cache if deterministic else loaded.prefix_cache
-    needed_from = [row.first_scored for row in rows]
-    layout = lay_out_for(loaded, sequences, needed_from, cache.find(sequences), deterministic=deterministic)
-    targets: dict[Block, list[_Target]] = {}
-    for row, path in zip(rows, layout.paths, strict=True):
-        for request, continuation in row.targets:
-            places = path.locate(len(row.tokens) - len(continuation), len(row.tokens))
-            for (block, index), token in zip(places, continuation, strict=True):
-                targets.setdefault(block, []).append(_Target(index, token, request))
+    known = cache.find(sequences)
+    first_scored = [row.first_scored for row in rows]
+    kept = find_scores(sequences, first_scored, [(tokens, scores) for tokens, _, scores in known], cache.grid)
+    room, paths = loaded.room(batch_size or math.inf), [(tokens, path) for tokens, path, _ in known]
+    layout = plan(sequences, [needed for needed, _ in kept], room, paths, deterministic=deterministic)
     sums = _Sums()
+    targets = _find_targets(rows, layout, kept, sums)
     unfinished = set(layout.blocks)
     assert targets.keys() <= unfinished, "a scored token is in a block that is not computed"
 
@@ -88,44 +88,65 @@ def _score_once(
         unfinished.difference_update(batch)
         return []
 
+    def cost(block: Block) -> Room:
+        positions = len({target.index for target in targets.get(block, ())})
+        return Room(len(block.tokens), positions, block.sequences)
+
     reserved = cache.reserve(layout, sequences)
     try:
         with packed_attention_in(loaded.model):
-            alone = ([block] for block in layout.blocks)
-            for batch in alone if deterministic else _batches(loaded, layout, batch_size, targets):
+            for batch in pack(layout.blocks, cost, room, deterministic=deterministic):
                 run_halving(run, batch, lambda blocks: loaded.limits.shrink(sum(len(b.tokens) for b in blocks)))
     except BaseException:
         finish(unfinished)
         release_all(reserved)
         raise
-    cache.keep(reserved)
+    cache.keep(reserved, sums.computed)
     return sums.answers()
 
 
-def _batches(
-    loaded: LoadedModel, layout: Layout, batch_size: int | None, targets: dict[Block, list[_Target]]
-) -> Iterator[list[Block]]:
-    """Blocks of one forward pass: by its tokens, its logits' memory, and the sequences asked for."""
-    logits = loaded.limits.logits(loaded.vocabulary)
+def _find_targets(
+    rows: Sequence[Row], layout: Layout, kept: Sequence[tuple[int, Scores]], sums: _Sums
+) -> dict[Block, list[_Target]]:
+    """By block: what is to be computed; the rest is known, and `sums` start with it.
 
-    def cost(block: Block) -> tuple[float, ...]:
-        positions = len({target.index for target in targets.get(block, ())})
-        return len(block.tokens), positions, block.sequences
-
-    return pack(layout.blocks, cost, (loaded.limits.scored_tokens, logits, batch_size or math.inf))
+    `kept`: of each row the first position whose output is needed, and the scores of the tokens up to there.
+    """
+    targets: dict[Block, list[_Target]] = {}
+    for row, path, (needed, scores) in zip(rows, layout.paths, kept, strict=True):
+        for request, continuation in row.targets:
+            start = len(row.tokens) - len(continuation)
+            sums.start(request, scores.between(start + 1, needed + 1))
+            places = path.locate(max(start, needed), len(row.tokens))
+            for (block, index), token in zip(places, continuation[-len(places) :], strict=True):
+                targets.setdefault(block, []).append(_Target(index, token, request))
+    return targets
 
 
 class _Sums:
-    """What is known of each request's answer so far: its tokens may be scored in several batches."""
+    """What is known of each request's answer so far: its tokens may be scored in several batches, and chunks."""
 
     def __init__(self) -> None:
         self._values: dict[int, float] = {}
         self._greedy: dict[int, bool] = {}
+        self.computed: dict[Block, dict[tuple[int, int], Score]] = {}
+        """Of each block: (index, token that follows there)."""
 
-    def add(self, targets: Sequence[_Target], values: Sequence[float], greedy: Sequence[bool]) -> None:
-        for target, value, is_greedy in zip(targets, values, greedy, strict=True):
-            self._values[target.request] = self._values.get(target.request, 0.0) + value
-            self._greedy[target.request] = self._greedy.get(target.request, True) and is_greedy
+    def start(self, request: int, scores: Sequence[Score]) -> None:
+        """With what is known of its first tokens."""
+        self._values[request], self._greedy[request] = 0.0, True
+        for score in scores:
+            self._include(request, score)
+
+    def add(self, block: Block, target: _Target, score: Score) -> None:
+        """What was computed, in order of positions: a sum's bits depend on the order of its terms."""
+        self.computed.setdefault(block, {})[target.index, target.token] = score
+        self._include(target.request, score)
+
+    def _include(self, request: int, score: Score) -> None:
+        value, is_greedy = score
+        self._values[request] += value
+        self._greedy[request] &= is_greedy
 
     def answers(self) -> dict[int, Answer]:
         return {request: (value, self._greedy[request]) for request, value in self._values.items()}
@@ -141,10 +162,11 @@ def _score_batch(
         for index in range(len(block.tokens)) if whole and indexes else sorted(indexes):
             wanted[block, index] = len(wanted)
     logits = run_blocks(loaded.model, batch, list(wanted))
-    asked = [(target, wanted[block, target.index]) for block in batch for target in targets.get(block, ())]
+    asked = [(wanted[block, target.index], block, target) for block in batch for target in targets.get(block, ())]
     if asked:
-        asked.sort(key=lambda pair: pair[1])
-        rows = torch.tensor([row for _, row in asked], device=logits.device)
-        tokens = torch.tensor([target.token for target, _ in asked], device=logits.device)
+        asked.sort(key=lambda place: place[0])
+        rows = torch.tensor([row for row, _, _ in asked], device=logits.device)
+        tokens = torch.tensor([target.token for _, _, target in asked], device=logits.device)
         values, greedy = token_log_probs(logits, rows, tokens, loaded.softmax_dtype)
-        sums.add([target for target, _ in asked], values.tolist(), greedy.tolist())
+        for (_, block, target), value, is_greedy in zip(asked, values.tolist(), greedy.tolist(), strict=True):
+            sums.add(block, target, (value, is_greedy))

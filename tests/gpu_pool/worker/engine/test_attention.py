@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from token_trees import distinct, trees
 
 from gpu_pool.worker.engine.attention import AttentionPlan, CannotAttend, attending_by, packed_attention
+from gpu_pool.worker.engine.blocks import Block, Tokens
 from gpu_pool.worker.engine.packed import release
-from gpu_pool.worker.engine.token_tree import Block, Tokens, lay_out, pack
+from gpu_pool.worker.engine.token_tree import lay_out, pack
 from gpu_pool.worker.engine.varlen_kernels import attend_varlen_plain, attend_varlen_torch, varlen_kernel
 
 CPU = torch.device("cpu")

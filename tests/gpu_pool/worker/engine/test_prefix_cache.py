@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_trees import distinct, trees
 
+from gpu_pool.worker.engine.blocks import Block, Tokens
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.packed import finish
 from gpu_pool.worker.engine.prefix_cache import MIN_TOKENS, MOST_KEPT, PrefixCache, release_all
-from gpu_pool.worker.engine.token_tree import Block, Layout, Tokens, lay_out
+from gpu_pool.worker.engine.token_tree import Layout, lay_out
 
 TOKEN_BYTES = 32
 """Of the keys and values that `compute` gives each token."""
@@ -26,7 +27,8 @@ TOKEN_BYTES = 32
 def compute(cache: PrefixCache, sequences: Sequence[Tokens], *, shared_by: int = 8, keep: bool = True) -> Layout:
     """Do with `cache` what a chunk of `sequences` does, without a model."""
     needed_from = [len(tokens) - 1 for tokens in sequences]
-    layout = lay_out(sequences, needed_from, longest_block=200, known=cache.find(sequences), shared_by=shared_by)
+    known = [(tokens, path) for tokens, path, _ in cache.find(sequences)]
+    layout = lay_out(sequences, needed_from, longest_block=200, known=known, shared_by=shared_by)
     reserved = cache.reserve(layout, sequences)
     for block in layout.blocks:
         if block.users:
@@ -45,7 +47,7 @@ def line(first: int, length: int) -> Tokens:
 
 def knows(cache: PrefixCache, tokens: Tokens) -> int:
     """How many first tokens of a sequence are known."""
-    return max((len(found) for found, _ in cache.find([tokens])), default=0)
+    return max((len(found.tokens) for found in cache.find([tokens])), default=0)
 
 
 def test_forgets_what_was_used_longest_ago():
@@ -96,7 +98,7 @@ def test_beginnings_within_and_beside_each_other():
     assert compute(cache, [branch]).tokens == 200
     assert cache.bytes == (300 + 1 + 200) * TOKEN_BYTES
     assert [knows(cache, tokens) for tokens in (long, branch, long[:150], (*line(1, 120), 3))] == [300, 300, 150, 120]
-    blocks = {source.block for path in cache._paths.values() for source in path.sources}
+    blocks = {source.block for _, path, _ in cache._kept.values() for source in path.sources}
     cache.clear()
     assert (len(cache), cache.bytes) == (0, 0)
     assert all(block.users == 0 and block.keys_values is None for block in blocks)
@@ -112,7 +114,7 @@ def test_what_one_chunk_went_on_with_grows_old():
             assert chunk == 0 or knows(cache, other) == 100
             compute(cache, [other])
         sequences = distinct((*hub, 10 * chunk + question, *line(3, 49)) for question in range(9))
-        assert cache.find(sequences)[0][0] == hub
+        assert cache.find(sequences)[0].tokens == hub
         assert len(cache.find(sequences)) == 1
         compute(cache, sequences)
 
@@ -122,14 +124,14 @@ def test_the_same_beginning_again_is_held_once():
     for _ in range(3):
         compute(cache, [line(1, 100)])
     assert len(cache) == 1
-    assert all(path.end == 100 for path in cache._paths.values())
+    assert all(path.end == 100 for _, path, _ in cache._kept.values())
     assert cache.bytes <= (100 + 1) * TOKEN_BYTES
 
 
 def test_abandoned_chunk_leaves_nothing():
     cache = PrefixCache(10**6)
     compute(cache, [line(1, 100)])
-    before = [(block, block.users) for path in cache._paths.values() for block, _ in path.sources]
+    before = [(block, block.users) for _, path, _ in cache._kept.values() for block, _ in path.sources]
     layout = compute(cache, distinct([line(1, 100) + line(2, 100), line(3, 50)]), keep=False)
     assert all(block.users == 0 and block.keys_values is None for block in layout.blocks)
     assert [(block, block.users) for block, _ in before] == before
@@ -142,14 +144,14 @@ def test_bound_and_users(chunks, most):
     cache = PrefixCache(most * TOKEN_BYTES)
     blocks: list[Block] = []
     for sequences in chunks:
-        for tokens, path in cache.find(sequences):
+        for tokens, path, _ in cache.find(sequences):
             assert tuple(token for block, length in path.sources for token in block.tokens[:length]) == tokens
             for block, length in path.sources:
                 keys, values = block.keys_values[0]
                 assert keys.shape[1] >= length <= values.shape[1]
         blocks += compute(cache, sequences, shared_by=2).blocks
         assert cache.bytes <= most * TOKEN_BYTES
-        kept = {source.block for path in cache._paths.values() for source in path.sources}
+        kept = {source.block for _, path, _ in cache._kept.values() for source in path.sources}
         assert {block for block in blocks if block.keys_values is not None} == kept
     cache.clear()
     assert all(block.users == 0 and block.keys_values is None for block in blocks)

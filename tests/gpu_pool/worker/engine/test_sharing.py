@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from gpu_pool.worker.engine.blocks import BlockPath, Tokens
 from gpu_pool.worker.engine.sharing import LEAST_SAVED, shared_lengths
-from gpu_pool.worker.engine.token_tree import Path, Tokens, lay_out
+from gpu_pool.worker.engine.token_tree import lay_out
 
 PREFIX = tuple(range(1000, 1000 + LEAST_SAVED))
 
@@ -17,7 +18,7 @@ def share_as_long_prompts_do() -> None:
     """These are long enough."""
 
 
-def paths_of(sequences: list[Tokens]) -> list[Path]:
+def paths_of(sequences: list[Tokens]) -> list[BlockPath]:
     return lay_out(sequences, [len(tokens) - 1 for tokens in sequences], longest_block=2048).paths
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from token_trees import distinct
 
+from gpu_pool.worker.engine.blocks import BlockPath, Tokens
 from gpu_pool.worker.engine.prefix_cache import hold
 from gpu_pool.worker.engine.slots import Slots
-from gpu_pool.worker.engine.token_tree import Layout, Path, Tokens, lay_out
+from gpu_pool.worker.engine.token_tree import Layout, lay_out
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM, VALUE_DIM, SCALE, LAYERS = 4, 2, 8, 12, 0.3, 2
@@ -106,7 +107,7 @@ TREE = distinct(
 )
 
 
-def shared_of(path: Path, random_: random.Random) -> int:
+def shared_of(path: BlockPath, random_: random.Random) -> int:
     """How many tokens stay in the tree: none, all, or anything between."""
     return random_.choice([0, path.end, random_.randint(0, path.end)])
 

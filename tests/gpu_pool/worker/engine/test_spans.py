@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_trees import trees
 
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.spans import Span, in_window, spans_by_depth
-from gpu_pool.worker.engine.token_tree import Block, lay_out, pack
+from gpu_pool.worker.engine.token_tree import lay_out, pack
 
 
 def batches(sequences, longest_block: int, room: int) -> Iterator[tuple[list[int], list[list[Span]]]]:

@@ -11,14 +11,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from token_trees import distinct, needs, trees
 
+from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens, common_prefix
 from gpu_pool.worker.engine.packed import release
 from gpu_pool.worker.engine.prefix_cache import hold
-from gpu_pool.worker.engine.token_tree import Block, Layout, Path, Tokens, common_prefix, lay_out, lay_out_grid, pack
+from gpu_pool.worker.engine.token_tree import GRID, Layout, Room, lay_out, lay_out_grid, pack, plan
 
 UNBOUNDED = 10**9
 
 
-def spell(path: Path) -> Tokens:
+def spell(path: BlockPath) -> Tokens:
     """The tokens that a path holds."""
     return tuple(token for block, length in path.sources for token in block.tokens[:length])
 
@@ -29,7 +30,7 @@ def trie_size(sequences: Sequence[Tokens]) -> int:
     return sum(len(tokens) - common_prefix(previous, tokens) for previous, tokens in pairs)
 
 
-def check(layout: Layout, sequences: Sequence[Tokens], longest_block: int, known: Sequence[Path] = ()) -> None:
+def check(layout: Layout, sequences: Sequence[Tokens], longest_block: int, known: Sequence[BlockPath] = ()) -> None:
     """What holds of every layout."""
     assert [spell(path) for path in layout.paths] == list(sequences)
     computed = {source.block for path in known for source in path.sources}
@@ -164,7 +165,7 @@ def test_paths_of_any_tree_are_short(sequences):
     assert max(len(path.sources) for path in layout.paths) <= math.log2(trie_size(sequences)) + 1
 
 
-def known_of(sequences: Sequence[Tokens], longest_block: int = UNBOUNDED) -> list[tuple[Tokens, Path]]:
+def known_of(sequences: Sequence[Tokens], longest_block: int = UNBOUNDED) -> list[tuple[Tokens, BlockPath]]:
     """What a cache would know after computing `sequences`."""
     layout = lay_out(sequences, [0] * len(sequences), longest_block=longest_block)
     for path in layout.paths:
@@ -192,7 +193,7 @@ def test_known_paths(data, longest_block):
     cut = data.draw(st.integers(1, 80))
     entries = known_of(others, longest_block)
     held = {source.block: source.block.users for _, path in entries for source in path.sources}
-    known: list[tuple[Tokens, Path]] = []
+    known: list[tuple[Tokens, BlockPath]] = []
     for tokens, path in entries:
         same = max(common_prefix(tokens, sequence) for sequence in sequences)
         if same := min(same, cut):
@@ -235,6 +236,24 @@ def test_needed_outputs_limit_what_is_known():
     assert min(block.start for block in layout.blocks) == 100
 
 
+def test_branches_off_a_known_path_compute_the_output_that_they_need_themselves():
+    """A single one each, or all that is after it once, whichever is less."""
+    line = tuple(range(200))
+    known = known_of([line])
+    branches = distinct([(*line[:end], 300 + end, *[0] * 20) for end in (60, 120, 180)])
+    needed = [len(tokens) - 22 for tokens in branches]
+    layout = lay_out(branches, needed, longest_block=UNBOUNDED, known=known)
+    assert layout.tokens == 3 * (21 + 1)
+    assert_needed_are_new(layout, branches, needed)
+    ending = distinct([line[:100], line[:150]])
+    assert lay_out(ending, [99, 149], longest_block=UNBOUNDED, known=known).tokens == 2
+    many = distinct([(*line[:end], 300) for end in range(180, 200)])
+    needed = [170] * len(many)
+    layout = lay_out(many, needed, longest_block=UNBOUNDED, known=known)
+    assert layout.tokens == 200 - 1 - 170 + 20
+    assert_needed_are_new(layout, many, needed)
+
+
 @pytest.mark.parametrize("longest_block", [7, UNBOUNDED])
 def test_shared_beginnings(longest_block):
     sequences = distinct(few_shot(3, 10, 4))
@@ -268,6 +287,20 @@ def test_pack_keeps_the_order_and_fills_batches(sequences, room):
     for batch, following in itertools.pairwise(batches):
         assert len(batch) == 1 or fits(batch[:-1], batch[-1])
         assert not fits(batch, following[0])
+
+
+def test_deterministic_batches_are_single_blocks():
+    blocks = lay_out([(1, 2), (3, 4)], [0, 0], longest_block=1).blocks
+    assert list(pack(blocks, lambda block: (1,), (10,), deterministic=True)) == [[block] for block in blocks]
+
+
+def test_a_plan_has_room_for_each_block_and_its_logits():
+    sequences = [tuple(range(300)), tuple(range(300, 900))]
+    for room, longest in ((Room(100, 40, 1), 40), (Room(30, 40, 1), 30), (Room(0, 0, 1), 1)):
+        blocks = plan(sequences, [0, 0], room, (), deterministic=False).blocks
+        assert max(len(block.tokens) for block in blocks) == longest
+    grid = plan(sequences, [0, 0], Room(10, 10, 1), (), deterministic=True)
+    assert [len(block.tokens) for block in grid.blocks] == [GRID, GRID, 300 % GRID, *[GRID] * 4, 600 % GRID]
 
 
 def test_nothing_to_pack():
