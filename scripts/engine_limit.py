@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.worker.engine.blocks import common_prefix
-from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out
+from gpu_pool.worker.engine.blocks import Tokens, common_prefix
+from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out_for_one_sum
 
 FORMULA = (
     "scoring and prompts: FLOPs with perfect sharing / matrix peak; decoding: for each step of all sequences together "
@@ -36,7 +36,6 @@ FORMULA = (
 )
 _COPIED_BYTES = 256 * 1024**2
 _TRIES = 6
-Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Peaks:
 def measure_peaks(dtype: torch.dtype) -> Peaks:
     """The best of six of each; of a product, with its right side laid out beforehand where that can be had."""
     matrix = torch.randn(2048, 2048).to(dtype)
-    product = laid_out(matrix, None) if is_usable(dtype) else matrix.matmul
+    product = laid_out_for_one_sum(matrix, None) if is_usable(dtype) else matrix.matmul
     source = torch.ones(_COPIED_BYTES // 4)
     target = torch.zeros_like(source)
     products, copies = [], []

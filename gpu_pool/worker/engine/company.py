@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from gpu_pool.worker.engine.blocks import Tokens
 from gpu_pool.worker.engine.padding import pad_left
-
-Tokens = tuple[int, ...]
 
 _PROBE_LENGTH = 6
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

@@ -47,13 +47,12 @@ def lay_out_weights(model: nn.Module) -> int:
     """
     layers: list[tuple[Any, torch.Tensor]] = []
     layers += ((module, weight) for module in model.modules() if (weight := _weight_of(module)) is not None)
-    wanted = sum(weight.nbytes for _, weight in layers)
+    usable = {dtype for dtype in {weight.dtype for _, weight in layers} if is_usable(dtype)}
+    served = [(layer, weight) for layer, weight in layers if weight.dtype in usable and not _is_best_as_it_is(weight)]
+    wanted = sum(weight.nbytes for _, weight in served)
     if wanted > _SHARE_OF_FREE * free_bytes(torch.device("cpu")):
         logger.info("weights stay as they are: %.1f GB more for oneDNN's layout are too many", wanted / 1e9)
         return 0
-    usable = {dtype for dtype in {weight.dtype for _, weight in layers} if is_usable(dtype)}
-    served = [(layer, weight) for layer, weight in layers if weight.dtype in usable]
-    served = [(layer, weight) for layer, weight in served if not _is_best_as_it_is(weight)]
     for layer, weight in served:
         layer.forward = laid_out(weight, layer.bias)
     return len(served)
@@ -79,9 +78,18 @@ def _is_best_as_it_is(weight: torch.Tensor) -> bool:
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """What computes x @ weight.T + bias, with a copy of `weight` [outputs, inputs]."""
     if weight.dtype is not torch.float32:
-        return partial(_apply, _reordered(weight), bias)
+        return laid_out_for_one_sum(weight, bias)
     usual = weight.detach() if _usual_sums_are_alike(weight.shape[1]) else None
-    return partial(_apply_slices, [_reordered(part) for part in weight.split(_TERMS, dim=1)], bias, usual)
+    return partial(_apply_slices, _slices(weight), bias, usual)
+
+
+def laid_out_for_one_sum(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """The same with all terms in one sum: the fastest, and in fp32 not exact enough."""
+    return partial(_apply, _reordered(weight), bias)
+
+
+def _slices(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [_reordered(part) for part in weight.split(_TERMS, dim=1)]
 
 
 def _reordered(weight: torch.Tensor) -> torch.Tensor:
@@ -110,7 +118,7 @@ def _usual_sums_are_alike(terms: int) -> bool:
     """Whether the usual products have the bits of those in slices; MKL's have on some CPUs, but for a few rows."""
     generator = torch.Generator().manual_seed(0)
     weight, rows = (torch.randn(count, terms, generator=generator) for count in (64, _MANY_ROWS))
-    in_slices = partial(_apply_slices, [_reordered(part) for part in weight.split(_TERMS, dim=1)], None, None)
+    in_slices = partial(_apply_slices, _slices(weight), None, None)
     return all(torch.equal(in_slices(some), nn.functional.linear(some, weight)) for some in (rows, rows[:8]))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from gpu_pool.worker.engine.company import Tokens
+from gpu_pool.worker.engine.blocks import Tokens
 
 
 def pad_contexts(sequences: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,8 @@ import torch
 
 from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
-from gpu_pool.worker.engine.company import Company, Tokens, generated_logits, probe_company
+from gpu_pool.worker.engine.blocks import Tokens
+from gpu_pool.worker.engine.company import Company, generated_logits, probe_company
 from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.encoder_decoder import decoded_logits
 from gpu_pool.worker.engine.head import find_layers

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from gpu_pool.worker.engine.attention import NAME, packed_attention
 from gpu_pool.worker.engine.batching import run_halving
-from gpu_pool.worker.engine.blocks import Block
+from gpu_pool.worker.engine.blocks import Block, Tokens
 from gpu_pool.worker.engine.configs import largest
 from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
 from gpu_pool.worker.engine.padding import pad_right
@@ -30,8 +30,6 @@ from gpu_pool.worker.engine.token_tree import lay_out
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
-
-Tokens = tuple[int, ...]
 
 _NUDGED = "evalpool_nudged"
 """In transformers' table of attention implementations: packed attention whose results are nudged."""

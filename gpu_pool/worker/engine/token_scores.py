@@ -14,14 +14,30 @@ _ROWS_AT_ONCE = 64
 """Positions whose logits are reduced together: little enough for a CPU's cache."""
 
 
-class TokenScores:
+class Sums:
     """What is known of each request's answer so far: its tokens may be scored in several forward passes."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, float] = {}
+        self._greedy: dict[int, bool] = {}
+
+    def include(self, request: int, value: float, is_greedy: bool) -> None:
+        """A token's score, in order of positions: a sum's bits depend on the order of its terms."""
+        self._values[request] = self._values.get(request, 0.0) + value
+        self._greedy[request] = self._greedy.get(request, True) and is_greedy
+
+    def answers(self) -> dict[int, Answer]:
+        """Of every request that a token was scored for."""
+        return {request: (value, self._greedy[request]) for request, value in self._values.items()}
+
+
+class TokenScores(Sums):
+    """Sums of what tokens score by their logits."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         """`dtype`: of the softmax."""
+        super().__init__()
         self._dtype = dtype
-        self._values: dict[int, float] = {}
-        self._greedy: dict[int, bool] = {}
 
     def add(self, logits: torch.Tensor, asked: Iterable[tuple[int, int, int]]) -> None:
         """Score each (row, token, request) of `asked`: the token by its row of `logits` [m, vocabulary]."""
@@ -31,12 +47,7 @@ class TokenScores:
         rows, tokens, _ = torch.tensor(ordered, device=logits.device).T
         scored = zip(*(scores.tolist() for scores in token_log_probs(logits, rows, tokens, self._dtype)), strict=True)
         for (_, _, request), (value, is_greedy) in zip(ordered, scored, strict=True):
-            self._values[request] = self._values.get(request, 0.0) + value
-            self._greedy[request] = self._greedy.get(request, True) and is_greedy
-
-    def answers(self) -> dict[int, Answer]:
-        """Of every request that a token was scored for."""
-        return {request: (value, self._greedy[request]) for request, value in self._values.items()}
+            self.include(request, value, is_greedy)
 
 
 def token_log_probs(

@@ -17,7 +17,7 @@ from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import release_all
 from gpu_pool.worker.engine.rows import Answer, Row
-from gpu_pool.worker.engine.token_scores import token_log_probs
+from gpu_pool.worker.engine.token_scores import Sums, token_log_probs
 from gpu_pool.worker.engine.token_tree import Layout, Room, pack, plan
 
 
@@ -108,7 +108,7 @@ def _score_once(
 def _find_targets(
     rows: Sequence[Row], layout: Layout, kept: Sequence[tuple[int, Scores]], sums: _Sums
 ) -> dict[Block, list[_Target]]:
-    """By block: what is to be computed; the rest is known, and `sums` start with it.
+    """By block: what is to be computed; the rest is known, and `sums` begin with it.
 
     `kept`: of each row the first position whose output is needed, and the scores of the tokens up to there.
     """
@@ -116,40 +116,26 @@ def _find_targets(
     for row, path, (needed, scores) in zip(rows, layout.paths, kept, strict=True):
         for request, continuation in row.targets:
             start = len(row.tokens) - len(continuation)
-            sums.start(request, scores.between(start + 1, needed + 1))
+            for score in scores.between(start + 1, needed + 1):
+                sums.include(request, *score)
             places = path.locate(max(start, needed), len(row.tokens))
             for (block, index), token in zip(places, continuation[-len(places) :], strict=True):
                 targets.setdefault(block, []).append(_Target(index, token, request))
     return targets
 
 
-class _Sums:
-    """What is known of each request's answer so far: its tokens may be scored in several batches, and chunks."""
+class _Sums(Sums):
+    """Sums of what was scored in batches of this chunk, and in earlier ones."""
 
     def __init__(self) -> None:
-        self._values: dict[int, float] = {}
-        self._greedy: dict[int, bool] = {}
+        super().__init__()
         self.computed: dict[Block, dict[tuple[int, int], Score]] = {}
         """Of each block: (index, token that follows there)."""
 
-    def start(self, request: int, scores: Sequence[Score]) -> None:
-        """With what is known of its first tokens."""
-        self._values[request], self._greedy[request] = 0.0, True
-        for score in scores:
-            self._include(request, score)
-
     def add(self, block: Block, target: _Target, score: Score) -> None:
-        """What was computed, in order of positions: a sum's bits depend on the order of its terms."""
+        """What was computed."""
         self.computed.setdefault(block, {})[target.index, target.token] = score
-        self._include(target.request, score)
-
-    def _include(self, request: int, score: Score) -> None:
-        value, is_greedy = score
-        self._values[request] += value
-        self._greedy[request] &= is_greedy
-
-    def answers(self) -> dict[int, Answer]:
-        return {request: (value, self._greedy[request]) for request, value in self._values.items()}
+        self.include(target.request, *score)
 
 
 def _score_batch(

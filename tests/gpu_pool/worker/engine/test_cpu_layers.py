@@ -110,7 +110,8 @@ def test_models_for_the_cpu_are_loaded_so(checkpoint, alike):
     assert served(load_fresh(checkpoint("llama"), dtype="float32").model) == 15
 
 
-def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch):
+@unlike
+def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch, alike):
     monkeypatch.setattr(cpu_layers, "free_bytes", lambda device: 100_000)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     assert lay_out_weights(model) == served(model) == 0
