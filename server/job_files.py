@@ -13,7 +13,7 @@ import msgspec
 
 from gpu_pool.errors import NoSuchSamples
 from gpu_pool.records import Job
-from server.schemas import SamplePage
+from server.responses import SamplePage
 
 _BLOCK_BYTES = 1 << 20
 _INDEXED_FILES = 64  # eight bytes a line each

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.records import Evaluation
-from server.schemas import MOST_DOCUMENTS, EvaluateRequest
+from server.requests import MOST_DOCUMENTS, EvaluateRequest
 from server.strict_json import check_storable
 
 

@@ -13,7 +13,8 @@ from litestar.params import BodyKwarg
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import CacheInfo, CachePruned, PruneRequest
+from server.requests import PruneRequest
+from server.responses import CacheInfo, CachePruned
 
 _EXAMPLES = [Example(summary="Not used for a month", value={"older_than_days": 30})]
 

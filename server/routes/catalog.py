@@ -12,7 +12,7 @@ from gpu_pool.models import model_kinds
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import ModelList, TaskList
+from server.responses import ModelList, TaskList
 
 
 @get("/tasks", tags=["catalogue"], responses=problems(400))

@@ -14,7 +14,8 @@ from litestar.params import BodyKwarg
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import EvaluateRequest, JobSubmitted
+from server.requests import EvaluateRequest
+from server.responses import JobSubmitted
 from server.validation import to_evaluation
 
 _EXAMPLES = [

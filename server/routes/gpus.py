@@ -9,7 +9,7 @@ from litestar.params import FromPath
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import GpuInfo, GpuList, WorkerList
+from server.responses import GpuInfo, GpuList, WorkerList
 
 
 @get("/gpus", tags=["server"], responses=problems(400))

@@ -8,7 +8,7 @@ from litestar.di import NamedDependency
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import Health
+from server.responses import Health
 
 
 @get("/health", tags=["server"], responses=problems(400))

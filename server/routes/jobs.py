@@ -13,7 +13,7 @@ from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
 from server.job_files import log_tail, sample_page
-from server.schemas import JobHistory, JobInfo, JobPage, JobStatus, Message, SamplePage
+from server.responses import JobHistory, JobInfo, JobPage, JobStatus, Message, SamplePage
 
 _MAX_OFFSET = 2**31 - 1
 

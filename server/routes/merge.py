@@ -13,7 +13,8 @@ from litestar.params import BodyKwarg
 
 from gpu_pool.merge import merge_checkpoint
 from server.errors import problems
-from server.schemas import MergeRequest, MergeResult
+from server.requests import MergeRequest
+from server.responses import MergeResult
 from server.settings import Settings
 
 _EXAMPLES = [Example(summary="In place", value={"checkpoint_path": "/runs/a/checkpoint-1000"})]

@@ -11,7 +11,7 @@ from litestar.params import QueryParameter
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
-from server.schemas import QueueInfo
+from server.responses import QueueInfo
 
 
 @get("/queue", tags=["server"], responses=problems(400))

@@ -15,7 +15,7 @@ from live_server import live_server
 
 from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
 from server.client import AsyncEvalClient, EvalClient, EvalError, JobFailed, MoreOptions
-from server.schemas import EvaluateRequest
+from server.requests import EvaluateRequest
 
 NOWHERE = "http://127.0.0.1:9"
 

