@@ -22,37 +22,39 @@ from gpu_pool.records import (
     WorkerView,
 )
 from gpu_pool.store import MOST_ENDED
-from server import schemas
+from server import responses
 
 _STATUS = {
-    state: schemas.JobStatus.RUNNING if state is JobState.CANCELLING else schemas.JobStatus(state.value)
+    state: responses.JobStatus.RUNNING if state is JobState.CANCELLING else responses.JobStatus(state.value)
     for state in JobState
 }
-_ended: dict[str, tuple[Job, schemas.JobInfo]] = {}
+_ended: dict[str, tuple[Job, responses.JobInfo]] = {}
 """Job id -> a job that has ended and how it shows, of those shown lately: they rest, and lists repeat them."""
 
 
-def status_of(state: JobState) -> schemas.JobStatus:
+def status_of(state: JobState) -> responses.JobStatus:
     """The reference's five names: a job that is being cancelled still reads "running"."""
     return _STATUS[state]
 
 
-def states_of(status: schemas.JobStatus) -> tuple[JobState, ...]:
+def states_of(status: responses.JobStatus) -> tuple[JobState, ...]:
     """The states that show as `status`."""
     return tuple(state for state in JobState if status_of(state) is status)
 
 
-def submitted(job: Job, position: int | None) -> schemas.JobSubmitted:
+def submitted(job: Job, position: int | None) -> responses.JobSubmitted:
     """The reference's answer to POST /evaluate; a job that started at once had nobody ahead of it."""
     position = position or 0
     if job.state is JobState.QUEUED:
         message = f"Job queued successfully. Position in queue: {position}"
     else:
         message = "Job was submitted before, with the same idempotency_key"
-    return schemas.JobSubmitted(job_id=job.id, status=status_of(job.state), position_in_queue=position, message=message)
+    return responses.JobSubmitted(
+        job_id=job.id, status=status_of(job.state), position_in_queue=position, message=message
+    )
 
 
-def job_info(job: Job, pool: Pool) -> schemas.JobInfo:
+def job_info(job: Job, pool: Pool) -> responses.JobInfo:
     """One job as GET /jobs/{id} shows it."""
     if not job.state.is_final:
         position = pool.queue_position(job.id) if job.state is JobState.QUEUED else None
@@ -65,8 +67,8 @@ def job_info(job: Job, pool: Pool) -> schemas.JobInfo:
     return known[1]
 
 
-def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> schemas.JobInfo:
-    return schemas.JobInfo(
+def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> responses.JobInfo:
+    return responses.JobInfo(
         job_id=job.id,
         status=status_of(job.state),
         created_at=job.created_at,
@@ -86,10 +88,10 @@ def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> 
     )
 
 
-def job_history(job_id: str, entries: Sequence[HistoryEntry]) -> schemas.JobHistory:
+def job_history(job_id: str, entries: Sequence[HistoryEntry]) -> responses.JobHistory:
     """What happened to a job."""
     events = [
-        schemas.JobEventInfo(
+        responses.JobEventInfo(
             at=entry.at,
             event=entry.event,  # pyright: ignore[reportArgumentType]  (the store's own few words)
             status=status_of(entry.state),
@@ -98,29 +100,29 @@ def job_history(job_id: str, entries: Sequence[HistoryEntry]) -> schemas.JobHist
         )
         for entry in entries
     ]
-    return schemas.JobHistory(job_id=job_id, events=events)
+    return responses.JobHistory(job_id=job_id, events=events)
 
 
-def job_page(jobs: list[Job], limit: int, pool: Pool) -> schemas.JobPage:
+def job_page(jobs: list[Job], limit: int, pool: Pool) -> responses.JobPage:
     """At most `limit` of `jobs`, which holds one more where there is a next page."""
     shown = jobs[:limit]
-    return schemas.JobPage(
+    return responses.JobPage(
         jobs=[job_info(job, pool) for job in shown],
         next_cursor=shown[-1].id if len(jobs) > limit else None,
     )
 
 
-def model_info(spec: ModelSpec) -> schemas.ModelInfo:
+def model_info(spec: ModelSpec) -> responses.ModelInfo:
     """A model by its content."""
-    return schemas.ModelInfo(
+    return responses.ModelInfo(
         kind=spec.kind, fingerprint=spec.fingerprint, device=spec.device, args=msgspec.to_builtins(spec.args)
     )
 
 
-def queue_info(queue: QueueView, waiting: list[WaitingView]) -> schemas.QueueInfo:
+def queue_info(queue: QueueView, waiting: list[WaitingView]) -> responses.QueueInfo:
     """The reference's queue, all running jobs, and why the first ones wait."""
     now = datetime.now(UTC)
-    return schemas.QueueInfo(
+    return responses.QueueInfo(
         queue_size=len(queue.queued),
         running_job=queue.running[0] if queue.running else None,
         queued_jobs=list(queue.queued),
@@ -129,7 +131,7 @@ def queue_info(queue: QueueView, waiting: list[WaitingView]) -> schemas.QueueInf
         running_jobs=list(queue.running),
         cancelled_jobs=queue.cancelled,
         waiting=[
-            schemas.WaitingInfo(
+            responses.WaitingInfo(
                 job_id=wait.job_id,
                 needs=wait.needs,
                 reason=wait.reason,
@@ -140,10 +142,10 @@ def queue_info(queue: QueueView, waiting: list[WaitingView]) -> schemas.QueueInf
     )
 
 
-def health(pool: Pool) -> schemas.Health:
+def health(pool: Pool) -> responses.Health:
     """The same queue length as GET /queue."""
     trouble = pool.trouble
-    return schemas.Health(
+    return responses.Health(
         status="degraded" if trouble else "healthy",
         timestamp=datetime.now(UTC),
         queue_size=pool.queue_size(),
@@ -151,18 +153,18 @@ def health(pool: Pool) -> schemas.Health:
     )
 
 
-def task_list(entries: tuple[TaskEntry, ...], details: bool) -> schemas.TaskList:
+def task_list(entries: tuple[TaskEntry, ...], details: bool) -> responses.TaskList:
     """Names of tasks, groups and tags; with `details` what each is."""
     infos = [
-        schemas.TaskInfo(name=entry.name, kind=entry.kind, output_type=entry.output_type)
+        responses.TaskInfo(name=entry.name, kind=entry.kind, output_type=entry.output_type)
         for entry in (entries if details else ())
     ]
-    return schemas.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)
+    return responses.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)
 
 
-def gpu_list(gpus: list[GpuView], pool: Pool) -> schemas.GpuList:
+def gpu_list(gpus: list[GpuView], pool: Pool) -> responses.GpuList:
     """Every GPU with its state."""
-    return schemas.GpuList(
+    return responses.GpuList(
         gpus=[gpu_info(view) for view in gpus],
         held=sum(bool(view.worker_ids) for view in gpus),
         max_gpus=pool.settings.max_gpus,
@@ -170,9 +172,9 @@ def gpu_list(gpus: list[GpuView], pool: Pool) -> schemas.GpuList:
     )
 
 
-def gpu_info(view: GpuView) -> schemas.GpuInfo:
+def gpu_info(view: GpuView) -> responses.GpuInfo:
     """One GPU with its state."""
-    return schemas.GpuInfo(
+    return responses.GpuInfo(
         uuid=view.gpu.uuid,
         index=view.gpu.index,
         name=view.gpu.name,
@@ -184,17 +186,17 @@ def gpu_info(view: GpuView) -> schemas.GpuInfo:
         free=view.free,
         reason=view.reason,
         worker_ids=list(view.worker_ids),
-        foreign_processes=[schemas.GpuProcess(pid=pid, used_bytes=size) for pid, size in view.strangers],
+        foreign_processes=[responses.GpuProcess(pid=pid, used_bytes=size) for pid, size in view.strangers],
         quarantined=view.quarantined,
         lost=view.gpu.lost,
     )
 
 
-def worker_list(workers: list[WorkerView]) -> schemas.WorkerList:
+def worker_list(workers: list[WorkerView]) -> responses.WorkerList:
     """Every worker process with the model it holds."""
-    return schemas.WorkerList(
+    return responses.WorkerList(
         workers=[
-            schemas.WorkerInfo(
+            responses.WorkerInfo(
                 worker_id=view.worker.id,
                 state=view.worker.state.value,
                 pid=view.pid,
@@ -209,15 +211,15 @@ def worker_list(workers: list[WorkerView]) -> schemas.WorkerList:
     )
 
 
-def cache_info(use: CacheUse) -> schemas.CacheInfo:
+def cache_info(use: CacheUse) -> responses.CacheInfo:
     """The response cache, the models with most bytes first."""
-    return schemas.CacheInfo(
+    return responses.CacheInfo(
         entries=use.entries,
         bytes=use.file_bytes,
         max_bytes=use.max_bytes,
         hits=use.hits,
         models=[
-            schemas.CachedModelInfo(
+            responses.CachedModelInfo(
                 fingerprint=model.fingerprint,
                 name=model.name,
                 entries=model.entries,
@@ -230,22 +232,22 @@ def cache_info(use: CacheUse) -> schemas.CacheInfo:
     )
 
 
-def _result_files(job: Job) -> dict[str, schemas.ResultFiles] | None:
+def _result_files(job: Job) -> dict[str, responses.ResultFiles] | None:
     if job.result is None:
         return None
-    files = schemas.ResultFiles(results=job.result.results_path, samples=list(job.result.samples.values()))
+    files = responses.ResultFiles(results=job.result.results_path, samples=list(job.result.samples.values()))
     return {job.result.model_name: files}
 
 
-def _progress(progress: Progress, eta_seconds: float | None) -> schemas.ProgressInfo:
-    return schemas.ProgressInfo(
+def _progress(progress: Progress, eta_seconds: float | None) -> responses.ProgressInfo:
+    return responses.ProgressInfo(
         phase=progress.phase.value,
         done=progress.done,
         total=progress.total,
         cached=progress.cached,
         errored=progress.errored,
         tasks={
-            name: schemas.TaskCount(done=task.done, total=task.total, errored=task.errored)
+            name: responses.TaskCount(done=task.done, total=task.total, errored=task.errored)
             for name, task in progress.tasks.items()
         },
         workers=progress.workers,
