@@ -34,7 +34,7 @@ class Limits:
     generated_rows: int
     """Sequences generated at once."""
     generated_bytes: int
-    """Memory of the keys and values of sequences that are continued along the token tree."""
+    """Memory of the keys and values of sequences that are continued along the token tree: in slots and in blocks."""
     logits_bytes: int
     """Memory of the logits of one forward pass, in fp32; always."""
     prefix_bytes: int
