@@ -129,6 +129,7 @@ def test_other_layers_stay_as_they_are():
 @torch.inference_mode()
 def test_deterministic_requests_do_not_notice_the_layout(alike, monkeypatch):
     """A worker that had no memory for it computes the same bits; here, what is laid out is wrong."""
+    monkeypatch.setattr(cpu_layers, "is_usable", lambda dtype: True)
     monkeypatch.setattr(cpu_layers, "laid_out", lambda weight, bias: torch.zeros_like)
     layer, rows = nn.Linear(50, 50), torch.randn(3, 50)
     before = layer(rows)
