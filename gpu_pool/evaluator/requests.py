@@ -67,9 +67,14 @@ class Unit:
         return len(self.prompt) + (self.options.max_gen_toks if self.options else len(self.continuation))
 
     @property
-    def order(self) -> bytes:
-        """Sorts like the tokens: units with equal beginnings come side by side."""
-        return np.concatenate((self.prompt, self.continuation)).astype(">u4").tobytes()
+    def order(self) -> tuple[bytes, bytes]:
+        """Sorts like the tokens that the model reads: units with equal beginnings come side by side.
+
+        A continuation's last token is not read. Those that differ in it alone are one input: what else goes on there
+        must not come between them.
+        """
+        read, last = self.continuation[:-1], self.continuation[-1:]
+        return np.concatenate((self.prompt, read)).astype(">u4").tobytes(), last.astype(">u4").tobytes()
 
     def forget_tokens(self) -> None:
         """Free what an answered unit no longer needs."""
