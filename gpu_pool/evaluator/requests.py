@@ -226,7 +226,7 @@ def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationO
 def _check_options(given: dict[str, Any]) -> None:
     """Refuse options with no meaning here, and take those out that say nothing."""
     length = next((key for key in LENGTH_KEYS if given.get(key) is not None), None)
-    if length and int(given[length]) < 1:
+    if length and not _is_positive(given[length]):
         raise OptionsError(f"generation_kwargs.{length} must be 1 or more, not {given[length]}")
     count = given.pop("num_return_sequences", None)
     if count not in (None, 1):
@@ -236,6 +236,13 @@ def _check_options(given: dict[str, Any]) -> None:
         )
     if given.pop("token_healing", None):
         raise OptionsError("generation_kwargs.token_healing must be false: prompts are continued as they are")
+
+
+def _is_positive(length: Any) -> bool:
+    try:
+        return int(length) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def is_deterministic(options: GenerationOptions) -> bool:
