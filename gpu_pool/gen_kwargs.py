@@ -1,4 +1,7 @@
-"""What `gen_kwargs` of a request means: lm-eval's "temperature=0,max_gen_toks=64", or an object."""
+"""What `gen_kwargs` of a request means: lm-eval's "temperature=0,max_gen_toks=64", or an object.
+
+A task's own `generation_kwargs` are read more loosely, as lm-eval reads them.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,10 @@ WORKER_KEYS = frozenset(
     }
 )
 """Those that do not: padding, caches, outputs and speculation are the worker's own affair."""
+_OTHER_TASK_KEYS = WORKER_KEYS | {"max_length", "num_return_sequences", "stop_strings", "token_healing"}
+"""What a task may say as well."""
+_CONVERTED = frozenset({*LENGTH_KEYS, "do_sample"})
+"""Of a task."""
 KNOWN_KEYS = ("until", *LENGTH_KEYS, *GENERATION_KEYS)
 
 
@@ -47,6 +54,25 @@ def parse_gen_kwargs(value: str | dict[str, Any] | None) -> dict[str, Any]:
     for key, option in options.items():
         _check_option(key, option)
     return options
+
+
+def task_option_problem(options: Any) -> str | None:
+    """What is certainly wrong with a task's own `generation_kwargs`; None if nothing is.
+
+    Null leaves an option to its default, lengths and `do_sample` are converted, and an unknown key may be one that
+    transformers knows, unless it looks like one that is known here.
+    """
+    if not isinstance(options, dict):
+        return f"generation_kwargs must be a mapping of options, not {options!r}"
+    for key, option in cast("dict[str, Any]", options).items():
+        if key not in KNOWN_KEYS and key not in _OTHER_TASK_KEYS and (close := close_names(key, KNOWN_KEYS)):
+            return f"generation_kwargs.{key} is unknown; close names: {', '.join(close)}"
+        if option is None or key in _CONVERTED or key not in _RULES:
+            continue
+        expected, holds = _RULES[key]
+        if not holds(option):
+            return f"generation_kwargs.{key} must be {expected}, not {option!r}"
+    return None
 
 
 def _parse_string(text: str) -> dict[str, Any]:

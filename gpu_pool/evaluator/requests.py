@@ -67,9 +67,14 @@ class Unit:
         return len(self.prompt) + (self.options.max_gen_toks if self.options else len(self.continuation))
 
     @property
-    def order(self) -> bytes:
-        """Sorts like the tokens: units with equal beginnings come side by side."""
-        return np.concatenate((self.prompt, self.continuation)).astype(">u4").tobytes()
+    def order(self) -> tuple[bytes, bytes]:
+        """Sorts like the tokens that the model reads: units with equal beginnings come side by side.
+
+        A continuation's last token is not read. Those that differ in it alone are one input: what else goes on there
+        must not come between them.
+        """
+        read, last = self.continuation[:-1], self.continuation[-1:]
+        return np.concatenate((self.prompt, read)).astype(">u4").tobytes(), last.astype(">u4").tobytes()
 
     def forget_tokens(self) -> None:
         """Free what an answered unit no longer needs."""
@@ -221,7 +226,7 @@ def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationO
 def _check_options(given: dict[str, Any]) -> None:
     """Refuse options with no meaning here, and take those out that say nothing."""
     length = next((key for key in LENGTH_KEYS if given.get(key) is not None), None)
-    if length and int(given[length]) < 1:
+    if length and not _is_positive(given[length]):
         raise OptionsError(f"generation_kwargs.{length} must be 1 or more, not {given[length]}")
     count = given.pop("num_return_sequences", None)
     if count not in (None, 1):
@@ -231,6 +236,13 @@ def _check_options(given: dict[str, Any]) -> None:
         )
     if given.pop("token_healing", None):
         raise OptionsError("generation_kwargs.token_healing must be false: prompts are continued as they are")
+
+
+def _is_positive(length: Any) -> bool:
+    try:
+        return int(length) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def is_deterministic(options: GenerationOptions) -> bool:

@@ -143,6 +143,8 @@ class TaskChecker:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
         if needs.missing_modules:
             return f"it needs Python libraries that are not installed: {', '.join(needs.missing_modules)}"
+        if needs.options_problem:
+            return needs.options_problem
         return self._data_reason(needs, num_fewshot)
 
     def _needs_of(self, leaf: _Leaf) -> TaskNeeds | str:

@@ -17,6 +17,9 @@ import lm_eval.tasks
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from gpu_pool.evaluator.requests import OptionsError, generation_options
+from gpu_pool.gen_kwargs import task_option_problem
+
 _TASKS_ROOT = Path(lm_eval.tasks.__file__).parent
 _KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(TaskConfig)) | {"group", "task_list"}
 _CODE_MARKS = ("HF_ALLOW_CODE_EVAL", "code_eval", "UNSAFE_CODE = True")
@@ -43,6 +46,8 @@ class TaskNeeds:
     default_fewshot: int | None
     fewshot_split: str | None
     """Where examples would be drawn from; None where they are written in the task."""
+    options_problem: str | None
+    """What is wrong with its generation_kwargs."""
 
 
 def read_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +73,20 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         eval_split=config.get("test_split") or config.get("validation_split"),
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=_fewshot_split(config),
+        options_problem=_options_problem(config.get("generation_kwargs")),
     )
+
+
+def _options_problem(options: Any) -> str | None:
+    if options is None:
+        return None
+    if problem := task_option_problem(options):
+        return problem
+    try:
+        generation_options(options, None)
+    except OptionsError as error:
+        return str(error)
+    return None
 
 
 def _fewshot_split(config: dict[str, Any]) -> str | None:

@@ -12,7 +12,8 @@ which of the two computes a product is a matter of speed alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -54,8 +55,26 @@ def lay_out_weights(model: nn.Module) -> int:
         logger.info("weights stay as they are: %.1f GB more for oneDNN's layout are too many", wanted / 1e9)
         return 0
     for layer, weight in served:
-        layer.forward = laid_out(weight, layer.bias)
+        layer.forward = partial(_either, layer.forward, laid_out(weight, layer.bias))
     return len(served)
+
+
+@contextmanager
+def layers_for(*, deterministic: bool) -> Iterator[None]:
+    """`deterministic`: let layers compute the usual way meanwhile, whether there was memory to lay them out or not."""
+    global _are_usual
+    before, _are_usual = _are_usual, deterministic
+    try:
+        yield
+    finally:
+        _are_usual = before
+
+
+_are_usual = False
+
+
+def _either(usual: Linear, fast: Linear, input: torch.Tensor) -> torch.Tensor:
+    return usual(input) if _are_usual else fast(input)
 
 
 def _weight_of(module: nn.Module) -> Any:

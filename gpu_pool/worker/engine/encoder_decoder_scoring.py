@@ -58,8 +58,12 @@ def score_pairs(
     requests: Sequence[tuple[Tokens, Tokens]],
     batch_size: int | None,
     should_stop: Callable[[], bool],
+    *,
+    deterministic: bool = False,
 ) -> dict[int, Answer]:
     """The answer to each (context, continuation); `should_stop` is asked before each forward pass.
+
+    `deterministic`: pieces of a row's logits do not depend on this worker's memory.
 
     Raises:
         Cancelled: `should_stop` said so.
@@ -67,8 +71,10 @@ def score_pairs(
     """
     contexts = _plan_contexts(loaded, requests)
 
+    most_logits = _most_logits(loaded, deterministic)
+
     def run(batch: list[Context]) -> list[tuple[int, Answer]]:
-        return _score_contexts(loaded, batch, batch_size, should_stop)
+        return _score_contexts(loaded, batch, batch_size, most_logits, should_stop)
 
     def on_shortage(batch: list[Context]) -> None:
         loaded.limits.shrink(len(batch) * len(batch[0].tokens))
@@ -110,29 +116,35 @@ def _contexts_fit(loaded: LoadedModel, batch_size: int | None) -> Callable[[list
     return fits
 
 
-def _rows_fit(loaded: LoadedModel, width: int, batch_size: int | None) -> Callable[[list[Any], Any], bool]:
+def _rows_fit(
+    loaded: LoadedModel, width: int, batch_size: int | None, most_logits: int
+) -> Callable[[list[Any], Any], bool]:
     """Whether the decoder may take one more row, none longer than the first, after contexts padded to `width`."""
 
     def fits(batch: list[tuple[int, Row]], item: tuple[int, Row]) -> bool:
         if loaded.company is Company.NONE:
             return False
         longest, length = len(batch[0][1].inputs), len(item[1].inputs)
-        if (len(batch) + 1) * longest > _most_positions(loaded):
+        if (len(batch) + 1) * longest > most_logits:
             return False
         return is_worthwhile(loaded.limits, len(batch), width + longest, width + length, batch_size)
 
     return fits
 
 
-def _most_positions(loaded: LoadedModel) -> int:
-    """Whose logits there is room for."""
+def _most_logits(loaded: LoadedModel, deterministic: bool) -> int:
+    """Positions whose logits there is room for."""
     head = loaded.model.get_output_embeddings() or loaded.model.get_input_embeddings()
-    return loaded.limits.logits(head.weight.shape[0])
+    return loaded.limits.logits(head.weight.shape[0], deterministic=deterministic)
 
 
 @torch.inference_mode()
 def _score_contexts(
-    loaded: LoadedModel, contexts: list[Context], batch_size: int | None, should_stop: Callable[[], bool]
+    loaded: LoadedModel,
+    contexts: list[Context],
+    batch_size: int | None,
+    most_logits: int,
+    should_stop: Callable[[], bool],
 ) -> list[tuple[int, Answer]]:
     """Answers for all targets of `contexts`: one pass of the encoder, as many of the decoder as its rows need."""
     if should_stop():
@@ -148,7 +160,7 @@ def _score_contexts(
         decoder_ids = pad_right([row.inputs for row in rows], loaded.device)
         forward = partial(decode, loaded.model, select(encoded, places), mask[places], decoder_ids)
         scores = TokenScores(loaded.softmax_dtype)
-        for start, logits in _pieces(loaded, forward, decoder_ids.shape):
+        for start, logits in _pieces(loaded, forward, decoder_ids.shape, most_logits):
             scores.add(logits.flatten(0, 1), _asked(rows, start, logits.shape[1]))
         return list(scores.answers().items())
 
@@ -157,14 +169,16 @@ def _score_contexts(
 
     rows = [(place, row) for place, context in enumerate(contexts) for row in context.rows]
     rows.sort(key=lambda item: -len(item[1].inputs))
-    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size), on_shortage))
+    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size, most_logits), on_shortage))
 
 
-def _pieces(loaded: LoadedModel, forward: Forward, shape: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+def _pieces(
+    loaded: LoadedModel, forward: Forward, shape: Sequence[int], most_logits: int
+) -> Iterator[tuple[int, torch.Tensor]]:
     """(first position, logits [rows, positions, vocabulary]) of decoder rows of this `shape`: as many as there is room
     for."""
     rows, width = shape
-    positions = range(0, width, max(1, _most_positions(loaded) // rows))
+    positions = range(0, width, max(1, most_logits // rows))
     if len(positions) == 1 or loaded.layers is None:
         yield 0, forward()
     else:

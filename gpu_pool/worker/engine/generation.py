@@ -13,6 +13,7 @@ import torch
 from gpu_pool.messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine import plain_generation, tree_generation
 from gpu_pool.worker.engine.choosing import Chooser, make_chooser
+from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.prompts import Prompt
@@ -45,6 +46,16 @@ def generate_chunks(
         Cancelled: `should_stop` said so.
         ValueError: a request that cannot be continued, or options that transformers refuses.
     """
+    with layers_for(deterministic=chunk.deterministic):
+        yield from _generate_chunks(loaded, chunk, should_stop, take_alike)
+
+
+def _generate_chunks(
+    loaded: LoadedModel,
+    chunk: GenerationChunk,
+    should_stop: Callable[[], bool],
+    take_alike: Callable[[], GenerationChunk | None],
+) -> Iterator[Texts]:
     following: GenerationChunk | None = chunk
     while following is not None:
         sequences = _check(loaded, following)

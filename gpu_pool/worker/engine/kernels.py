@@ -8,6 +8,7 @@ the online softmax of Milakov and Gimelshein (2018), as flash and cascade attent
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -16,9 +17,12 @@ HIDDEN = -3e4
 _TILE_BYTES = 1 << 20
 """Scores that are held at once on a CPU: what stays in its cache between the steps of the softmax."""
 _FEW_QUERIES = 64
-"""Queries of a head that make too small a matrix product on a CPU."""
+"""Queries of a head that make too small a matrix product, on a CPU and on a GPU."""
 _GPU_TILE_BYTES = 1 << 28
 """And on a GPU: enough to fill it, little beside its memory."""
+
+FusedKernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""`attend_cpu` or `attend_gpu`."""
 
 
 def attend(
@@ -37,10 +41,9 @@ def attend(
     keys 0 to i; `mask` [B or 1, Q or 1, L] is added to the scores; `softcap` bounds the scores before.
     """
     fused = softcap is None and query.shape[-1] == value.shape[-1]
-    if fused and query.device.type == "cpu":
-        return _attend_cpu(query, key, value, scale, causal, mask)
-    if fused and has_flash(query):
-        return _attend_cuda(query, key, value, scale, causal, mask)
+    if fused and (query.device.type == "cpu" or has_flash(query)):
+        kernel = attend_cpu if query.device.type == "cpu" else attend_gpu
+        return attend_fused(query, key, value, scale, causal, mask, kernel=kernel)
     if causal:
         mask = causal_mask(query.shape[2], query.device)
     return attend_plain(query, key, value, scale, mask, softcap)
@@ -59,7 +62,29 @@ def causal_mask(size: int, device: torch.device) -> torch.Tensor:
     return torch.full((1, size, size), HIDDEN, device=device).triu_(1)
 
 
-def _attend_cpu(
+def attend_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+    *,
+    kernel: FusedKernel,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By one of torch's fused kernels.
+
+    Where each head alone has few queries, those of all heads with the same keys become queries of one: the keys are
+    read once for all of them. A token that is continued looks at its keys that way.
+    """
+    batch, heads, queries, dim = query.shape
+    if queries == 1 or (queries <= _FEW_QUERIES and mask is None and not causal):
+        query, causal = query.reshape(batch, key.shape[1], -1, dim), False
+    result, lse = kernel(query, key, value, scale, causal, mask)
+    return result.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+
+
+def attend_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -67,15 +92,44 @@ def _attend_cpu(
     causal: bool,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's flash attention for the CPU; heads with the same keys are folded where each alone has few queries."""
-    batch, heads, queries, dim = query.shape
+    """torch's flash attention for the CPU."""
     bias = None if mask is None else mask[:, None].to(query.dtype)
-    if queries == 1 or (queries <= _FEW_QUERIES and mask is None and not causal):
-        query = query.reshape(batch, key.shape[1], -1, dim)
-    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal and queries > 1, attn_mask=bias, scale=scale
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
-    return result.reshape(batch, heads, queries, dim), lse.reshape(batch, heads, queries)
+
+
+def attend_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's kernels for a GPU: flash attention without a mask, memory-efficient attention with one.
+
+    Flash attention lets heads have keys in common. The other does not: there they are queries of one head, each with a
+    mask of its own, where such masks are smaller than keys and values of its own for each head.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    if mask is None:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+        return found[0], found[1][..., :queries]
+    groups = heads // kv_heads
+    if groups > 1 and queries > 2 * kv_heads * dim:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        groups = 1
+    query = query.reshape(batch, heads // groups, groups * queries, dim)
+    width = -(-keys // 8) * 8  # the kernel wants rows of the bias aligned to 16 bytes
+    bias = query.new_zeros((batch, 1, groups, queries, width))
+    bias[..., :keys] += mask[:, None, None].to(query.dtype)
+    bias = bias.flatten(2, 3)[..., :keys].expand(-1, heads // groups, -1, -1)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, False, scale=scale
+    )
+    return found[0], found[1][..., : groups * queries]
 
 
 def attend_plain(
@@ -125,32 +179,6 @@ def _attend_tile(
     result = (weights.to(value.dtype) @ value) / total.to(value.dtype)
     lse = highest.add_(total.log())
     return result.view(batch, heads, queries, -1), lse.view(batch, heads, queries)
-
-
-def _attend_cuda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own fused kernels: flash attention without a mask, memory-efficient attention with one."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    if mask is None:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
-        return found[0], found[1][..., : query.shape[2]]
-    keys = key.shape[2]
-    width = -(-keys // 8) * 8  # the kernel wants rows of the bias aligned to 16 bytes
-    bias = query.new_zeros((query.shape[0], 1, query.shape[2], width))[..., :keys]
-    bias += mask[:, None].to(query.dtype)
-    bias = bias.expand(-1, query.shape[1], -1, -1)
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, False, scale=scale
-    )
-    return found[0], found[1][..., : query.shape[2]]
 
 
 def has_flash(query: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from gpu_pool.model_size import PROCESS_BYTES, activation_bytes
+from gpu_pool.model_size import PROCESS_BYTES, SCORED_POSITIONS, activation_bytes
 from gpu_pool.worker.engine.configs import largest, text_config
 
 _LEAST_TOKENS = 128
@@ -34,7 +34,7 @@ class Limits:
     generated_rows: int
     """Sequences generated at once."""
     generated_bytes: int
-    """Memory of the keys and values of sequences that are continued along the token tree."""
+    """Memory of the keys and values of sequences that are continued along the token tree: in slots and in blocks."""
     logits_bytes: int
     """Memory of the logits of one forward pass, in fp32; always."""
     prefix_bytes: int
@@ -68,9 +68,12 @@ class Limits:
     def _shrinking(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("scored_tokens", "generated_tokens", "generated_bytes")}
 
-    def logits(self, vocabulary: int) -> int:
-        """Positions of a forward pass whose logits may be asked for."""
-        return self.logits_bytes // (4 * vocabulary)
+    def logits(self, vocabulary: int, *, deterministic: bool = False) -> int:
+        """Positions of a forward pass whose logits may be asked for, at least one.
+
+        `deterministic`: whatever this worker's memory; each is placed where it has room for so many.
+        """
+        return SCORED_POSITIONS if deterministic else max(1, self.logits_bytes // (4 * vocabulary))
 
     def shrink(self, tokens: int) -> None:
         """So many tokens of a forward pass were too many."""

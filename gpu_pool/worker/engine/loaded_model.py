@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
 from gpu_pool.worker.engine.blocks import Tokens
 from gpu_pool.worker.engine.company import Company, generated_logits, probe_company
@@ -156,22 +155,22 @@ class LoadedModel:
     def _without_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if "use_cache" in self.forward_names else {}
 
-    def generated_rows(self, longest: int, options: GenerationOptions) -> int:
-        """Sequences that may be continued at once, when each may grow to its limit from `longest` tokens of its own."""
-        fitting = self.limits.generated_bytes // self._row_bytes(longest, options)
-        return max(1, min(self.limits.generated_rows, fitting))
+    def generated_rows(self, longest: int, in_blocks: int = 0) -> int:
+        """Sequences that may be continued at once, when each may grow to `longest` tokens of its own.
 
-    def shrink_generated_rows(self, rows: int, longest: int, options: GenerationOptions) -> None:
+        Beside them there is to be memory for `in_blocks` tokens in the tree's blocks.
+        """
+        in_slots = self.limits.generated_bytes - in_blocks * self.token_bytes
+        return max(1, min(self.limits.generated_rows, in_slots // (longest * self.token_bytes)))
+
+    def shrink_generated_rows(self, rows: int, longest: int, in_blocks: int = 0) -> None:
         """Memory did not suffice for so many of them: from now on it is taken to suffice for half as many.
 
         One alone says nothing of others.
         """
         if rows > 1:
-            fitting = rows // 2 * self._row_bytes(longest, options)
+            fitting = (rows // 2 * longest + in_blocks) * self.token_bytes
             self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
-
-    def _row_bytes(self, longest: int, options: GenerationOptions) -> int:
-        return self.token_bytes * (longest + options.max_gen_toks)
 
     def check_tokens(self, sequences: Any) -> None:
         """Refuse ids outside the vocabulary: on a GPU they would end the process.

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from gpu_pool.messages import LoglikelihoodChunk
 from gpu_pool.worker.engine import plain_scoring, tree_scoring
+from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_scoring import score_pairs
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.routes import Route
@@ -24,6 +26,11 @@ def score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[
         Cancelled: `should_stop` said so.
         ValueError: a request that cannot be scored (empty, longer than the model's context, not its vocabulary).
     """
+    with layers_for(deterministic=chunk.deterministic):
+        return _score(loaded, chunk, should_stop)
+
+
+def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[[], bool]) -> tuple[Answer, ...]:
     loaded.check_tokens([array("I", chunk.sequences.tokens)])
     sequences = map(tuple, chunk.sequences.unpack())
     pairs = [(ids[:-scored], ids[-scored:]) for ids, scored in zip(sequences, chunk.scored, strict=True)]
@@ -33,16 +40,22 @@ def score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[
     options = {"deterministic": chunk.deterministic}
     answers = tree_scoring.score_rows(loaded, along, chunk.batch_size, should_stop, **options) if along else {}
     others = [index for index in range(len(pairs)) if index not in answers]
+    score_plainly = partial(_score_plainly, loaded, chunk.batch_size, should_stop, chunk.deterministic)
     alone = ([index] for index in others)  # each request in forward passes of its own
     for indexes in alone if chunk.deterministic else [others] if others else []:
-        found = _score_plainly(loaded, [pairs[index] for index in indexes], chunk.batch_size, should_stop)
+        found = score_plainly([pairs[index] for index in indexes])
         answers.update((indexes[place], answer) for place, answer in found.items())
     return tuple(answers[index] for index in range(len(pairs)))
 
 
 def _score_plainly(
-    loaded: LoadedModel, pairs: Sequence[Pair], batch_size: int | None, should_stop: Callable[[], bool]
+    loaded: LoadedModel,
+    batch_size: int | None,
+    should_stop: Callable[[], bool],
+    deterministic: bool,
+    pairs: Sequence[Pair],
 ) -> dict[int, Answer]:
     if loaded.is_encoder_decoder:
-        return score_pairs(loaded, pairs, batch_size, should_stop)
-    return plain_scoring.score_rows(loaded, plan_rows(pairs, loaded.max_length), batch_size, should_stop)
+        return score_pairs(loaded, pairs, batch_size, should_stop, deterministic=deterministic)
+    rows = plan_rows(pairs, loaded.max_length)
+    return plain_scoring.score_rows(loaded, rows, batch_size, should_stop, deterministic=deterministic)

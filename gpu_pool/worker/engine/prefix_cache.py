@@ -15,6 +15,8 @@ from gpu_pool.worker.engine.token_tree import MOST_SHARED, Layout
 
 MIN_TOKENS = 16
 """Shorter beginnings are computed as fast as they are looked back at."""
+MIN_SHARED = 2
+"""Of those that many requests of a chunk share: where requests are short, they would be a good part of the next one."""
 MOST_KEPT = 256
 """Beginnings kept in all: each is compared with every chunk."""
 
@@ -57,7 +59,7 @@ class PrefixCache:
             place = bisect_left(sequences, tokens)
             near = sequences[max(0, place - 1) : place + 1]
             same = max((common_prefix(tokens, sequence) for sequence in near), default=0)
-            if same < MIN_TOKENS:
+            if same < min(MIN_TOKENS, len(tokens)):
                 continue
             begun = tokens[:same]
             if begun not in found:
@@ -72,10 +74,10 @@ class PrefixCache:
         They are some that many requests share, and the last sequence, where the next chunk goes on. Give them to
         `keep` or `release_all` afterwards.
         """
-        wanted = [*layout.shared[:MOST_SHARED], (len(sequences) - 1, len(sequences[-1]))]
+        shared = [(index, length, MIN_SHARED) for index, length in layout.shared[:MOST_SHARED]]
         reserved: list[Beginning] = []
-        for index, length in wanted:
-            if length >= MIN_TOKENS:
+        for index, length, least in (*shared, (len(sequences) - 1, len(sequences[-1]), MIN_TOKENS)):
+            if length >= least:
                 path = layout.paths[index].until(length)
                 hold(path)
                 reserved.append(Beginning(sequences[index][:length], path, NO_SCORES))

@@ -7,6 +7,7 @@ are in its slot.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,9 @@ class Slots:
 
     def __init__(self, most: int, device: torch.device) -> None:
         self.most = most
+        """Rows there may be at once."""
+        self.longest = sys.maxsize
+        """Tokens of its own that a row may come to have."""
         self._device = device
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """By layer: keys and values [rows and more, heads, room, dimension]."""
@@ -66,8 +70,13 @@ class Slots:
 
     @property
     def held(self) -> int:
-        """Rows that the buffers have room for, or were to have when memory did not suffice: it never gets less."""
+        """Rows that the buffers have room for, or were to have when memory did not suffice."""
         return self._rows
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(tensor.nbytes for pair in self._buffers.values() for tensor in pair)
 
     def add(self, path: BlockPath, shared: int) -> None:
         """One row more, that goes on after `path`; its first `shared` tokens stay where they are."""
@@ -201,7 +210,8 @@ class Slots:
         if rows > self._rows:
             self._rows = min(self.most, max(rows, 2 * self._rows))
         if room > self._room:
-            self._room = max(room, self._room + _GROWTH)
+            self._room = max(room, min(self._room + _GROWTH, self.longest))
+            self._rows = max(rows, min(self._rows, self.most))  # with longer ones there may be fewer than there were
         for layer, pair in self._buffers.items():
             keys, values = (self._grown(tensor) for tensor in pair)
             self._buffers[layer] = keys, values

@@ -3,7 +3,8 @@
 
 A step continues every row by one token. Rows that end make room for prompts that wait. What prompts begin with in
 common is computed once; where that spares enough it stays in the tree's blocks, where all their rows attend to it, and
-otherwise it is copied into the slots (`sharing`).
+otherwise it is copied into the slots (`sharing`). Blocks and slots are held in one memory (`Limits.generated_bytes`):
+there are as many slots as leave room for the longest prompt in blocks, and prompts are read as blocks are let go.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.choosing import Chooser
+from gpu_pool.worker.engine.holdings import Holdings
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
+from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks, run_step
 from gpu_pool.worker.engine.prefix_cache import Beginning, release_all
 from gpu_pool.worker.engine.prompts import Prompt
 from gpu_pool.worker.engine.sampling import SeededNoise
@@ -116,13 +118,17 @@ class _ContinuousBatch:
         self._blocks: deque[Block] = deque()
         self._ending: dict[Block, list[_DistinctPrompt]] = {}
         """Prompts by the block that holds their last token."""
-        self._held: set[_DistinctPrompt] = set()
+        self._holdings = Holdings()
+        self._unstarted: set[_DistinctPrompt] = set()
+        """Prompts that are held as a whole, until the last one's row is started."""
         self._waiting: deque[tuple[_DistinctPrompt, Prompt, torch.Tensor]] = deque()
         """Prompts that have been read: with the logits after their last token."""
         self._rows: list[_RunningPrompt] = []
         self._slots = Slots(most_rows, loaded.device)
         self._longest = 0
         """Tokens of its own that any row had when it started."""
+        self._most_in_blocks = 0
+        """Tokens that any prompt needs in blocks before it starts, and those of a pass that is worth its while."""
 
     def admit(self, prompts: Sequence[Prompt]) -> None:
         """Take these prompts in, when all blocks of those before them have been read."""
@@ -136,17 +142,23 @@ class _ContinuousBatch:
         known = [(tokens, path) for tokens, path, _ in self._cache.find(sequences)]
         layout = plan(sequences, last, self._loaded.room(self._free), known, deterministic=self._deterministic)
         self._reserved = self._cache.reserve(layout, sequences)
+        for beginning in self._reserved:
+            self._holdings.hold(beginning.path)
         self._blocks.extend(layout.blocks)
         shared = [0] * len(sequences)
         if not self._deterministic:
             shared = shared_lengths(layout.paths, list(map(len, prompts_of)))
         own = (path.end - length for path, length in zip(layout.paths, shared, strict=True))
         self._longest = max(self._longest, *own)
-        self._slots.most = min(self._slots.most, self._loaded.generated_rows(self._longest, self._options))
+        in_blocks = max(path.end for path in layout.paths) + self._loaded.limits.worthwhile_tokens
+        self._most_in_blocks = max(self._most_in_blocks, in_blocks)
+        self._slots.longest = self._longest + self._options.max_gen_toks
+        fitting = self._loaded.generated_rows(self._slots.longest, self._most_in_blocks)
+        self._slots.most = min(self._slots.most, fitting)
         for path, length, some in zip(layout.paths, shared, prompts_of, strict=True):
             sequence = _DistinctPrompt(path, length, some)
-            hold(path)
-            self._held.add(sequence)
+            self._holdings.hold(path)
+            self._unstarted.add(sequence)
             self._ending.setdefault(path.sources[-1].block, []).append(sequence)
 
     def step(self) -> bool:
@@ -163,16 +175,20 @@ class _ContinuousBatch:
 
     def remember(self) -> None:
         """Keep the beginnings that later prompts may have."""
+        for beginning in self._reserved:
+            self._holdings.release(beginning.path)
         self._cache.keep(self._reserved)
         self._reserved = []
 
     def let_go(self) -> None:
         """Free what is held, in the middle of everything."""
         for row in self._rows:
-            release(row.path.sources)
-        for sequence in self._held:
-            release(sequence.path.sources)
+            self._holdings.release(row.path)
+        for sequence in self._unstarted:
+            self._holdings.release(sequence.path)
         finish(self._blocks)
+        for beginning in self._reserved:
+            self._holdings.release(beginning.path)
         release_all(self._reserved)
 
     def _fill(self) -> None:
@@ -201,17 +217,29 @@ class _ContinuousBatch:
         return max(0, self._slots.most - len(self._rows))
 
     def _next_batch(self) -> list[Block]:
-        """Blocks to be read together, so that their prompts find a slot; none while too few slots are free."""
+        """Blocks to be read together, so that their prompts find a slot and they find memory; none while there is not
+        enough of either, and rows are left to make room."""
         if not (free := self._free):
             return []
-        batch = next(pack(self._blocks, self._cost, self._loaded.room(free), deterministic=self._deterministic))
-        tokens = sum(len(block.tokens) for block in batch)
-        is_worthwhile = tokens >= _WORTHWHILE_PREFILL or free >= _IDLE_SHARE * self._slots.most
+        room = (*self._loaded.room(free), self._free_bytes)
+        batch = next(pack(self._blocks, self._cost, room, deterministic=self._deterministic))
+        costs = [self._cost(block) for block in batch]
+        if self._rows and sum(cost[-1] for cost in costs) > self._free_bytes:
+            return []
+        is_worthwhile = sum(cost[0] for cost in costs) >= _WORTHWHILE_PREFILL or free >= _IDLE_SHARE * self._slots.most
         return batch if is_worthwhile or len(batch) == len(self._blocks) else []
 
-    def _cost(self, block: Block) -> Room:
+    @property
+    def _free_bytes(self) -> int:
+        """Memory for more blocks."""
+        planned = self._slots.most * self._slots.longest * self._loaded.token_bytes
+        return self._loaded.limits.generated_bytes - max(planned, self._slots.bytes) - self._holdings.bytes
+
+    def _cost(self, block: Block) -> tuple[float, ...]:
+        """What a block takes of a pass's `Room`, and of memory as long as it is held."""
         ending = self._ending.get(block, ())
-        return Room(len(block.tokens), len(ending), sum(len(sequence.prompts) for sequence in ending))
+        room = Room(len(block.tokens), len(ending), sum(len(sequence.prompts) for sequence in ending))
+        return *room, block.reach * self._loaded.token_bytes
 
     def _read(self, batch: list[Block]) -> list[None]:
         """Compute prompts' tokens; those that end here wait for a slot then."""
@@ -220,6 +248,7 @@ class _ContinuousBatch:
         logits = run_blocks(self._loaded.model, batch, wanted)
         for row, (_, sequence) in zip(logits, ends, strict=True):
             self._waiting.extend((sequence, prompt, row) for prompt in sequence.prompts)
+        self._holdings.add_computed(batch)
         finish(batch)
         for _ in batch:  # the first ones of those that wait: halves come in order
             self._ending.pop(self._blocks.popleft(), None)
@@ -234,13 +263,13 @@ class _ContinuousBatch:
             shared = sequence.path.until(sequence.shared)
             with self._learning():
                 self._slots.add(sequence.path, sequence.shared)
-            hold(shared)
+            self._holdings.hold(shared)
             rows.append(_RunningPrompt(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
             self._rows.append(rows[-1])
         waiting = {sequence for sequence, _, _ in self._waiting}
         for sequence in {sequence for sequence, _, _ in starting} - waiting:
-            self._held.discard(sequence)
-            release(sequence.path.sources)
+            self._unstarted.discard(sequence)
+            self._holdings.release(sequence.path)
         self._append(rows, torch.stack([logits for _, _, logits in starting]))
 
     def _continue(self) -> None:
@@ -255,7 +284,7 @@ class _ContinuousBatch:
         try:
             yield
         except torch.OutOfMemoryError:
-            self._loaded.shrink_generated_rows(self._slots.held, self._longest, self._options)
+            self._loaded.shrink_generated_rows(self._slots.held, self._slots.longest, self._most_in_blocks)
             raise
 
     def _append(self, rows: Sequence[_RunningPrompt], logits: torch.Tensor) -> None:
@@ -275,7 +304,7 @@ class _ContinuousBatch:
         self._slots.remove(place)
         self._rows[place] = self._rows[-1]
         self._rows.pop()
-        release(row.path.sources)
+        self._holdings.release(row.path)
         loaded = self._loaded
         text = finish_text(row.tokens, loaded.tokenizer, self._stop.strings, loaded.think_end_token)
         self._texts.append((row.prompt, text))

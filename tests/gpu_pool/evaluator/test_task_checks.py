@@ -187,3 +187,29 @@ def test_an_answer_of_the_hub_is_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hub_data.huggingface_hub, "HfApi", None)
     assert hub.problem("nobody/has-this", None, ()) == first
     assert "nobody/has-that" in (hub.problem("nobody/has-that", None, ()) or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("{temperature: hot}", "generation_kwargs.temperature must be a number, 0 or more, not 'hot'"),
+        ("{top_p: 2}", "generation_kwargs.top_p must be a number above 0, at most 1, not 2"),
+        ("{max_gen_toks: 0}", "generation_kwargs.max_gen_toks must be 1 or more, not 0"),
+        ("{max_gen_toks: many}", "generation_kwargs.max_gen_toks must be 1 or more, not many"),
+        ("{until: 5}", "generation_kwargs.until must be a string or a list of strings, not 5"),
+        ("{temprature: 0.5}", "generation_kwargs.temprature is unknown; close names: temperature"),
+        ("{num_return_sequences: 2}", "generation_kwargs.num_return_sequences must be 1, not 2"),
+        ("[0.5]", "generation_kwargs must be a mapping of options, not [0.5]"),
+    ],
+)
+def test_bad_generation_options_name_their_task_and_key(
+    options: str, problem: str, library: TaskLibrary, tasks: Path
+) -> None:
+    write_local(tasks, "told", f"output_type: generate_until\ngeneration_kwargs: {options}\n")
+    assert reason(library, "told").startswith(f"told cannot run: {problem}")
+
+
+def test_options_that_lm_eval_reads_are_taken(library: TaskLibrary, tasks: Path) -> None:
+    options = '{max_gen_toks: "64", do_sample: 1, temperature: 0.5, until: null, max_length: 900, use_cache: false}'
+    write_local(tasks, "told", f"output_type: generate_until\ngeneration_kwargs: {options}\n")
+    assert library.check(["told"]) == ()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gpu_pool.worker.engine import cpu_layers
-from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out, lay_out_weights
+from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out, lay_out_weights, layers_for
 
 needs_bf16 = pytest.mark.skipif(not is_usable(torch.bfloat16), reason="oneDNN has no bf16 on this CPU")
 IDS = torch.arange(5, 19).view(2, 7)
@@ -123,3 +123,17 @@ def test_other_layers_stay_as_they_are():
 
     model = nn.Sequential(Own(8, 8), nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, dtype=torch.float16))
     assert lay_out_weights(model) == served(model) == 0
+
+
+@unlike
+@torch.inference_mode()
+def test_deterministic_requests_do_not_notice_the_layout(alike, monkeypatch):
+    """A worker that had no memory for it computes the same bits; here, what is laid out is wrong."""
+    monkeypatch.setattr(cpu_layers, "is_usable", lambda dtype: True)
+    monkeypatch.setattr(cpu_layers, "laid_out", lambda weight, bias: torch.zeros_like)
+    layer, rows = nn.Linear(50, 50), torch.randn(3, 50)
+    before = layer(rows)
+    assert lay_out_weights(nn.Sequential(layer)) == 1
+    for deterministic, expected in ((False, torch.zeros(3, 50)), (True, before), (False, torch.zeros(3, 50))):
+        with layers_for(deterministic=deterministic):
+            assert torch.equal(layer(rows), expected)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from chunks import Request, generating, scoring
-from engine_probes import never
+from engine_probes import fresh, never
 from lm_eval_answers import assert_agree
 
+from gpu_pool.worker.engine import cpu_layers, limits
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
@@ -67,3 +68,38 @@ def test_texts(model_type: str, checkpoint: Any, load: Any) -> None:
 def test_requests_beside_long_ones(checkpoint: Any, load: Any) -> None:
     loaded, requests = load(checkpoint("llama")), make_requests(6)
     assert scores(loaded, [*requests, ([3] * 250, [4, 5])])[:6] == scores(loaded, requests)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "t5"])
+def test_logits_are_computed_in_the_same_pieces_whatever_the_memory(model_type, checkpoint, load, monkeypatch):
+    """Which matrix products the head is computed by is told by their sizes."""
+    monkeypatch.setattr(limits, "SCORED_POSITIONS", 60)
+    loaded, requests = load(checkpoint(model_type)), [([5, 6], [7 + place % 200 for place in range(150)])]
+    sizes: list[int] = []
+    head = loaded.model.get_output_embeddings()
+    found = []
+    for logits_bytes in (4 * loaded.vocabulary * 20, 4 * loaded.vocabulary * 1000):
+        copy = fresh(loaded, logits_bytes=logits_bytes)
+        assert copy.layers is not None
+        sizes.append(-1)
+        hook = head.register_forward_hook(lambda module, args, output: sizes.append(output.numel() // output.shape[-1]))
+        found.append(scores(copy, requests))
+        hook.remove()
+    assert found[0] == found[1]
+    middle = sizes.index(-1, 1)
+    assert sizes[:middle] == sizes[middle:]
+
+
+@pytest.mark.parametrize("kind", ["scores", "texts"])
+def test_layers_are_computed_the_same_whatever_the_memory(kind, checkpoint, load):
+    loaded, requests = load(checkpoint("llama")), make_requests(4)
+    used: list[bool] = []
+    hook = loaded.model.register_forward_pre_hook(lambda module, args: used.append(cpu_layers._are_usual))
+    if kind == "scores":
+        scores(loaded, requests)
+    else:
+        generate(loaded, generating([[5, 6]], deterministic=True, max_gen_toks=2), never)
+    hook.remove()
+    assert used
+    assert all(used)
+    assert not cpu_layers._are_usual

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 from chunks import generating, scoring
 from engine_probes import assert_kept_for_the_cache_alone, fresh, never, plainly, watched
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 from lm_eval_answers import assert_agree
 from token_trees import distinct, needs, trees
 
+from gpu_pool.evaluator.chunking import MIN_COST
+from gpu_pool.evaluator.prefix_line import Line
+from gpu_pool.evaluator.requests import Unit
 from gpu_pool.worker.engine.blocks import Tokens, common_prefix
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.kept_scores import Scores, comparable, find_scores
@@ -74,6 +78,45 @@ SHAPES: dict[str, Callable[[], list[Pair]]] = {
 }
 
 
+def short_prefix() -> list[Pair]:
+    """Single tokens after few of their own, behind a beginning of 15."""
+    beginning = some(15)
+    questions = [(*beginning, *some(2)) for _ in range(120)]
+    return [(question, (choice,)) for question in questions for choice in (1, 2, 3, 4)]
+
+
+def every_place() -> list[Pair]:
+    """Single tokens at every place of one text, and others than those that follow there."""
+    line = some(200)
+    return [(line[:end], some(1)) for end in range(1, 200) for _ in range(4)]
+
+
+def short_prefixes() -> list[Pair]:
+    """Hundreds of them, distinct, with choices of one token and of two."""
+    return [(context, (choice, *some(choice % 2))) for context in map(some, [3] * 150) for choice in (3, 4, 5)]
+
+
+SHORT: dict[str, Callable[[], list[Pair]]] = {
+    "short prefix": short_prefix,
+    "every place": every_place,
+    "short prefixes": short_prefixes,
+    "empty contexts": lambda: [((0,), some(1 + number % 5)) for number in range(300)],
+    "repeats": lambda: [pair for pair in short_prefixes() for _ in range(3)],
+}
+
+
+def as_sent(pairs: Sequence[Pair], cost: float) -> list[list[Pair]]:
+    """Chunks of so much cost, in the order and by the cuts of an evaluator."""
+    units = [Unit(prompt=np.array(context), continuation=np.array(more)) for context, more in pairs]
+    line = Line("loglikelihood")
+    line.add(sorted(units, key=lambda unit: unit.order))
+    chunks: list[list[Pair]] = []
+    while chunk := line.take("worker", cost):
+        chunks.append([(tuple(unit.prompt.tolist()), tuple(unit.continuation.tolist())) for unit in chunk.units])
+        line.done("worker", chunk)
+    return chunks
+
+
 def in_chunks(pairs: Sequence[Pair], size: int = 20) -> list[list[Pair]]:
     """As an evaluator cuts them."""
     ordered = sorted(set(pairs), key=lambda pair: pair[0] + pair[1])
@@ -97,6 +140,26 @@ def test_each_distinct_token_of_a_job_is_computed_about_once(shape, checkpoint, 
     assert sum(passes.read) <= 1.05 * trie_size(pairs)
     assert_agree(found, score(plainly(loaded), scoring(pairs), never))
     assert_kept_for_the_cache_alone(loaded)
+
+
+@pytest.mark.parametrize("shape", SHORT)
+def test_short_requests_are_computed_about_once_even_in_the_smallest_chunks(shape, checkpoint, load):
+    loaded, pairs = fresh(load(checkpoint("llama"))), SHORT[shape]()
+    chunks = as_sent(pairs, MIN_COST)
+    assert len(chunks) > 2
+    with watched(loaded) as passes:
+        for chunk in chunks:
+            score(loaded, scoring(chunk), never)
+    assert sum(passes.read) <= 1.05 * trie_size(pairs)
+
+
+def test_a_chunk_of_one_context_computes_one_token_again(checkpoint, load):
+    """Its last one: what else may follow there than what has been asked before, nobody knows."""
+    loaded, context = fresh(load(checkpoint("llama"))), some(30)
+    with watched(loaded) as passes:
+        for _ in range(5):
+            score(loaded, scoring([(context, some(1)) for _ in range(200)]), never)
+    assert passes.read == [30, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_pool.worker.engine.kernels import HIDDEN, attend, causal_mask, merge
+from gpu_pool.worker.engine.kernels import HIDDEN, attend, attend_fused, attend_gpu, causal_mask, merge
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -137,3 +140,81 @@ def test_causal_mask():
     assert causal_mask(3, torch.device("cpu")).tolist() == [
         [[0, HIDDEN, HIDDEN], [0, 0, HIDDEN], [0, 0, 0]],
     ]
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of the tensors that operations make, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        some = made if isinstance(made, tuple) else (made,)
+        self.sizes += (x.numel() for x in some if isinstance(x, torch.Tensor) and not x._is_view())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "mask", "causal"),
+    [
+        (6, 1, (6, 1, 400), False),  # a token of each row that is continued: its own tokens
+        (1, 6, None, False),  # and those that all rows share
+        (1, 6, (1, 6, 400), False),  # within a window
+        (1, 70, None, False),
+        (1, 400, None, True),
+    ],
+)
+def test_a_gpu_reads_keys_that_heads_share_where_they_are(rows, queries, mask, causal):
+    """What torch's kernels are given; nothing is computed without a GPU."""
+    query = torch.empty(rows, 8, queries, 64, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(rows, 2, 400, 64, dtype=torch.bfloat16, device="meta")
+    seen = None if mask is None else torch.empty(mask, device="meta")
+    with Allocations() as made:
+        result, lse = attend_fused(query, key, key, 0.3, causal, seen, kernel=attend_gpu)
+    assert result.shape == query.shape
+    assert lse.shape == query.shape[:3]
+    assert max(made.sizes) <= max(query.numel(), key.numel() // 2)
+
+
+def flash(query, key, value, dropout=0.0, causal=False, return_mask=False, *, scale):
+    """What torch's flash attention for a GPU promises, as written on paper; it takes no mask."""
+    result, lse = expected(query, key, value, scale, causal=causal)
+    nothing = torch.empty(0)
+    return result.to(query.dtype), lse.float(), nothing, nothing, 0, 0, nothing, nothing, nothing
+
+
+def efficient(query, key, value, bias, compute_lse, dropout=0.0, causal=False, *, scale):
+    """And its memory-efficient attention: a mask for each head, as many keys as heads, lines of sums padded to 32."""
+    assert query.shape[1] == key.shape[1] == bias.shape[1]
+    assert bias.stride(-2) % 8 == 0
+    scores = (query @ key.transpose(-1, -2)).float() * scale + bias.float()
+    lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, -query.shape[2] % 32))
+    return scores.softmax(-1).to(value.dtype) @ value, lse, torch.empty(0), torch.empty(0)
+
+
+@pytest.fixture
+def gpu_kernels() -> Iterator[None]:
+    """torch's operations for a GPU, on the CPU."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+        library.impl("_scaled_dot_product_efficient_attention", efficient, "CPU")
+        yield
+
+
+@pytest.mark.usefixtures("gpu_kernels")
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 37), (5, 9), (33, 70), (65, 70)])
+def test_the_way_to_a_gpus_kernels(queries, keys, kv_heads):
+    """Heads with keys in common, and the masks of their queries, are put together and taken apart rightly."""
+    query, key, value = (
+        random(3, heads, n, 16, seed=n) for heads, n in ((4, queries), (kv_heads, keys), (kv_heads, keys))
+    )
+    masks = [None, *(random_mask(rows, some, keys, "cpu") for rows in (1, 3) for some in (1, queries))]
+    for mask in masks:
+        found = attend_fused(query, key, value, 0.3, False, mask, kernel=attend_gpu)
+        assert_close(found, expected(query, key, value, 0.3, mask=mask))
+    own = random(3, kv_heads, queries, 16, seed=7)
+    found = attend_fused(query, own, own, 0.3, True, None, kernel=attend_gpu)
+    assert_close(found, expected(query, own, own, 0.3, causal=True))

@@ -11,7 +11,6 @@ import torch
 from chunks import generating
 from engine_probes import fresh, never
 
-from gpu_pool.messages import GenerationOptions
 from gpu_pool.worker.engine import tree_generation
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.slots import Slots
@@ -38,25 +37,28 @@ def test_logits_of_some_positions_are_those_of_all(checkpoint, load):
 
 def test_rows_continued_at_once_are_bounded_by_their_keys_and_values(checkpoint, load):
     """Each holds keys and values [2 heads, 8] of 2 layers, 4 bytes a number, for all tokens that it may come to."""
-    loaded, options = load(checkpoint("llama")), GenerationOptions(max_gen_toks=20)
-    row_bytes = (30 + 20) * 2 * 2 * 2 * 8 * 4
+    loaded = load(checkpoint("llama"))
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    row_bytes = 50 * token_bytes
     for generated_bytes, rows in ((3 * row_bytes, 3), (3 * row_bytes - 1, 2), (0, 1)):
-        assert fresh(loaded, generated_bytes=generated_bytes).generated_rows(30, options) == rows
-    assert fresh(loaded, generated_rows=5).generated_rows(30, options) == 5
+        assert fresh(loaded, generated_bytes=generated_bytes).generated_rows(50) == rows
+    beside = fresh(loaded, generated_bytes=3 * row_bytes + 7 * token_bytes)
+    assert [beside.generated_rows(50, in_blocks) for in_blocks in (0, 7, 8, 1000)] == [3, 3, 2, 1]
+    assert fresh(loaded, generated_rows=5).generated_rows(50) == 5
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3n_text", "gemma4_text"])
 def test_rows_hold_what_is_taken_for_them(name, checkpoint, load):
     """Latent attention, layers with heads of other sizes, layers that share theirs: by the memory of real slots."""
-    loaded, options = load(checkpoint(name)), GenerationOptions(max_gen_toks=6)
+    loaded = load(checkpoint(name))
     with watched_slots() as made:
         generate(fresh(loaded), generating([range(5, 63)], max_gen_toks=6), never)
     [slots] = made
     tensors = [tensor for pair in slots._buffers.values() for tensor in pair]
     assert {tensor.shape[0] for tensor in tensors} == {1}
     row_bytes = sum(tensor.nbytes for tensor in tensors) * (58 + 6) // tensors[0].shape[2]
-    assert fresh(loaded, generated_bytes=2 * row_bytes).generated_rows(58, options) == 2
-    assert fresh(loaded, generated_bytes=2 * row_bytes - 1).generated_rows(58, options) == 1
+    assert fresh(loaded, generated_bytes=2 * row_bytes).generated_rows(58 + 6) == 2
+    assert fresh(loaded, generated_bytes=2 * row_bytes - 1).generated_rows(58 + 6) == 1
 
 
 @contextmanager

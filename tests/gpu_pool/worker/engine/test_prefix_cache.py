@@ -89,6 +89,16 @@ def test_beginnings_that_many_share_are_kept():
     assert knows(rare, (*line(1, 50), 7)) == 0
 
 
+def test_short_beginnings_that_many_share_are_kept():
+    """But a single token, and what only resembles one, are as soon computed."""
+    cache = PrefixCache(10**6)
+    compute(cache, [(1, 2, question) for question in range(20)])
+    assert knows(cache, (1, 2, 77)) == 2
+    assert knows(cache, (1, 3, 77)) == 0
+    compute(cache, [(5, question) for question in range(20)])
+    assert knows(cache, (5, 77)) == 0
+
+
 def test_beginnings_within_and_beside_each_other():
     """Blocks that several beginnings share are held once, and stay until the last one goes."""
     cache = PrefixCache(10**6)

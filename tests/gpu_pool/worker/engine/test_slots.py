@@ -173,3 +173,25 @@ def test_freed_slot_forgets_its_row():
     row = copy(seen[TREE[short]])
     for _ in range(5):
         step(slots, [row], "plain")
+
+
+def test_longer_rows_take_the_place_of_rows_that_are_no_more():
+    """Of 40 slots 4 are left when rows may get ten times as long."""
+    torch.manual_seed(0)
+    layout, seen = read(TREE, 10**9)
+    short, long = TREE.index((7,)), 0
+    slots = Slots(40, CPU)
+    slots.longest = 4
+    for _ in range(40):
+        slots.add(layout.paths[short], 0)
+    rows = [copy(seen[TREE[short]]) for _ in range(40)]
+    step(slots, rows, "plain")
+    before = slots.bytes
+    for _ in range(39):
+        slots.remove(len(slots) - 1)
+    slots.most, slots.longest = 3, layout.paths[long].end + 1
+    assert slots.longest > 40
+    slots.add(layout.paths[long], 0)
+    assert slots.bytes <= 3 * slots.longest * before // (40 * 4)
+    rows = [rows[0], copy(seen[TREE[long]])]
+    step(slots, rows, "plain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,11 +21,14 @@ from engine_probes import (
 from prompts import PROMPTS, SAMPLING, SEEDS
 
 from gpu_pool.worker.computing import compute
-from gpu_pool.worker.engine import attention
+from gpu_pool.worker.engine import attention, tree_generation
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.cancellation import Cancelled
-from gpu_pool.worker.engine.generation import generate
+from gpu_pool.worker.engine.generation import generate, generate_chunks
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.packed import kept_bytes, run_step
 from gpu_pool.worker.engine.slots import Slots
+from gpu_pool.worker.engine.token_tree import plan
 
 Tokens = tuple[int, ...]
 
@@ -174,8 +178,7 @@ def test_a_shortage_in_the_tail_is_one_of_all_that_the_slots_hold(loaded):
     finally:
         hook.remove()
     assert max(rows) > len(PROMPTS) // 2
-    options = generating(PROMPTS, max_gen_toks=40).options
-    assert loaded.generated_rows(max(map(len, PROMPTS)), options) >= max(rows) // 2
+    assert loaded.generated_rows(max(map(len, PROMPTS)) + 40) >= max(rows) // 2
 
 
 def test_a_shortage_while_the_slots_grow_is_remembered(loaded, expected, monkeypatch):
@@ -229,3 +232,65 @@ def test_long_prompts_among_short_ones_stay_where_they_were_read(loaded):
     prompts = [*PROMPTS, *((index, *range(3, 103)) for index in (250, 251)), *((index, 5) for index in range(20))]
     assert texts(loaded, prompts) == texts(plainly(loaded), prompts)
     assert_kept_for_the_cache_alone(loaded)
+
+
+LONG = [(first, *(5 + (7 * first + 3) * index % 240 for index in range(150))) for first in (3, 4, 250, 251)]
+SHORT = [(20 + index, 5, 9) for index in range(24)]
+
+
+@pytest.fixture
+def peak(monkeypatch) -> Callable[[], list[int]]:
+    """Makes a list of the memory of all keys and values that generation holds at each step from then on."""
+    blocks: list[Block] = []
+    slots: list[Slots] = []
+
+    def planning(*args: Any, **kwargs: Any) -> Any:
+        layout = plan(*args, **kwargs)
+        blocks.extend(layout.blocks)
+        return layout
+
+    def making(*args: Any) -> Slots:
+        slots.append(Slots(*args))
+        return slots[-1]
+
+    def stepping(*args: Any) -> Any:
+        logits = run_step(*args)
+        held.append(slots[-1].bytes + sum(map(kept_bytes, blocks)))
+        return logits
+
+    def watch() -> list[int]:
+        blocks.clear()
+        held.clear()
+        return held
+
+    held: list[int] = []
+    for name, stand_in in (("plan", planning), ("Slots", making), ("run_step", stepping)):
+        monkeypatch.setattr(tree_generation, name, stand_in)
+    return watch
+
+
+@pytest.mark.parametrize(("tokens", "scored_tokens"), [(1, 64), (250, 1024), (500, 64), (500, 1024), (2000, 1024)])
+def test_prompts_in_blocks_and_slots_stay_within_their_memory(tokens, scored_tokens, loaded, peak):
+    """Of so many `tokens`; a prompt that needs more is continued alone."""
+    prompts = [*SHORT, *LONG]
+    held = peak()
+    assert (expected := texts(fresh(loaded), prompts))
+    assert max(held) > 4 * 150 * loaded.token_bytes
+    small = fresh(loaded, scored_tokens=scored_tokens, generated_bytes=tokens * loaded.token_bytes, prefix_bytes=0)
+    held = peak()
+    assert texts(small, prompts) == expected
+    least = max(map(len, prompts)) + 10 + len(SHORT[0])
+    assert max(held) <= max(tokens, least) * loaded.token_bytes
+    assert_kept_for_the_cache_alone(small)
+
+
+def test_rows_stay_within_their_memory_when_longer_ones_join(loaded, peak):
+    """Slots have room for the longest row."""
+    budget = (128 + 3 + 24 * 13) * loaded.token_bytes
+    small = fresh(loaded, generated_bytes=budget, prefix_bytes=0)
+    middling = [prompt[:30] for prompt in LONG]
+    chunks = iter([generating(middling, max_gen_toks=10, chunk_id=2)])
+    held = peak()
+    answers = dict(generate_chunks(small, generating(SHORT, max_gen_toks=10), never, lambda: next(chunks, None)))
+    assert max(held) <= budget
+    assert answers == {1: texts(fresh(loaded), SHORT), 2: texts(fresh(loaded), middling)}
