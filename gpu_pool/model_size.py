@@ -12,6 +12,8 @@ room is what the engine needs to work at a sensible pace, not the most that it c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,6 +38,8 @@ SCORED_POSITIONS = 512
 """Positions of a forward pass whose logits are held, in fp32."""
 GIVEN_OUT = 0.8
 """Share of the free memory that the engine plans with."""
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
 
 
 class ReplicaSize(Record, frozen=True, kw_only=True):
@@ -71,7 +75,8 @@ class Shape(Record, frozen=True, kw_only=True):
     """Of a layer, those that a token goes through."""
     query_heads: int = 0
     key_value_heads: int = 0
-    head_dim: int = 0
+    kept_width: int = 0
+    """Elements of a token's keys and values, of all layers together."""
     vocabulary: int = 0
 
 
@@ -120,7 +125,7 @@ def widest(value: object) -> int:
 
 
 def _room(shape: Shape, itemsize: int, args: ModelArgs, device: str) -> int:
-    kept = max(KEPT_TOKENS, args.max_length or 0) * 2 * shape.layers * shape.key_value_heads * shape.head_dim * itemsize
+    kept = max(KEPT_TOKENS, args.max_length or 0) * shape.kept_width * itemsize
     activations = PASS_TOKENS * activation_bytes(shape.hidden, shape.inner, shape.experts, itemsize)
     logits = SCORED_POSITIONS * 4 * shape.vocabulary
     return PROCESS_BYTES[device] + int((kept + activations + logits) / GIVEN_OUT)
@@ -176,24 +181,50 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _shape(config: dict[str, Any]) -> Shape:
     text = _text_config(config)
-
-    def number(*names: str) -> int:
-        return next((width for name in names if (width := widest(text.get(name))) > 0), 0)
-
-    hidden = number("hidden_size", "n_embd", "d_model")
-    query_heads = number("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
-    latent = number("qk_nope_head_dim") + number("qk_rope_head_dim")
+    number = partial(_number, text)
     layers = number("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
+    layers += number("num_decoder_layers", "decoder_layers")
+    query_heads, key_value_heads = _heads(text)
     return Shape(
-        layers=layers + number("num_decoder_layers", "decoder_layers"),
-        hidden=hidden,
+        layers=layers,
+        hidden=number(*_HIDDEN),
         inner=number("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim"),
         experts=max(1, number("num_experts_per_tok")),
         query_heads=query_heads,
-        key_value_heads=number("num_key_value_heads") or query_heads,
-        head_dim=number("head_dim", "d_kv") or latent or hidden // max(1, query_heads),
+        key_value_heads=key_value_heads,
+        kept_width=sum(_kept_width(layer) for layer in _layers(text, layers)),
         vocabulary=number("vocab_size"),
     )
+
+
+def _number(config: dict[str, Any], *names: str) -> int:
+    """The first of these widths that the configuration has; 0 for none."""
+    return next((width for name in names if (width := widest(config.get(name))) > 0), 0)
+
+
+def _heads(config: dict[str, Any]) -> tuple[int, int]:
+    """(query heads, heads of keys and values) of a layer."""
+    queries = _number(config, "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
+    return queries, _number(config, "num_key_value_heads") or queries
+
+
+def _layers(config: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """The configuration of each layer, which may differ from the others in its heads."""
+    own = config.get("per_layer_config")
+    for layer in range(count):
+        different = cast("dict[str, Any]", own).get(str(layer)) if isinstance(own, dict) else None
+        yield config | cast("dict[str, Any]", different) if isinstance(different, dict) else config
+
+
+def _kept_width(config: dict[str, Any]) -> int:
+    """Elements of a token's keys and values in a layer with this configuration, at most."""
+    number = partial(_number, config)
+    query_heads, key_value_heads = _heads(config)
+    if number("kv_lora_rank"):  # latent attention: each query head has a key and a value of its own
+        return query_heads * (number("qk_nope_head_dim") + number("qk_rope_head_dim") + number("v_head_dim"))
+    head_dim = number("head_dim", "d_kv") or number(*_HIDDEN) // max(1, query_heads)
+    wide_heads = number("num_global_key_value_heads") or key_value_heads
+    return 2 * max(key_value_heads * head_dim, wide_heads * number("global_head_dim"))
 
 
 def _head_counts(shape: Shape) -> tuple[int, ...]:
@@ -232,6 +263,8 @@ def _gguf_shape(header: GgufHeader) -> Shape:
         return widest(header.metadata.get(f"{architecture}.{name}"))
 
     hidden, heads = number("embedding_length"), number("attention.head_count")
+    key_value_heads = number("attention.head_count_kv") or heads
+    key_dim = number("attention.key_length") or hidden // max(1, heads)
     embedding = header.shapes.get("token_embd.weight", ())
     return Shape(
         layers=number("block_count"),
@@ -239,7 +272,7 @@ def _gguf_shape(header: GgufHeader) -> Shape:
         inner=number("feed_forward_length"),
         experts=max(1, number("expert_used_count")),
         query_heads=heads,
-        key_value_heads=number("attention.head_count_kv") or heads,
-        head_dim=number("attention.key_length") or hidden // max(1, heads),
+        key_value_heads=key_value_heads,
+        kept_width=number("block_count") * key_value_heads * (key_dim + (number("attention.value_length") or key_dim)),
         vocabulary=embedding[-1] if embedding else 0,
     )

@@ -47,6 +47,14 @@ def test_every_architecture(name: str, checkpoint: Checkpoint) -> None:
     assert not size.estimated
 
 
+@pytest.mark.parametrize("name", sorted(TREE.keys() - {"gpt_neox", "opt"}))  # these two share no heads, whatever is set
+def test_room_for_keys_and_values(name: str, checkpoint: Checkpoint) -> None:
+    """What is kept of a token takes what is left free for it."""
+    longer, shorter = (expected(checkpoint(name), max_length=length).room_bytes for length in (200_000, 100_000))
+    left_free = (longer - shorter) * GIVEN_OUT / 100_000
+    assert load_fresh(checkpoint(name)).token_bytes == pytest.approx(left_free, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "tolerance"), IN_HALVES.items())
 def test_halves(name: str, tolerance: float, checkpoint: Checkpoint) -> None:
     loaded = load_fresh(checkpoint(name), dtype="float16")
