@@ -43,13 +43,13 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     """What has to happen before there is room in one slot."""
 
     readiness: Readiness
-    tie: float
+    tie: tuple[float, float]
     """Of equally ready slots the one with the smallest goes first."""
     workers: tuple[Worker, ...] = ()
     """Those that have to go."""
 
 
-_OPEN = _Way(readiness=Readiness.NOW, tie=0.0)
+_OPEN = _Way(readiness=Readiness.NOW, tie=(0.0, 0.0))
 
 
 def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
@@ -139,25 +139,25 @@ def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readines
         if worker.id not in degrees:
             degrees[worker.id] = readiness_of(worker, ledger)
     if len(staying) > 1:
-        staying.sort(key=lambda worker: (degrees[worker.id], worker.idle_since), reverse=True)
+        staying.sort(key=lambda worker: (degrees[worker.id], _tie(worker, degrees[worker.id], ledger)), reverse=True)
     going: list[Worker] = []
     while not _fits(demand, slot, staying, ledger):
         going.append(staying.pop())
     if not going:  # beside others: rather on a slot of its own
-        return _Way(readiness=Readiness.NOW, tie=float(len(staying)))
+        return _Way(readiness=Readiness.NOW, tie=(float(len(staying)), 0.0))
     last = going[-1]
     return _Way(readiness=degrees[last.id], tie=_tie(last, degrees[last.id], ledger), workers=tuple(going))
 
 
-def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> float:
-    """Of equally soon ones: what is unused for longest, what the largest job can spare, what the fewest jobs use."""
+def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> tuple[float, float]:
+    """Of equally soon ones: unused for longest, what the largest job can spare, what matters least to the fewest."""
     match degree:
         case Readiness.SPARE:
-            return float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs))
+            return float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs)), 0.0
         case Readiness.BUSY:
-            return float(len(worker.jobs))
+            return float(max(ledger.running[job_id].demand.priority for job_id in worker.jobs)), len(worker.jobs)
         case _:
-            return worker.idle_since
+            return worker.idle_since, 0.0
 
 
 def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> bool:

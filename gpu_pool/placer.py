@@ -21,7 +21,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool.candidates import Candidates
 from gpu_pool.ledger import Ledger, Running
-from gpu_pool.order import Shape, rank, shape_of
+from gpu_pool.order import AGEING_SECONDS, NoRoom, rank
 from gpu_pool.placement import Plan, Readiness, can_spare, find_plan, replicas_for
 from gpu_pool.records import Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
@@ -54,8 +54,8 @@ class Placer(Ledger):
         """Slots that are promised in this pass: their workers are for nobody else."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
-        self._full: set[Shape] = set()
-        """Shapes for which no slots are free in this pass."""
+        self._full = NoRoom()
+        """Jobs for which no slots are free in this pass."""
         self._served: set[str] = set()
         """Waiting jobs that were prepared for in this pass before all others."""
         self._ready: list[str] = []
@@ -69,9 +69,9 @@ class Placer(Ledger):
             marks.clear()
         self._ready = [name for name, job in self.evaluators.items() if job is None]
         stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
-        self._resupply([run for run in stuck if self._is_over(run.interrupted)], urgent=True)
+        self._resupply([run for run in stuck if self._is_over(run.interrupted)])
         self._serve_heads()
-        self._resupply([run for run in stuck if not self._is_over(run.interrupted)], urgent=False)
+        self._resupply([run for run in stuck if not self._is_over(run.interrupted)])
         if self._ready:
             candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
             while self._ready and (demand := candidates.next()):
@@ -89,37 +89,40 @@ class Placer(Ledger):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas, shape = replicas_for(demand, self, self._promised), shape_of(demand)
-        if replicas and (replicas[0].state is not WorkerState.STARTING or shape in self._full):
+        replicas = replicas_for(demand, self, self._promised)
+        if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
         plan = find_plan(demand, self, self._promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
-        self._full.add(shape)
+        self._full.add(demand)
         return replicas[0] if replicas else plan
 
     def _is_over(self, since: float | None) -> bool:
         """Whether patience is over with what began then."""
         return since is not None and self.now - since >= self.patience_s
 
-    def _resupply(self, runs: list[Running], *, urgent: bool) -> None:
-        """Get running jobs without workers one each, rather one that others share, or what is needed for one."""
-        hopeless: set[Shape] = set()
+    def _resupply(self, runs: list[Running]) -> None:
+        """Get running jobs without workers one each, rather one that others share, or what is needed for one.
+
+        For those that have waited for long slots are held that others must first be done with.
+        """
+        hopeless = NoRoom()
         for run in runs:
-            demand, shape = run.demand, shape_of(run.demand)
+            demand = run.demand
             replicas = replicas_for(demand, self, self._promised)
             choice = replicas[0] if replicas else None
-            if choice is None and shape not in hopeless:
+            if choice is None and demand not in hopeless:
                 choice = find_plan(demand, self, self._promised)
             if choice is None:
-                hopeless.add(shape)
+                hopeless.add(demand)
             elif not self._take(run, choice):
                 assert isinstance(choice, Plan)
                 self._starved.add(demand.spec.device)
-                if urgent:
-                    self._hold(choice)
+                if run.interrupted is not None and self._is_over(run.interrupted):
+                    self._hold(choice, demand, run.interrupted)
                 elif choice.readiness is Readiness.BUSY or self._are_wanted(choice.stop):
-                    hopeless.add(shape)
+                    hopeless.add(demand)
                 else:
                     self._make_room(choice)
 
@@ -138,14 +141,14 @@ class Placer(Ledger):
                 del self.heads[device]
             elif self._ready and self._is_over(head.since):
                 self._served.add(head.job_id)
-                if not self._serve(demand, urgent=True):
+                if not self._serve(demand, passed_since=head.since):
                     del self.heads[device]
 
-    def _serve(self, demand: ev.Demand, *, urgent: bool = False) -> bool:
+    def _serve(self, demand: ev.Demand, *, passed_since: float | None = None) -> bool:
         """Start a waiting job with a ready evaluator, or make room for it and keep the evaluator for it.
 
-        False: nothing can be done for it now, nor for others alike. Only for an urgent one slots are held that others
-        must first be done with.
+        False: nothing can be done for it now, nor for others alike. Only for one that others have passed for long,
+        since then, slots are held that others must first be done with.
         """
         choice = self._first_choice(demand)
         if choice is None:
@@ -156,10 +159,10 @@ class Placer(Ledger):
         self._starved.add(demand.spec.device)
         if choice.readiness is not Readiness.BUSY:
             self._make_room(choice)
-        elif not urgent:
+        elif passed_since is None:
             self._note_head(demand)
             return False
-        elif not self._hold(choice):
+        elif not self._hold(choice, demand, passed_since):
             return True
         self._ready.pop(0)  # it will be wanted in a moment
         return True
@@ -186,7 +189,7 @@ class Placer(Ledger):
             return
         line = [(len(run.workers), run.rank, job_id) for job_id, run in self.running.items() if self._may_grow(run)]
         heapq.heapify(line)
-        hopeless: set[Shape] = set()
+        hopeless = NoRoom()
         while line:
             count, its_rank, job_id = heapq.heappop(line)
             run = self.running[job_id]
@@ -205,12 +208,12 @@ class Placer(Ledger):
     def _may_grow(self, run: Running) -> bool:
         return bool(run.workers) and run.may_grow and run.demand.spec.device not in self._starved
 
-    def _next_choice(self, run: Running, count: int, hopeless: set[Shape]) -> Worker | Plan | None:
+    def _next_choice(self, run: Running, count: int, hopeless: NoRoom) -> Worker | Plan | None:
         """A running job's further worker when it has or is promised `count`, or its own one instead of a shared one.
 
         Below its cap it takes unused replicas, then free slots, then the slot of an unused replica of another model. At
-        its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own.
-        Shapes in `hopeless` have found no slots in this pass; this one may join them.
+        its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own. Those
+        in `hopeless` have found no slots in this pass; this one may join them.
         """
         demand = run.demand
         sharing = all(len(self.workers[worker_id].jobs) > 1 for worker_id in run.workers)
@@ -219,13 +222,12 @@ class Placer(Ledger):
         for worker in replicas_for(demand, self, self._promised):
             if not worker.jobs and worker.id not in run.workers:
                 return worker
-        shape = shape_of(demand)
-        if shape in hopeless:
+        if demand in hopeless:
             return None
         plan = find_plan(demand, self, self._promised, apart=run.workers)
         if plan is None or plan.readiness > Readiness.UNUSED:
             if self.max_workers_per_gpu == 1:  # else another job may find room beside others, where this one is already
-                hopeless.add(shape)
+                hopeless.add(demand)
             return None
         if count < demand.max_replicas:
             return plan
@@ -255,17 +257,19 @@ class Placer(Ledger):
         for worker_id in plan.give_back:
             self._give_back(worker_id)
 
-    def _hold(self, plan: Plan) -> bool:
-        """Make room, and keep from others what jobs have to leave first: they end, or pause when other slots are idle.
+    def _hold(self, plan: Plan, demand: ev.Demand, since: float) -> bool:
+        """Make room for a job that has waited since then, and keep from others what jobs have to leave first: they end,
+        or pause when other slots are idle.
 
-        False: the slots would not become free together, and a job there must not pause yet, or a slot cannot be used
-        at all for now; they are left alone.
+        False: the slots would not become free together, and a job there must not pause, or a slot cannot be used at all
+        for now; they are left alone.
         """
         busy = [self.workers[worker_id] for worker_id in plan.busy]
         if wide := next((worker for worker in busy if len(worker.slots) >= len(plan.slots)), None):
             self._promised.update(wide.slots)  # when its jobs end there is room: nothing is gained by a pause
             return True
-        if not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
+        weight = demand.priority + (self.now - since) / AGEING_SECONDS
+        if not all(self._may_pause(self.running[job_id], weight) for worker in busy for job_id in worker.jobs):
             return False
         if any(slot_id in self.unusable for slot_id in plan.slots):
             return False
@@ -278,10 +282,10 @@ class Placer(Ledger):
                 self._take_back(worker.id)
         return True
 
-    def _may_pause(self, job_id: str) -> bool:
-        """Not again before it has worked for a while, loading not counted."""
-        run = self.running[job_id]
-        return run.interrupted is None or self._is_over(run.working_since)
+    def _may_pause(self, run: Running, weight: float) -> bool:
+        """Not for a job of less weight, its priority and what its waiting adds to that; nor again before it has worked
+        for a while, loading not counted."""
+        return run.demand.priority <= weight and (run.interrupted is None or self._is_over(run.working_since))
 
     def _is_idle(self, slot_id: str) -> bool:
         """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""

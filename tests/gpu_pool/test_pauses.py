@@ -5,6 +5,7 @@ from __future__ import annotations
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
+from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
 
 GPU = {name: spec(name, "cuda") for name in "abcde"}
@@ -170,3 +171,26 @@ def test_nobody_pauses_for_slots_that_cannot_be_used() -> None:
     assert not box.of(ev.Detach)
     box.see({})
     assert [detach.job_id for detach in box.of(ev.Detach)] == ["b"]
+
+
+def test_the_least_important_job_pauses() -> None:
+    box = Box(slots=0, gpus=3, evaluators=5)
+    for job_id, model, priority in [("important", "a", 1), ("usual", "b", 0), ("short", "c", 0)]:
+        box.submit(job_id, spec=GPU[model], priority=priority)
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+    box.submit("large", spec=GPU["e"], gpus=2, priority=1)
+    later(box, PATIENCE_SECONDS)
+    box.end("short")
+    assert [detach.job_id for detach in box.of(ev.Detach)] == ["usual"]
+
+
+def test_a_more_important_job_does_not_pause_until_waiting_outweighs_it() -> None:
+    box = Box(slots=0, gpus=2, evaluators=5)
+    for job_id, model, priority in [("short", "a", 0), ("important", "b", 1)]:
+        box.submit(job_id, spec=GPU[model], priority=priority)
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("short")
+    assert not box.of(ev.Detach, later(box, AGEING_SECONDS - PATIENCE_SECONDS - 1))
+    assert [detach.job_id for detach in box.of(ev.Detach, later(box, 1))] == ["important"]
