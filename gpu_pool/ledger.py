@@ -83,6 +83,8 @@ class Ledger:
         """Replica key -> live workers that have or load that model."""
         self.unusable: dict[str, str] = {}
         """Slot -> why the last look at the hardware ruled it out."""
+        self.promised: dict[str, str] = {}
+        """Slot -> the job that it is kept for: its workers are for nobody else. Each pass of the placer begins anew."""
         self.refused: dict[str, str] = {}
         """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
         self.closed: frozenset[str] = frozenset()

@@ -15,6 +15,7 @@ Promises last for one pass; the next pass makes them again, unless it finds some
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 import msgspec
 
@@ -50,8 +51,6 @@ class Placer(Ledger):
         self.patience_s = patience_s
         self.heads: dict[str, Head] = {}
         """By kind of device."""
-        self._promised: set[str] = set()
-        """Slots that are promised in this pass: their workers are for nobody else."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
         self._full = NoRoom()
@@ -65,7 +64,7 @@ class Placer(Ledger):
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        for marks in (self._promised, self._starved, self._full, self._served):
+        for marks in (self.promised, self._starved, self._full, self._served):
             marks.clear()
         self._ready = [name for name, job in self.evaluators.items() if job is None]
         stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
@@ -73,7 +72,7 @@ class Placer(Ledger):
         self._serve_heads()
         self._resupply([run for run in stuck if not self._is_over(run.interrupted)])
         if self._ready:
-            candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
+            candidates = Candidates(self, self.promised, self._served, bonus=self.patience_s)
             while self._ready and (demand := candidates.next()):
                 if not self._serve(demand):
                     candidates.close()
@@ -89,10 +88,10 @@ class Placer(Ledger):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas = replicas_for(demand, self, self._promised)
+        replicas = replicas_for(demand, self, self.promised)
         if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
-        plan = find_plan(demand, self, self._promised)
+        plan = find_plan(demand, self, self.promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
         self._full.add(demand)
@@ -110,10 +109,10 @@ class Placer(Ledger):
         hopeless = NoRoom()
         for run in runs:
             demand = run.demand
-            replicas = replicas_for(demand, self, self._promised)
+            replicas = replicas_for(demand, self, self.promised)
             choice = replicas[0] if replicas else None
             if choice is None and demand not in hopeless:
-                choice = find_plan(demand, self, self._promised)
+                choice = find_plan(demand, self, self.promised)
             if choice is None:
                 hopeless.add(demand)
             elif not self._take(run, choice):
@@ -124,7 +123,7 @@ class Placer(Ledger):
                 elif choice.readiness is Readiness.BUSY or self._are_wanted(choice.stop):
                     hopeless.add(demand)
                 else:
-                    self._make_room(choice)
+                    self._make_room(choice, demand)
 
     def _are_wanted(self, worker_ids: tuple[str, ...]) -> bool:
         """Whether jobs on the models of some of these workers wait, which an evaluator will soon be ready for."""
@@ -158,7 +157,7 @@ class Placer(Ledger):
             return True
         self._starved.add(demand.spec.device)
         if choice.readiness is not Readiness.BUSY:
-            self._make_room(choice)
+            self._make_room(choice, demand)
         elif passed_since is None:
             self._note_head(demand)
             return False
@@ -197,7 +196,7 @@ class Placer(Ledger):
             if choice is not None:
                 if not self._take(run, choice):
                     assert isinstance(choice, Plan)
-                    self._make_room(choice)
+                    self._make_room(choice, run.demand)
                 heapq.heappush(line, (count + 1, its_rank, job_id))
 
     def _anything_is_left(self) -> bool:
@@ -219,12 +218,12 @@ class Placer(Ledger):
         sharing = all(len(self.workers[worker_id].jobs) > 1 for worker_id in run.workers)
         if count >= demand.max_replicas and (count > len(run.workers) or not sharing):
             return None
-        for worker in replicas_for(demand, self, self._promised):
+        for worker in replicas_for(demand, self, self.promised):
             if not worker.jobs and worker.id not in run.workers:
                 return worker
         if demand in hopeless:
             return None
-        plan = find_plan(demand, self, self._promised, apart=run.workers)
+        plan = find_plan(demand, self, self.promised, apart=run.workers)
         if plan is None or plan.readiness > Readiness.UNUSED:
             if self.max_workers_per_gpu == 1:  # else another job may find room beside others, where this one is already
                 hopeless.add(demand)
@@ -249,13 +248,16 @@ class Placer(Ledger):
             self._trim(run)
         return True
 
-    def _make_room(self, plan: Plan) -> None:
+    def _make_room(self, plan: Plan, demand: ev.Demand) -> None:
         """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
-        self._promised.update(plan.slots)
+        self._keep(plan.slots, demand)
         for worker_id in plan.stop:
             self._stop(worker_id)
         for worker_id in plan.give_back:
             self._give_back(worker_id)
+
+    def _keep(self, slot_ids: Iterable[str], demand: ev.Demand) -> None:
+        self.promised.update(dict.fromkeys(slot_ids, demand.job_id))
 
     def _hold(self, plan: Plan, demand: ev.Demand, since: float) -> bool:
         """Make room for a job that has waited since then, and keep from others what jobs have to leave first: they end,
@@ -266,7 +268,7 @@ class Placer(Ledger):
         """
         busy = [self.workers[worker_id] for worker_id in plan.busy]
         if wide := next((worker for worker in busy if len(worker.slots) >= len(plan.slots)), None):
-            self._promised.update(wide.slots)  # when its jobs end there is room: nothing is gained by a pause
+            self._keep(wide.slots, demand)  # when its jobs end there is room: nothing is gained by a pause
             return True
         weight = demand.priority + (self.now - since) / AGEING_SECONDS
         if not all(self._may_pause(self.running[job_id], weight) for worker in busy for job_id in worker.jobs):
@@ -275,8 +277,8 @@ class Placer(Ledger):
             return False
         drained = {slot_id for worker in busy for slot_id in worker.slots}
         some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
-        self._make_room(plan)
-        self._promised.update(drained)
+        self._make_room(plan, demand)
+        self._keep(drained, demand)
         if some_are_idle:
             for worker in busy:
                 self._take_back(worker.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
+from gpu_pool.explain import explain
 from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
 
@@ -116,6 +117,10 @@ def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patien
     box.do(ev.EvaluatorDied, evaluator_id=ready, cause="x")
     box.submit("large too", spec=GPU["e"], gpus=2)
     assert not box.of(ev.StopWorker, box.do(ev.JobEnded, job_id="large"))
+    assert [(wait.job_id, wait.starts_in) for wait in explain(box.scheduler, {}, 1)] == [
+        ("b", None),
+        ("large too", 0.0),
+    ]
     box.now += PATIENCE_SECONDS
     assert [stop.worker_id for stop in box.of(ev.StopWorker, box.do(ev.Tick))] == [start.worker_id]
 

@@ -152,9 +152,9 @@ class LongRun(RuleBasedStateMachine):
         scheduler = self.box.scheduler
         for demand in scheduler.waiting.values() if scheduler._ready else ():
             assert all(
-                worker.state is WorkerState.STARTING for worker in replicas_for(demand, scheduler, scheduler._promised)
+                worker.state is WorkerState.STARTING for worker in replicas_for(demand, scheduler, scheduler.promised)
             )
-            plan = find_plan(demand, scheduler, scheduler._promised)
+            plan = find_plan(demand, scheduler, scheduler.promised)
             assert plan is None or plan.readiness is not Readiness.NOW
 
     def teardown(self) -> None:
