@@ -134,6 +134,11 @@ class Runner:
             await self.jobs.settle(job, event, error)
             self._ending.discard(job_id)
 
+    def ran_seconds(self, job_id: str) -> float | None:
+        """How long a running job has had a worker; None while it has none."""
+        run = self.scheduler.running.get(job_id)
+        return run.ran(time.monotonic()) if run and run.working_since is not None else None
+
     def background(self, work: Awaitable[Any]) -> None:
         """Run beside the loop; what goes wrong is logged."""
         task = asyncio.ensure_future(work)
@@ -323,7 +328,7 @@ class Runner:
                     self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.JobProgress(job_id=job_id, progress=progress):
                 before = self.jobs[job_id].progress if job_id in self.jobs else None
-                self.jobs.progressed(job_id, progress)
+                self.jobs.progressed(job_id, progress, self.ran_seconds(job_id))
                 if progress.done > (before.done if before else 0):
                     self.put(ev.JobProgressed, job_id=job_id)
             case msg.WorkerDetached(job_id=job_id, worker_id=worker_id):
