@@ -69,8 +69,8 @@ def _needs(demand: Demand) -> str:
 
 def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
     """What has nothing to do with slots."""
-    if demand.job_id in ledger.running:
-        return "It has no workers now. "
+    if run := ledger.running.get(demand.job_id):
+        return f"It has paused for job {run.paused_for}. " if run.paused_for else "It has no workers now. "
     if any(job is None for job in ledger.evaluators.values()):
         return ""
     if all(job in ledger.running for job in ledger.evaluators.values()):

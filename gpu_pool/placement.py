@@ -43,13 +43,13 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     """What has to happen before there is room in one slot."""
 
     readiness: Readiness
-    tie: tuple[float, float]
+    tie: tuple[float, ...]
     """Of equally ready slots the one with the smallest goes first."""
     workers: tuple[Worker, ...] = ()
     """Those that have to go."""
 
 
-_OPEN = _Way(readiness=Readiness.NOW, tie=(0.0, 0.0))
+_OPEN = _Way(readiness=Readiness.NOW, tie=(0.0,))
 
 
 def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
@@ -144,20 +144,21 @@ def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readines
     while not _fits(demand, slot, staying, ledger):
         going.append(staying.pop())
     if not going:  # beside others: rather on a slot of its own
-        return _Way(readiness=Readiness.NOW, tie=(float(len(staying)), 0.0))
+        return _Way(readiness=Readiness.NOW, tie=(float(len(staying)),))
     last = going[-1]
     return _Way(readiness=degrees[last.id], tie=_tie(last, degrees[last.id], ledger), workers=tuple(going))
 
 
-def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> tuple[float, float]:
+def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> tuple[float, ...]:
     """Of equally soon ones: unused for longest, what the largest job can spare, what matters least to the fewest."""
     match degree:
         case Readiness.SPARE:
-            return float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs)), 0.0
+            return (float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs)),)
         case Readiness.BUSY:
-            return float(max(ledger.running[job_id].demand.priority for job_id in worker.jobs)), len(worker.jobs)
+            priority = max(ledger.running[job_id].demand.priority for job_id in worker.jobs)
+            return priority, worker.spec.replica_key in ledger.changed, len(worker.jobs)
         case _:
-            return worker.idle_since, 0.0
+            return (worker.idle_since,)
 
 
 def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> bool:

@@ -261,7 +261,7 @@ class Placer(Ledger):
 
     def _hold(self, plan: Plan, demand: ev.Demand, since: float) -> bool:
         """Make room for a job that has waited since then, and keep from others what jobs have to leave first: they end,
-        or pause when other slots are idle.
+        or pause when other slots are idle. None pauses while the model of one there could not be loaded again.
 
         False: the slots would not become free together, and a job there must not pause, or a slot cannot be used at all
         for now; they are left alone.
@@ -276,11 +276,14 @@ class Placer(Ledger):
         if any(slot_id in self.unusable for slot_id in plan.slots):
             return False
         drained = {slot_id for worker in busy for slot_id in worker.slots}
-        some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
+        to_pause = any(self._is_idle(slot_id) for slot_id in plan.slots)
+        to_pause = to_pause and not any(worker.spec.replica_key in self.changed for worker in busy)
         self._make_room(plan, demand)
         self._keep(drained, demand)
-        if some_are_idle:
+        if to_pause:
             for worker in busy:
+                for job_id in worker.jobs:
+                    self.running[job_id].paused_for = demand.job_id
                 self._take_back(worker.id)
         return True
 

@@ -14,6 +14,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable
+from gpu_pool.fingerprint import changed_models
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.machine_memory import machine_bytes
@@ -113,7 +114,11 @@ class Runner:
         await done
 
     async def look(self) -> None:
-        """Let the scheduler know what the hardware shows now."""
+        """Let the scheduler know what the hardware shows now, and the models' files where jobs may have to pause."""
+        running = list(self.scheduler.running.values())
+        if self.scheduler.heads or any(not run.workers for run in running):
+            specs, memo = [run.demand.spec for run in running], self._settings.data_dir / "fingerprints.json"
+            self.put(ev.ModelsSeen, changed=await asyncio.to_thread(changed_models, specs, memo))
         slots = await self._leases.look()
         contested = self._leases.contested() if self._settings.yield_to_foreign else frozenset[str]()
         self.put(ev.SlotsSeen, slots=slots, lost=self._leases.lost(), contested=contested)
@@ -221,10 +226,10 @@ class Runner:
             case ev.RequeueJob(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
                     await self.jobs.requeue(job, cause, uses_retry=True)
-            case ev.RefreshModel(job_id=job_id):
+            case ev.RefreshModel(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
                     self._given.discard(job_id)
-                    self._refresh(await self.jobs.requeue(job, "the model's files changed before they were loaded"))
+                    self._refresh(await self.jobs.requeue(job, cause))
             case _:
                 assert_never(action)
 

@@ -85,8 +85,10 @@ class Scheduler(Placer):
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.running.get(event.job_id):
             del self.running[event.job_id]
-            kind = ev.RefreshModel if event.content_changed else ev.ConcludeJob
-            self._do(kind(job_id=event.job_id))
+            if event.content_changed:
+                self._refresh(run)
+            else:
+                self._do(ev.ConcludeJob(job_id=event.job_id))
             ran = run.ran(self.now)
             self.run_seconds = ran if self.run_seconds is None else 0.9 * self.run_seconds + 0.1 * ran
             self._release_all(run)
@@ -96,6 +98,11 @@ class Scheduler(Placer):
         del self.running[run.demand.job_id]
         self._do(ev.KillEvaluator(evaluator_id=run.evaluator_id))
         self.evaluators[run.evaluator_id] = ""  # not ready, and no job's any more
+
+    def _refresh(self, run: Running) -> None:
+        """Have a job begin with what its model's files hold now: its scores are all of one content."""
+        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before they were loaded"
+        self._do(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
 
     def _release_all(self, run: Running) -> None:
         for worker_id in list(run.workers):
@@ -191,7 +198,9 @@ class Scheduler(Placer):
                 run.may_grow = False
             elif event.content_changed:
                 self._abandon(run)
-                self._do(ev.RefreshModel(job_id=job_id))
+                self._refresh(run)
+            elif run.paused_for:
+                self._end(run, "failed", f"it had paused for job {run.paused_for}, and then {event.error}")
             else:
                 self._end(run, "failed", event.error)
         self._stop(worker.id)
@@ -271,6 +280,9 @@ class Scheduler(Placer):
     def _on_slots_returned(self, event: ev.SlotsReturned) -> None:
         self.return_slots(event.worker_id)
 
+    def _on_models_seen(self, event: ev.ModelsSeen) -> None:
+        self.changed = event.changed
+
     # ------------------------------------------------------------------ time
 
     def _on_tick(self, event: ev.Tick) -> None:
@@ -298,5 +310,6 @@ class Scheduler(Placer):
         ev.LeaseRefused: _on_lease_refused,
         ev.SlotsSeen: _on_slots_seen,
         ev.SlotsReturned: _on_slots_returned,
+        ev.ModelsSeen: _on_models_seen,
         ev.Tick: _on_tick,
     }
