@@ -107,6 +107,11 @@ class Ledger:
         """A worker, live or reclaimed."""
         return self.workers.get(worker_id) or self.reclaiming[worker_id]
 
+    def leaves(self, worker_id: str) -> bool:
+        """Whether a worker was asked to end, or is gone and its memory is not back yet."""
+        worker = self.workers.get(worker_id)
+        return worker is None or worker.state is WorkerState.STOPPING
+
     def usable(self, slot_id: str) -> bool:
         """Whether a worker may be started there, now or once those of ours that hold it are gone.
 

@@ -67,6 +67,7 @@ class Runner:
             max_workers_per_gpu=settings.max_workers_per_gpu,
             max_gpus=settings.max_gpus,
             idle_worker_s=settings.idle_worker_s or None,
+            patience_s=settings.patience_s,
         )
         self._settings = settings
         self._leases = leases
