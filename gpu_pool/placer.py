@@ -3,7 +3,8 @@
 1. The first waiting job that has to wait for others to end, once it has been first for PATIENCE_SECONDS, is passed no
    more: slots are held for it as they become free, and nobody else is let onto them. So a stream of jobs on one loaded
    model cannot keep it for ever. Of a set of slots none stays idle until the last is free: as soon as one is, the jobs
-   on the others pause. They give their workers back, and go on where they were when they get new ones.
+   on the others pause. They give their workers back, and go on where they were when they get new ones. The least
+   important jobs pause, and none that is more important than the one that waits, or whose model is not there any more.
 2. Running jobs without workers get new ones, those that have waited for PATIENCE_SECONDS before all others.
 3. Waiting jobs start by rank, as many as there are evaluators; one that does not fit is passed by those behind it.
 4. Running jobs grow onto what nobody waits for.
@@ -21,11 +22,11 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.candidates import Candidates
-from gpu_pool.ledger import Ledger, Running
+from gpu_pool.ledger import Running
+from gpu_pool.moves import Moves
 from gpu_pool.order import AGEING_SECONDS, NoRoom, rank
-from gpu_pool.placement import Plan, Readiness, can_spare, find_plan, replicas_for
+from gpu_pool.placement import Plan, Readiness, find_plan, replicas_for
 from gpu_pool.records import Worker, WorkerState
-from gpu_pool.transitions import WorkerEvent, advance_worker
 
 PATIENCE_SECONDS = 300.0
 """How long the first job in line is passed by others, how long a job that has paused works, once it has loaded again,
@@ -41,8 +42,8 @@ class Head(msgspec.Struct, frozen=True):
     since: float
 
 
-class Placer(Ledger):
-    """Hands out workers. What it decides is written in the ledger at once, and asked for by actions."""
+class Placer(Moves):
+    """Hands out workers."""
 
     def __init__(
         self, *, max_workers_per_gpu: int = 1, max_gpus: int | None = None, patience_s: float = PATIENCE_SECONDS
@@ -59,8 +60,6 @@ class Placer(Ledger):
         """Waiting jobs that were prepared for in this pass before all others."""
         self._ready: list[str] = []
         """Evaluators that are ready and not spoken for in this pass."""
-        self._counter = 0
-        self._actions: list[ev.Action] = []
 
     def place(self) -> None:
         """One pass over all that want workers."""
@@ -296,54 +295,3 @@ class Placer(Ledger):
         """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""
         holders = [self.workers.get(worker_id) for worker_id in self.holders.get(slot_id, ())]
         return all(worker and not worker.jobs and worker.state is not WorkerState.STOPPING for worker in holders)
-
-    def _start_worker(self, demand: ev.Demand, slot_ids: tuple[str, ...]) -> str:
-        worker_id = self._new_id("worker")
-        memory = demand.memory_bytes if self.max_workers_per_gpu > 1 else 0
-        worker = Worker(id=worker_id, spec=demand.spec, slots=slot_ids, memory_bytes=memory, idle_since=self.now)
-        self.add_worker(worker)
-        self._do(ev.StartWorker(worker_id=worker_id, spec=demand.spec, slot_ids=slot_ids, memory_bytes=memory))
-        return worker_id
-
-    def _give_back(self, worker_id: str) -> None:
-        """Have all jobs of a worker do without it, if they can."""
-        jobs = sorted(self.workers[worker_id].jobs)
-        if not all(can_spare(worker_id, job_id, self) for job_id in jobs):
-            return  # the plan counted on two workers of a job that can spare one
-        self._take_back(worker_id)
-
-    def _take_back(self, worker_id: str) -> None:
-        """Have all jobs of a worker do without it, even if it is their last."""
-        for job_id in sorted(self.workers[worker_id].jobs):
-            run = self.running[job_id]
-            if self.workers[worker_id].state is WorkerState.STARTING:
-                self.release(run, worker_id)
-            elif worker_id not in run.returning:
-                run.returning.add(worker_id)
-                self._detach(run, worker_id, at_once=False)
-        if not self.workers[worker_id].jobs:
-            self._stop(worker_id)
-
-    def _trim(self, run: Running) -> None:
-        """Give up the most shared of a job's loaded workers while it has more than its cap."""
-        while len(run.workers) > run.demand.max_replicas:
-            busiest = max(run.workers, key=lambda worker_id: (len(self.workers[worker_id].jobs), worker_id))
-            self.release(run, busiest)
-            self._detach(run, busiest, at_once=False)
-
-    def _detach(self, run: Running, worker_id: str, *, at_once: bool, cause: str | None = None) -> None:
-        job_id, evaluator_id = run.demand.job_id, run.evaluator_id
-        self._do(ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id, at_once=at_once, cause=cause))
-
-    def _stop(self, worker_id: str) -> None:
-        worker = self.workers[worker_id]
-        if worker.state is not WorkerState.STOPPING:
-            self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
-            self._do(ev.StopWorker(worker_id=worker_id))
-
-    def _new_id(self, kind: str) -> str:
-        self._counter += 1
-        return f"{kind}-{self._counter}"
-
-    def _do(self, action: ev.Action) -> None:
-        self._actions.append(action)

@@ -1,8 +1,8 @@
 """The scheduler: events in, actions out. It touches no process, socket, clock or file.
 
 Read it from below: `records` and `transitions` are the nouns, `order` says which job goes first, `ledger` keeps the
-books, `placement` says where a replica could live, `placer` decides who gets what, and this module writes down what
-happened.
+books, `placement` says where a replica could live, `moves` are what decisions are made of, `candidates` are the waiting
+jobs that are worth a look, `placer` decides who gets what, and this module writes down what happened.
 """
 
 from __future__ import annotations
@@ -261,21 +261,6 @@ class Scheduler(Placer):
                 self._kill(worker.id)
             elif not event.contested.isdisjoint(worker.slots) and not worker.jobs:
                 self._stop(worker.id)
-
-    def _kill(self, worker_id: str) -> None:
-        """End a worker whose GPU is lost, at once; its jobs go on elsewhere."""
-        worker = self.workers[worker_id]
-        for job_id in sorted(worker.jobs):
-            run = self.running[job_id]
-            self.release(run, worker_id)
-            if worker.state is not WorkerState.STARTING:
-                self._detach(run, worker_id, at_once=True)
-        if worker_id not in self.killed:
-            self.killed.add(worker_id)
-            if self.workers[worker_id].state is not WorkerState.STOPPING:
-                state = advance_worker(self.workers[worker_id].state, WorkerEvent.STOP)
-                self.update_worker(worker_id, state=state)
-            self._do(ev.KillWorker(worker_id=worker_id))
 
     def _on_slots_returned(self, event: ev.SlotsReturned) -> None:
         self.return_slots(event.worker_id)
