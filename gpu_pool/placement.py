@@ -97,7 +97,7 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
     suited = [
         slot
         for slot in ledger.slots.values()
-        if demand.accepts(slot) and slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id)
+        if slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id) and demand.accepts(slot)
     ]
     if len(suited) < demand.gpus:
         return None
