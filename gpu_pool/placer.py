@@ -275,11 +275,11 @@ class Placer(Moves):
         if any(slot_id in self.unusable for slot_id in plan.slots):
             return False
         drained = {slot_id for worker in busy for slot_id in worker.slots}
-        to_pause = any(self._is_idle(slot_id) for slot_id in plan.slots)
-        to_pause = to_pause and not any(worker.spec.replica_key in self.changed for worker in busy)
+        some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
+        all_can_load_again = not any(worker.spec.replica_key in self.changed for worker in busy)
         self._make_room(plan, demand)
         self._keep(drained, demand)
-        if to_pause:
+        if some_are_idle and all_can_load_again:
             for worker in busy:
                 for job_id in worker.jobs:
                     self.running[job_id].paused_for = demand.job_id
