@@ -77,8 +77,14 @@ class Admission:
             for gpu in self._leases.gpus()
             if place.slot_index in (None, gpu.index) and place.slot_id in (None, gpu.uuid)
         ]
-        fraction = self._settings.gpu_free_fraction
-        return plan_on_gpus(size, gpus, cap=max(1, evaluation.num_gpus), free_fraction=fraction, field=field)
+        return plan_on_gpus(
+            size,
+            gpus,
+            cap=max(1, evaluation.num_gpus),
+            max_gpus=self._settings.max_gpus,
+            free_fraction=self._settings.gpu_free_fraction,
+            field=field,
+        )
 
     def place(self, evaluation: Evaluation, *, is_admitted: bool = False) -> Placement:
         """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`.

@@ -7,79 +7,97 @@ from collections.abc import Collection
 
 from gpu_pool.events import Demand
 from gpu_pool.ledger import Ledger
-from gpu_pool.order import Entry, Line, shape_of
+from gpu_pool.order import Entry, Line, NoRoom, shape_of
 from gpu_pool.placement import replicas_for
-from gpu_pool.records import WorkerState
+from gpu_pool.records import Worker, WorkerState
 
 
 class Candidates:
-    """Merges the lines of models that have replicas, and of all others the first jobs by shape, by rank.
+    """Merges the lines of models that have replicas, and of all others the first jobs by kind, by rank.
 
-    `next` gives one job after another; `close` says that the last one could not be helped, and neither can those behind
-    it in its line. A job that finds a loaded and unused replica of its model goes as if it had waited `bonus` seconds
-    longer, which spares a loading; one that would only share a replica with others goes as if it had come `bonus`
-    seconds later, since evaluators are scarce and others may make use of a GPU of their own.
+    `next` gives one job after another; `close` says that there is no room for the last one, and so for none that needs
+    as much. A job that finds a loaded and unused replica of its model goes as if it had waited `bonus` seconds longer,
+    which spares a loading; one that would only share a replica with others goes as if it had come `bonus` seconds
+    later, since evaluators are scarce and others may make use of a GPU of their own.
     """
 
     def __init__(self, ledger: Ledger, taken: Collection[str], skip: Collection[str], bonus: float) -> None:
         """Replicas on slots in `taken` do not count; jobs in `skip` are left out."""
         self._ledger = ledger
+        self._waiting = ledger.waiting
         self._taken = taken
         self._seen = set(skip)
         self._bonus = bonus
-        self._lines = list(ledger.waiting.firsts.values())
-        self._cold = len(self._lines)
-        """So many of the lines, the first ones, are of models without a replica."""
+        self._kinds = list(self._waiting.firsts)
+        """Of the first lines, those of models without a replica."""
+        self._lines = list(self._waiting.firsts.values())
         self._heap: list[tuple[float, Entry, int]] = []
         """(rank, with the bonus if there is one; rank and job; number of its line), the first of each line."""
-        self._closed: set[int] = set()
-        self._last = 0
-        for number in range(self._cold):
+        self._no_room = NoRoom()
+        self._last: Demand | None = None
+        for number in range(len(self._kinds)):
             self._push(number, None)
         for key in ledger.replicas:
-            for line in ledger.waiting.by_model.get(key, {}).values():
+            for line in self._waiting.by_model.get(key, {}).values():
                 self._add(line, None)
 
     def next(self) -> Demand | None:
         """The next job; None when there is none left that could be helped."""
         while self._heap:
             place, entry, number = heapq.heappop(self._heap)
-            demand = self._ledger.waiting.get(entry[1])
-            if number in self._closed:
-                continue
-            if demand is not None and place < self._place(number, entry):  # another job took the replica, or a slot
-                heapq.heappush(self._heap, (self._place(number, entry), entry, number))
-                continue
-            self._push(number, entry)
+            demand = self._waiting.get(entry[1])
             if demand is not None and demand.job_id not in self._seen:
-                self._seen.add(demand.job_id)
-                self._last = number
-                if number < self._cold:  # those behind it may share what it gets
-                    self._add(self._ledger.waiting.by_model[demand.spec.replica_key][shape_of(demand)], entry)
-                return demand
+                replicas = self._replicas(number, demand)
+                if place < self._place(entry, replicas):  # another job took the replica, or a slot
+                    heapq.heappush(self._heap, (self._place(entry, replicas), entry, number))
+                    continue
+                if replicas or demand not in self._no_room:
+                    self._push(number, entry)
+                    self._seen.add(demand.job_id)
+                    self._last = demand
+                    if self._is_cold(number):  # those behind it may share what it gets
+                        self._add(self._waiting.by_model[demand.spec.replica_key][shape_of(demand)], entry)
+                    return demand
+                if not self._is_cold(number):  # those behind it are of the same model and need as much
+                    continue
+            self._push(number, entry)
         return None
 
     def close(self) -> None:
-        """Look at no more jobs of the line that the last one came from."""
-        self._closed.add(self._last)
+        """There is no room for what `next` gave last."""
+        assert self._last is not None
+        self._no_room.add(self._last)
+
+    def _is_cold(self, number: int) -> bool:
+        """Whether the jobs of a line are of models without a replica."""
+        return number < len(self._kinds)
 
     def _add(self, line: Line, after: Entry | None) -> None:
         self._lines.append(line)
         self._push(len(self._lines) - 1, after)
 
     def _push(self, number: int, after: Entry | None) -> None:
-        entry = self._lines[number].after(after)
-        while (
-            entry and number < self._cold and self._ledger.waiting[entry[1]].spec.replica_key in self._ledger.replicas
-        ):
-            entry = self._lines[number].after(entry)
+        """Put the first one behind `after` that could be helped into the heap."""
+        line = self._lines[number]
+        entry = line.after(after)
+        if entry and self._is_cold(number):
+            kind = self._kinds[number]
+            if self._no_room.least(kind) <= self._waiting.least_memory(kind):
+                return  # the usual case: all need the same, and there is no need to look at each
+            while entry and self._is_given_up(self._waiting[entry[1]]):
+                entry = line.after(entry)
         if entry:
-            heapq.heappush(self._heap, (self._place(number, entry), entry, number))
+            place = self._place(entry, self._replicas(number, self._waiting[entry[1]]))
+            heapq.heappush(self._heap, (place, entry, number))
 
-    def _place(self, number: int, entry: Entry) -> float:
-        if number < self._cold:
-            return entry[0]
-        replicas = replicas_for(self._ledger.waiting[entry[1]], self._ledger, self._taken)
+    def _is_given_up(self, demand: Demand) -> bool:
+        """Whether a first job is passed over: its model has a replica, and so its own line, or there is no room."""
+        return demand.spec.replica_key in self._ledger.replicas or demand in self._no_room
+
+    def _replicas(self, number: int, demand: Demand) -> list[Worker]:
+        return [] if self._is_cold(number) else replicas_for(demand, self._ledger, self._taken)
+
+    def _place(self, entry: Entry, replicas: list[Worker]) -> float:
         if not replicas:
             return entry[0]
         unused = replicas[0].state is WorkerState.IDLE

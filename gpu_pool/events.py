@@ -150,6 +150,13 @@ class SlotsReturned(Event, frozen=True, kw_only=True):
     worker_id: str
 
 
+class ModelsSeen(Event, frozen=True, kw_only=True):
+    """A look at the files of the models that are in use."""
+
+    changed: frozenset[str]
+    """Replica keys of those that could not be loaded again as they are: files have changed or are gone."""
+
+
 class Tick(Event, frozen=True, kw_only=True):
     """Time passed: look again at timeouts, idle workers, patience and growth."""
 
@@ -265,6 +272,7 @@ class RefreshModel(Record, frozen=True, kw_only=True):
     """The job's model changed on disk before it was loaded: find its content anew and submit the job again."""
 
     job_id: str
+    cause: str
 
 
 Action = (

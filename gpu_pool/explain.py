@@ -1,7 +1,8 @@
 """Why jobs wait, and when they may start: pure questions to the ledger, for people.
 
-An estimate takes the waiting jobs in their order and gives each the slots that are free soonest, as running jobs end
-after the seconds that they are said to need. It knows nothing of jobs that are still to come.
+An estimate takes the waiting jobs in their order, those that slots are kept for first, and gives each the slots that
+are free soonest, as running jobs end after the seconds that they are said to need. It knows nothing of jobs that are
+still to come, and says nothing where it would only guess.
 """
 
 from __future__ import annotations
@@ -25,18 +26,31 @@ def explain(ledger: Ledger, seconds_left: Mapping[str, float], limit: int) -> li
     `seconds_left` says of running jobs how long they still need, where that is known.
     """
     stuck = sorted((run for run in ledger.running.values() if not run.workers), key=lambda run: run.rank)
-    forecast = _Forecast(ledger, seconds_left)
-    reasons: dict[Shape, str] = {}
+    explained = [*(run.demand for run in stuck), *_first(ledger.waiting.values(), limit)]
+    starts = _starts(explained, ledger, seconds_left)
+    situations: dict[Shape, str] = {}
     waits: list[WaitingView] = []
-    for demand in [*(run.demand for run in stuck), *_first(ledger.waiting.values(), limit)]:
+    for demand in explained:
         shape = shape_of(demand)
-        if shape not in reasons:
-            reasons[shape] = _situation(demand, ledger, seconds_left)
-        has_evaluator = demand.job_id in ledger.running
-        reason = "It has no workers now. " * has_evaluator + _queue_reason(demand, ledger) + reasons[shape]
-        starts_in = forecast.start(demand, has_evaluator)
-        waits.append(WaitingView(job_id=demand.job_id, needs=_needs(demand), reason=reason, starts_in=starts_in))
+        if shape not in situations:
+            situations[shape] = _situation(demand, ledger, seconds_left)
+        reason = _evaluator_reason(demand, ledger) + situations[shape] + _kept_reason(demand, ledger)
+        waits.append(
+            WaitingView(job_id=demand.job_id, needs=_needs(demand), reason=reason, starts_in=starts[demand.job_id])
+        )
     return waits
+
+
+def _starts(demands: Iterable[Demand], ledger: Ledger, seconds_left: Mapping[str, float]) -> dict[str, float | None]:
+    """Job -> seconds until it is expected to start."""
+    forecast = _Forecast(ledger, seconds_left)
+    keepers = dict.fromkeys(ledger.promised.values())
+    first = [demand for job_id in keepers if (demand := ledger.waiting.get(job_id))]
+    starts: dict[str, float | None] = {}
+    for demand in (*first, *demands):
+        if demand.job_id not in starts:
+            starts[demand.job_id] = forecast.start(demand)
+    return starts
 
 
 def _first(demands: Iterable[Demand], limit: int) -> list[Demand]:
@@ -53,9 +67,11 @@ def _needs(demand: Demand) -> str:
     return f"{count}{room}{only}"
 
 
-def _queue_reason(demand: Demand, ledger: Ledger) -> str:
+def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
     """What has nothing to do with slots."""
-    if demand.job_id in ledger.running or any(job is None for job in ledger.evaluators.values()):
+    if run := ledger.running.get(demand.job_id):
+        return f"It has paused for job {run.paused_for}. " if run.paused_for else "It has no workers now. "
+    if any(job is None for job in ledger.evaluators.values()):
         return ""
     if all(job in ledger.running for job in ledger.evaluators.values()):
         return f"All {len(ledger.evaluators)} evaluators run jobs. "
@@ -83,6 +99,16 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
         most = "1 GPU" if ledger.max_gpus == 1 else f"{ledger.max_gpus} GPUs"
         said.append(f"No more than {most} may be held (setting max_gpus).")
     return " ".join(said)
+
+
+def _kept_reason(demand: Demand, ledger: Ledger) -> str:
+    """Which of the slots that would do are promised to others."""
+    kept = [
+        f"{_name(slot)} (job {job_id})"
+        for slot in ledger.slots.values()
+        if demand.accepts(slot) and (job_id := ledger.promised.get(slot.id, demand.job_id)) != demand.job_id
+    ]
+    return f" Kept for others: {', '.join(kept)}." if kept else ""
 
 
 def _holders(slot: Slot, ledger: Ledger, seconds_left: Mapping[str, float]) -> str:
@@ -121,35 +147,69 @@ class _Forecast:
 
     def __init__(self, ledger: Ledger, seconds_left: Mapping[str, float]) -> None:
         self._ledger = ledger
-        self._free_in = {slot_id: self._free(slot_id, seconds_left) for slot_id in ledger.slots}
-        running = ledger.running
-        self._evaluators = [
-            seconds_left.get(job, math.inf) if job and job in running else 0.0 for job in ledger.evaluators.values()
-        ]
+        self._seconds_left = seconds_left
+        self._free_in = {slot_id: self._free(slot_id) for slot_id in ledger.slots}
+        self._held = {slot_id for slot_id, workers in ledger.holders.items() if workers}
+        self._gpus_left = math.inf if ledger.max_gpus is None else ledger.max_gpus - ledger.gpus_held()
+        """How many more the cap allows."""
+        self._evaluators = [self._ready_in(job_id) for job_id in ledger.evaluators.values()]
         heapq.heapify(self._evaluators)
+        self._one_is_ready = None in ledger.evaluators.values()
 
-    def _free(self, slot_id: str, seconds_left: Mapping[str, float]) -> float:
+    def _ready_in(self, job_id: str | None) -> float:
+        """Seconds until the evaluator of that job could be ready."""
+        return self._seconds_left.get(job_id, math.inf) if job_id and job_id in self._ledger.running else 0.0
+
+    def _free(self, slot_id: str) -> float:
         """Seconds until the slot could be free; infinite where that is not known."""
         if not self._ledger.usable(slot_id) or slot_id in self._ledger.unusable:
             return math.inf
+        grower = self._ledger.promised.get(slot_id)
+        if grower in self._ledger.running and self._ledger.running[grower].workers:
+            return self._seconds_left.get(grower, math.inf)
         workers = [self._ledger.holder(worker_id) for worker_id in self._ledger.holders.get(slot_id, ())]
         busy = [worker for worker in workers if readiness_of(worker, self._ledger) is Readiness.BUSY]
-        return max((seconds_left.get(job, math.inf) for worker in busy for job in worker.jobs), default=0.0)
+        return max((self._seconds_left.get(job, math.inf) for worker in busy for job in worker.jobs), default=0.0)
 
-    def start(self, demand: Demand, has_evaluator: bool) -> float | None:
+    def start(self, demand: Demand) -> float | None:
         """When the job starts, seconds from now, if that can be said; what it takes is taken for those after it."""
-        slots = [slot.id for slot in self._ledger.slots.values() if demand.accepts(slot)]
-        slots = heapq.nsmallest(demand.gpus, slots, key=self._free_in.__getitem__)
-        shared = any(worker.state is not WorkerState.STARTING for worker in replicas_for(demand, self._ledger))
-        room = 0.0 if shared else max((self._free_in[slot_id] for slot_id in slots), default=math.inf)
-        if len(slots) < demand.gpus and not shared:
-            return None
+        has_evaluator = demand.job_id in self._ledger.running
+        slots: list[str] = []
+        if not self._is_served(demand):
+            slots = self._soonest(demand)
+            if len(slots) < demand.gpus:
+                return None
+        room = max((self._free_in[slot_id] for slot_id in slots), default=0.0)
         evaluator = 0.0 if has_evaluator or not self._evaluators else self._evaluators[0]
         start = max(room, evaluator)
         runs = math.inf if self._ledger.run_seconds is None else self._ledger.run_seconds
-        loads = self._ledger.load_seconds.get(demand.spec.replica_key, 0.0)
-        if not shared:
-            self._free_in.update(dict.fromkeys(slots, start + loads + runs))
+        ends = start + self._ledger.load_seconds.get(demand.spec.replica_key, 0.0) + runs
+        self._free_in.update(dict.fromkeys(slots, ends))
+        fresh = set(slots) - self._held
+        self._held |= fresh
+        self._gpus_left -= len(fresh) if demand.spec.device == "cuda" else 0
         if not has_evaluator and self._evaluators:
-            heapq.heapreplace(self._evaluators, start + loads + runs)
+            heapq.heapreplace(self._evaluators, ends)
+        if not start and (has_evaluator or self._one_is_ready) and demand.job_id not in self._ledger.promised.values():
+            return None  # it could have been started: whatever it waits for is not known here
         return start if math.isfinite(start) else None
+
+    def _is_served(self, demand: Demand) -> bool:
+        """Whether there is a loaded replica of its model, which is not kept for others."""
+        taken = [slot_id for slot_id, job_id in self._ledger.promised.items() if job_id != demand.job_id]
+        return any(worker.state is not WorkerState.STARTING for worker in replicas_for(demand, self._ledger, taken))
+
+    def _soonest(self, demand: Demand) -> list[str]:
+        """Slots for one replica: those that are kept for it, else those that are free first, within the cap on GPUs."""
+        suited = [slot.id for slot in self._ledger.slots.values() if demand.accepts(slot)]
+        kept = [slot_id for slot_id in suited if self._ledger.promised.get(slot_id) == demand.job_id]
+        soonest = sorted(kept if len(kept) >= demand.gpus else suited, key=self._free_in.__getitem__)
+        chosen: list[str] = []
+        fresh = 0
+        for slot_id in soonest:
+            if slot_id not in self._held and demand.spec.device == "cuda":
+                if fresh >= self._gpus_left:
+                    continue
+                fresh += 1
+            chosen.append(slot_id)
+        return chosen[: demand.gpus]

@@ -12,6 +12,7 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import msgspec
 
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.file_lock import alone
-from gpu_pool.records import ModelArgs
+from gpu_pool.records import ModelArgs, ModelSpec
 
 SETTLED_NS = 2_000_000_000
 """Longest clock tick of a file system we expect (FAT and some network file systems: 2 s)."""
@@ -45,14 +46,27 @@ class _Known(msgspec.Struct, frozen=True, array_like=True):
     used: int
 
 
-def fingerprint_model(args: ModelArgs, memo_path: Path) -> str:
+def changed_models(specs: Iterable[ModelSpec], memo_path: Path) -> frozenset[str]:
+    """Replica keys of the models whose files are not what they were. Nothing is read: the unknown counts as such."""
+    changed: set[str] = set()
+    for spec in {spec.replica_key: spec for spec in specs}.values():
+        try:
+            unchanged = fingerprint_model(spec.args, memo_path, read=False) == spec.fingerprint
+        except (InvalidRequest, OSError):
+            unchanged = False
+        if not unchanged:
+            changed.add(spec.replica_key)
+    return frozenset(changed)
+
+
+def fingerprint_model(args: ModelArgs, memo_path: Path, *, read: bool = True) -> str:
     """The identity of the model that `args` names, by content (or by hub id and commit: then nothing is read).
 
     `args.revision` of a hub id must already be a commit, and adapter and tokenizer local
     (`gpu_pool.models.resolve_hub_revision`).
 
     Raises:
-        InvalidRequest: a file cannot be read, or keeps changing while it is read.
+        InvalidRequest: a file cannot be read, or keeps changing while it is read; without `read`, it would have to be.
     """
     base = Path(args.pretrained)
     parts: dict[str, Path] = {}
@@ -68,7 +82,7 @@ def fingerprint_model(args: ModelArgs, memo_path: Path) -> str:
         parts |= {f"tokenizer/{name}": path for name, path in tokenizer.items()}
     if not parts:
         return hub
-    content = _digest_files(parts, memo_path)
+    content = _digest_files(parts, _Memo(memo_path, read=read))
     return f"{hub}+{content}" if hub else content
 
 
@@ -134,9 +148,8 @@ def indexed_shards(index: Path) -> set[str]:
         return set()
 
 
-def _digest_files(parts: dict[str, Path], memo_path: Path) -> str:
+def _digest_files(parts: dict[str, Path], memo: _Memo) -> str:
     """sha256 over the names and digests of `parts`, none of which changed until the last was read."""
-    memo = _Memo(memo_path)
     for _ in range(READ_ATTEMPTS):
         try:
             states = {path: _state(path.stat()) for path in set(parts.values())}
@@ -166,8 +179,10 @@ def _read_digest(path: Path) -> str:
 class _Memo:
     """Digests of settled files, in one JSON file that several processes and threads share."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read: bool) -> None:
+        """Without `read`, what is not known is refused."""
         self._path = path
+        self._may_read = read
 
     def digests(self, states: dict[Path, FileState]) -> dict[Path, str]:
         """The digest of each file, read from the disk where the memo does not know its state."""
@@ -175,6 +190,8 @@ class _Memo:
         known = self._load()
         found = {path: entry.digest for path, state in states.items() if (entry := _lookup(known, state))}
         missing = [path for path in states if path not in found]
+        if missing and not self._may_read:
+            raise InvalidRequest("model", f"{missing[0]} has not been read since it was written")
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             read = dict(zip(missing, pool.map(_read_digest, missing), strict=True))
         settled = {path: digest for path, digest in read.items() if started_ns - states[path][4] > SETTLED_NS}

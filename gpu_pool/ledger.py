@@ -41,6 +41,8 @@ class Running(msgspec.Struct, kw_only=True):
     """Since when it has had one; None while it has none. After an interruption loading does not count."""
     interrupted: float | None = None
     """When it last lost or gave back its last worker; None when it never did."""
+    paused_for: str | None = None
+    """The job that it gave its last worker back for, until it works again."""
 
     @property
     def rank(self) -> float:
@@ -83,10 +85,14 @@ class Ledger:
         """Replica key -> live workers that have or load that model."""
         self.unusable: dict[str, str] = {}
         """Slot -> why the last look at the hardware ruled it out."""
+        self.promised: dict[str, str] = {}
+        """Slot -> the job that it is kept for: its workers are for nobody else. Each pass of the placer begins anew."""
         self.refused: dict[str, str] = {}
         """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
         self.closed: frozenset[str] = frozenset()
         """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
+        self.changed: frozenset[str] = frozenset()
+        """Replica keys of models whose files have changed or are gone: what is loaded cannot be loaded again."""
         self.load_seconds: dict[str, float] = {}
         """Replica key -> how long the model last took to load, of the LOADS_REMEMBERED models that were loaded last."""
         self.run_seconds: float | None = None
@@ -100,6 +106,11 @@ class Ledger:
     def holder(self, worker_id: str) -> Worker:
         """A worker, live or reclaimed."""
         return self.workers.get(worker_id) or self.reclaiming[worker_id]
+
+    def leaves(self, worker_id: str) -> bool:
+        """Whether a worker was asked to end, or is gone and its memory is not back yet."""
+        worker = self.workers.get(worker_id)
+        return worker is None or worker.state is WorkerState.STOPPING
 
     def usable(self, slot_id: str) -> bool:
         """Whether a worker may be started there, now or once those of ours that hold it are gone.
@@ -191,6 +202,7 @@ class Ledger:
         """The job's time runs from now on, if it did not before."""
         if run.working_since is None:
             run.working_since = self.now
+        run.paused_for = None
 
     def release(self, run: Running, worker_id: str) -> None:
         """The job does not use the worker any more, if the worker is still there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -31,7 +30,7 @@ class LiveJobs(dict[str, Job]):
         """Those that run or are being cancelled, in the order in which they started."""
         self._store = store
         self._rates: dict[str, tuple[float, int]] = {}
-        """Job -> (monotonic seconds, requests done) at its first progress: what estimates are made from."""
+        """Job -> (seconds that it had a worker, requests done) at its first answers: what estimates are made from."""
 
     def __setitem__(self, job_id: str, job: Job) -> None:
         """Note what is known of a job, and its place in the queue."""
@@ -48,19 +47,23 @@ class LiveJobs(dict[str, Job]):
         self.queued.discard(job_id)
         self.active.pop(job_id, None)
 
-    def progressed(self, job_id: str, progress: Progress) -> None:
-        """Show progress; it becomes durable when the job ends."""
+    def progressed(self, job_id: str, progress: Progress, ran_s: float | None) -> None:
+        """Show progress, made in so many seconds with a worker; it becomes durable when the job ends."""
         if job := self.get(job_id):
             self[job_id] = msgspec.structs.replace(job, progress=progress)
-            self._rates.setdefault(job_id, (time.monotonic(), progress.done))
+            if ran_s is not None and progress.workers:
+                self._rates.setdefault(job_id, (ran_s, progress.done))
 
-    def eta_seconds(self, job_id: str) -> float | None:
-        """Seconds that a running job still needs, from its rate so far; None while there is no rate."""
+    def eta_seconds(self, job_id: str, ran_s: float | None) -> float | None:
+        """Seconds with a worker that a running job still needs, from its rate so far; None while there is no rate.
+
+        `ran_s`: how long it had a worker by now. None, as nobody knows for how long, while it has none.
+        """
         job, since = self.get(job_id), self._rates.get(job_id)
-        if job is None or job.state is not JobState.RUNNING or job.progress is None or since is None:
+        if job is None or job.state is not JobState.RUNNING or job.progress is None or since is None or ran_s is None:
             return None
-        started, done_then = since
-        answered, seconds = job.progress.done - done_then, time.monotonic() - started
+        ran_then_s, done_then = since
+        answered, seconds = job.progress.done - done_then, ran_s - ran_then_s
         return (job.progress.total - job.progress.done) * seconds / answered if answered > 0 else None
 
     def identified(self, job_id: str, model: ModelSpec) -> None:

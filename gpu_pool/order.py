@@ -12,6 +12,7 @@ that does not change with time (smaller goes first):
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 
@@ -23,10 +24,12 @@ AGEING_SECONDS = 600.0
 Entry = tuple[float, str]
 """(rank, job id): ids settle ties, so that any two jobs have an order."""
 
-Shape = tuple[str, str | None, str | None, int, int]
-"""What a new replica asks of the box: device, index, id, number of slots, GiB of each. Equal shapes fit equally."""
+Kind = tuple[str, str | None, str | None, int, bool]
+"""What a new replica asks of the box beside memory: device, index, id, number of slots, whether its memory is known.
+Of one kind, what needs less memory fits wherever what needs more does."""
 
-_GIB = 1 << 30
+Shape = tuple[Kind, int]
+"""With the bytes that it needs of each slot. Equal shapes fit equally."""
 
 
 def rank(submitted: float, priority: int) -> float:
@@ -34,10 +37,37 @@ def rank(submitted: float, priority: int) -> float:
     return submitted - AGEING_SECONDS * priority
 
 
+def kind_of(demand: Demand) -> Kind:
+    """Jobs of one kind differ for the box by their memory alone, whatever their models are."""
+    return demand.spec.device, demand.slot_index, demand.slot_id, demand.gpus, demand.memory_bytes > 0
+
+
 def shape_of(demand: Demand) -> Shape:
-    """Jobs of one shape need the same of the box, whatever their models are; memory is rounded up to GiB."""
-    gib = -(-demand.memory_bytes // _GIB)
-    return demand.spec.device, demand.slot_index, demand.slot_id, demand.gpus, gib
+    """Jobs of one shape need the same of the box."""
+    return kind_of(demand), demand.memory_bytes
+
+
+class NoRoom:
+    """Demands that found no room, and with each all of its kind that need as much memory or more."""
+
+    def __init__(self) -> None:
+        self._least: dict[Kind, int] = {}
+
+    def add(self, demand: Demand) -> None:
+        """There is no room for this one."""
+        if demand not in self:
+            self._least[kind_of(demand)] = demand.memory_bytes
+
+    def least(self, kind: Kind) -> float:
+        """The least memory that was too much; infinite where none was."""
+        return self._least.get(kind, math.inf)
+
+    def clear(self) -> None:
+        """Things have changed."""
+        self._least.clear()
+
+    def __contains__(self, demand: Demand) -> bool:
+        return bool(self._least) and demand.memory_bytes >= self.least(kind_of(demand))
 
 
 class Line:
@@ -81,7 +111,8 @@ class Line:
 class WaitingJobs:
     """Demands of the jobs that wait: in one line for all, one for each model and shape, and the firsts of these.
 
-    Of jobs of one shape that need a new replica only the first has to be looked at: where it does not fit, none does.
+    Of jobs of one model and shape that need a new replica only the first has to be looked at: where it does not fit,
+    none does.
     """
 
     def __init__(self) -> None:
@@ -89,8 +120,10 @@ class WaitingJobs:
         self._all = Line()
         self.by_model: dict[str, dict[Shape, Line]] = {}
         """By replica key, then by shape."""
-        self.firsts: dict[Shape, Line] = {}
-        """By shape, the first job of each model."""
+        self.firsts: dict[Kind, Line] = {}
+        """By kind, the first job of each model and shape."""
+        self._memory: dict[Kind, list[int]] = {}
+        """By kind, what those need, ascending."""
 
     def add(self, demand: Demand) -> None:
         """A job waits."""
@@ -124,13 +157,20 @@ class WaitingJobs:
         """The first job of a model and shape was `before`, and is `after`."""
         if before == after:
             return
-        firsts = self.firsts.setdefault(shape, Line())
+        kind, memory_bytes = shape
+        firsts, memory = self.firsts.setdefault(kind, Line()), self._memory.setdefault(kind, [])
         if before is not None:
             firsts.discard(before[1])
+            del memory[bisect_left(memory, memory_bytes)]
         if after is not None:
             firsts.add(after[1], after[0])
+            insort(memory, memory_bytes)
         if not firsts:
-            del self.firsts[shape]
+            del self.firsts[kind], self._memory[kind]
+
+    def least_memory(self, kind: Kind) -> int:
+        """What the least demanding of a kind needs of each slot; some job of that kind waits."""
+        return self._memory[kind][0]
 
     def position(self, job_id: str) -> int | None:
         """How many go before this job; None when it does not wait."""

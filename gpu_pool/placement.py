@@ -42,19 +42,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class _Way(msgspec.Struct, frozen=True, kw_only=True):
     """What has to happen before there is room in one slot."""
 
-    readiness: Readiness
-    tie: float
-    """Of equally ready slots the one with the smallest goes first."""
+    slot_id: str
+    readiness: Readiness = Readiness.NOW
     workers: tuple[Worker, ...] = ()
-    """Those that have to go."""
-
-
-_OPEN = _Way(readiness=Readiness.NOW, tie=0.0)
+    """Those that have to go, the one that goes last at the end."""
+    beside: int = 0
+    """Workers that stay."""
 
 
 def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
     """How soon a worker could be gone from its slots (never NOW)."""
-    if worker.state is WorkerState.STOPPING or worker.id in ledger.reclaiming:
+    if ledger.leaves(worker.id):
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
@@ -99,29 +97,25 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
     suited = [
         slot
         for slot in ledger.slots.values()
-        if demand.accepts(slot) and slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id)
+        if slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id) and demand.accepts(slot)
     ]
     if len(suited) < demand.gpus:
         return None
-    if ledger.max_gpus is None:
-        free = [slot.id for slot in suited if not ledger.holders.get(slot.id)]
-        if len(free) >= demand.gpus:  # no need to look at the others
-            return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
+    if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
+        return plan
     degrees: dict[str, Readiness] = {}
-    ways = [(_way(demand, slot, ledger, degrees), slot.id) for slot in suited]
-    ways.sort(
-        key=lambda way: (way[0].readiness, way[1] in ledger.unusable, way[0].tie)
-    )  # stable: then in the order of the box
-    chosen = ways[: demand.gpus]
-    going = {worker.id: worker for way, _ in chosen for worker in way.workers}
+    ways = [_way(demand, slot, ledger, degrees) for slot in suited]
+    more: tuple[Worker, ...] = ()
     if demand.spec.device == "cuda" and ledger.max_gpus is not None:
         chosen, more = _within_cap(ways, demand, ledger)
-        going = {worker.id: worker for way, _ in chosen for worker in way.workers} | more
+        if len(chosen) < demand.gpus:
+            return None
+    else:
+        chosen = _soonest(ways, demand.gpus, ledger)
+    going = {worker.id: worker for way in chosen for worker in way.workers} | {worker.id: worker for worker in more}
     degrees = {name: readiness_of(worker, ledger) for name, worker in going.items()}
-    if len(chosen) < demand.gpus:
-        return None
     return Plan(
-        slots=tuple(slot_id for _, slot_id in chosen),
+        slots=tuple(way.slot_id for way in chosen),
         readiness=max(degrees.values(), default=Readiness.NOW),
         stop=tuple(name for name, degree in degrees.items() if degree is Readiness.UNUSED),
         give_back=tuple(name for name, degree in degrees.items() if degree is Readiness.SPARE),
@@ -129,35 +123,63 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
     )
 
 
+def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | None:
+    """A plan of slots that are free or about to be: mostly there are such, and the others need no closer look."""
+    free = [slot.id for slot in suited if not ledger.holders.get(slot.id)]
+    if len(free) >= demand.gpus:
+        return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
+    if ledger.max_workers_per_gpu > 1:  # it may fit beside others
+        return None
+    leaving = [slot.id for slot in suited if (held := ledger.holders.get(slot.id)) and all(map(ledger.leaves, held))]
+    if len(free) + len(leaving) < demand.gpus:
+        return None
+    leaving.sort(key=lambda slot_id: slot_id in ledger.unusable)
+    return Plan(slots=tuple([*free, *leaving][: demand.gpus]), readiness=Readiness.LEAVING)
+
+
 def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:
-    """What has to happen before the slot has room: workers go, the soonest first, until it has."""
-    held = ledger.holders.get(slot.id)
-    if not held:
-        return _OPEN
-    staying = [ledger.holder(worker_id) for worker_id in held]
+    """What has to happen before the slot has room: workers go, the soonest first, until it has.
+
+    `degrees` are those of the workers that were looked at before; they get those of others.
+    """
+    staying = [ledger.holder(worker_id) for worker_id in ledger.holders.get(slot.id, ())]
     for worker in staying:
         if worker.id not in degrees:
             degrees[worker.id] = readiness_of(worker, ledger)
     if len(staying) > 1:
-        staying.sort(key=lambda worker: (degrees[worker.id], worker.idle_since), reverse=True)
+        staying.sort(key=lambda worker: (degrees[worker.id], _tie(worker, degrees[worker.id], ledger)), reverse=True)
     going: list[Worker] = []
     while not _fits(demand, slot, staying, ledger):
         going.append(staying.pop())
-    if not going:  # beside others: rather on a slot of its own
-        return _Way(readiness=Readiness.NOW, tie=float(len(staying)))
-    last = going[-1]
-    return _Way(readiness=degrees[last.id], tie=_tie(last, degrees[last.id], ledger), workers=tuple(going))
+    if not going:
+        return _Way(slot_id=slot.id, beside=len(staying))
+    return _Way(slot_id=slot.id, readiness=degrees[going[-1].id], workers=tuple(going), beside=len(staying))
 
 
-def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> float:
-    """Of equally soon ones: what is unused for longest, what the largest job can spare, what the fewest jobs use."""
+def _soonest(ways: list[_Way], count: int, ledger: Ledger) -> list[_Way]:
+    """The first `count` by readiness; of equally ready ones by what speaks for them, then in the order of the box."""
+    if len(ways) > count:  # what speaks for the others need not be known
+        worst = sorted([way.readiness for way in ways])[count - 1]
+        ways = [way for way in ways if way.readiness <= worst]
+
+    def place(way: _Way) -> tuple[Readiness, bool, tuple[float, ...]]:
+        if way.workers:
+            return way.readiness, way.slot_id in ledger.unusable, _tie(way.workers[-1], way.readiness, ledger)
+        return way.readiness, way.slot_id in ledger.unusable, (way.beside,)  # rather a slot of its own
+
+    return sorted(ways, key=place)[:count]
+
+
+def _tie(worker: Worker, degree: Readiness, ledger: Ledger) -> tuple[float, ...]:
+    """Of equally soon ones: unused for longest, what the largest job can spare, what matters least to the fewest."""
     match degree:
         case Readiness.SPARE:
-            return float(-max(len(ledger.running[job_id].workers) for job_id in worker.jobs))
+            return (float(-max([len(ledger.running[job_id].workers) for job_id in worker.jobs])),)
         case Readiness.BUSY:
-            return float(len(worker.jobs))
+            priority = max([ledger.running[job_id].demand.priority for job_id in worker.jobs])
+            return priority, worker.spec.replica_key in ledger.changed, len(worker.jobs)
         case _:
-            return worker.idle_since
+            return (worker.idle_since,)
 
 
 def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> bool:
@@ -170,31 +192,27 @@ def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> b
     return sum(worker.memory_bytes for worker in beside) + demand.memory_bytes <= slot.memory_bytes
 
 
-def _within_cap(
-    ways: list[tuple[_Way, str]], demand: Demand, ledger: Ledger
-) -> tuple[list[tuple[_Way, str]], dict[str, Worker]]:
-    """The first slots, with no more that we do not hold yet than the cap on GPUs allows.
+def _within_cap(ways: list[_Way], demand: Demand, ledger: Ledger) -> tuple[list[_Way], tuple[Worker, ...]]:
+    """The slots that are ready soonest, with no more that we do not hold yet than the cap on GPUs allows.
 
     Where that is not enough (a job for one certain GPU), workers on other GPUs have to go too: returned beside.
     """
     fresh = max(0, (ledger.max_gpus or 0) - ledger.gpus_held())
-    ours = [way for way in ways if ledger.holders.get(way[1])]
-    others = [way for way in ways if not ledger.holders.get(way[1])]
-    chosen = sorted(
-        [*ours, *others[:fresh]], key=lambda way: (way[0].readiness, way[1] in ledger.unusable, way[0].tie)
-    )[: demand.gpus]
+    ours = [way for way in ways if ledger.holders.get(way.slot_id)]
+    others = _soonest([way for way in ways if not ledger.holders.get(way.slot_id)], len(ways), ledger)
+    chosen = _soonest([*ours, *others[:fresh]], demand.gpus, ledger)
     short = demand.gpus - len(chosen)
-    names = {slot_id for _, slot_id in chosen}
+    names = {way.slot_id for way in chosen}
     elsewhere = [worker for worker in _gone_or_live(ledger) if not names & set(worker.slots)]
     elsewhere.sort(key=lambda worker: (readiness_of(worker, ledger), worker.idle_since))
-    more: dict[str, Worker] = {}
+    more: list[Worker] = []
     while short > 0 and elsewhere:
         worker = elsewhere.pop(0)
-        more[worker.id] = worker
+        more.append(worker)
         freed = others[fresh : fresh + min(short, len(worker.slots))]
         fresh, short = fresh + len(freed), short - len(freed)
         chosen += freed
-    return chosen, more
+    return chosen, tuple(more)
 
 
 def _gone_or_live(ledger: Ledger) -> list[Worker]:

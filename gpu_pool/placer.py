@@ -3,7 +3,8 @@
 1. The first waiting job that has to wait for others to end, once it has been first for PATIENCE_SECONDS, is passed no
    more: slots are held for it as they become free, and nobody else is let onto them. So a stream of jobs on one loaded
    model cannot keep it for ever. Of a set of slots none stays idle until the last is free: as soon as one is, the jobs
-   on the others pause. They give their workers back, and go on where they were when they get new ones.
+   on the others pause. They give their workers back, and go on where they were when they get new ones. The least
+   important jobs pause, and none that is more important than the one that waits, or whose model is not there any more.
 2. Running jobs without workers get new ones, those that have waited for PATIENCE_SECONDS before all others.
 3. Waiting jobs start by rank, as many as there are evaluators; one that does not fit is passed by those behind it.
 4. Running jobs grow onto what nobody waits for.
@@ -15,16 +16,17 @@ Promises last for one pass; the next pass makes them again, unless it finds some
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.candidates import Candidates
-from gpu_pool.ledger import Ledger, Running
-from gpu_pool.order import Shape, rank, shape_of
-from gpu_pool.placement import Plan, Readiness, can_spare, find_plan, replicas_for
+from gpu_pool.ledger import Running
+from gpu_pool.moves import Moves
+from gpu_pool.order import AGEING_SECONDS, NoRoom, rank
+from gpu_pool.placement import Plan, Readiness, find_plan, replicas_for
 from gpu_pool.records import Worker, WorkerState
-from gpu_pool.transitions import WorkerEvent, advance_worker
 
 PATIENCE_SECONDS = 300.0
 """How long the first job in line is passed by others, how long a job that has paused works, once it has loaded again,
@@ -40,8 +42,8 @@ class Head(msgspec.Struct, frozen=True):
     since: float
 
 
-class Placer(Ledger):
-    """Hands out workers. What it decides is written in the ledger at once, and asked for by actions."""
+class Placer(Moves):
+    """Hands out workers."""
 
     def __init__(
         self, *, max_workers_per_gpu: int = 1, max_gpus: int | None = None, patience_s: float = PATIENCE_SECONDS
@@ -50,30 +52,26 @@ class Placer(Ledger):
         self.patience_s = patience_s
         self.heads: dict[str, Head] = {}
         """By kind of device."""
-        self._promised: set[str] = set()
-        """Slots that are promised in this pass: their workers are for nobody else."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
-        self._full: set[Shape] = set()
-        """Shapes for which no slots are free in this pass."""
+        self._full = NoRoom()
+        """Jobs for which no slots are free in this pass."""
         self._served: set[str] = set()
         """Waiting jobs that were prepared for in this pass before all others."""
         self._ready: list[str] = []
         """Evaluators that are ready and not spoken for in this pass."""
-        self._counter = 0
-        self._actions: list[ev.Action] = []
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        for marks in (self._promised, self._starved, self._full, self._served):
+        for marks in (self.promised, self._starved, self._full, self._served):
             marks.clear()
         self._ready = [name for name, job in self.evaluators.items() if job is None]
         stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
-        self._resupply([run for run in stuck if self._is_over(run.interrupted)], urgent=True)
+        self._resupply([run for run in stuck if self._is_over(run.interrupted)])
         self._serve_heads()
-        self._resupply([run for run in stuck if not self._is_over(run.interrupted)], urgent=False)
+        self._resupply([run for run in stuck if not self._is_over(run.interrupted)])
         if self._ready:
-            candidates = Candidates(self, self._promised, self._served, bonus=self.patience_s)
+            candidates = Candidates(self, self.promised, self._served, bonus=self.patience_s)
             while self._ready and (demand := candidates.next()):
                 if not self._serve(demand):
                     candidates.close()
@@ -89,39 +87,42 @@ class Placer(Ledger):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas, shape = replicas_for(demand, self, self._promised), shape_of(demand)
-        if replicas and (replicas[0].state is not WorkerState.STARTING or shape in self._full):
+        replicas = replicas_for(demand, self, self.promised)
+        if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
-        plan = find_plan(demand, self, self._promised)
+        plan = find_plan(demand, self, self.promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
-        self._full.add(shape)
+        self._full.add(demand)
         return replicas[0] if replicas else plan
 
     def _is_over(self, since: float | None) -> bool:
         """Whether patience is over with what began then."""
         return since is not None and self.now - since >= self.patience_s
 
-    def _resupply(self, runs: list[Running], *, urgent: bool) -> None:
-        """Get running jobs without workers one each, rather one that others share, or what is needed for one."""
-        hopeless: set[Shape] = set()
+    def _resupply(self, runs: list[Running]) -> None:
+        """Get running jobs without workers one each, rather one that others share, or what is needed for one.
+
+        For those that have waited for long slots are held that others must first be done with.
+        """
+        hopeless = NoRoom()
         for run in runs:
-            demand, shape = run.demand, shape_of(run.demand)
-            replicas = replicas_for(demand, self, self._promised)
+            demand = run.demand
+            replicas = replicas_for(demand, self, self.promised)
             choice = replicas[0] if replicas else None
-            if choice is None and shape not in hopeless:
-                choice = find_plan(demand, self, self._promised)
+            if choice is None and demand not in hopeless:
+                choice = find_plan(demand, self, self.promised)
             if choice is None:
-                hopeless.add(shape)
+                hopeless.add(demand)
             elif not self._take(run, choice):
                 assert isinstance(choice, Plan)
                 self._starved.add(demand.spec.device)
-                if urgent:
-                    self._hold(choice)
+                if run.interrupted is not None and self._is_over(run.interrupted):
+                    self._hold(choice, demand, run.interrupted)
                 elif choice.readiness is Readiness.BUSY or self._are_wanted(choice.stop):
-                    hopeless.add(shape)
+                    hopeless.add(demand)
                 else:
-                    self._make_room(choice)
+                    self._make_room(choice, demand)
 
     def _are_wanted(self, worker_ids: tuple[str, ...]) -> bool:
         """Whether jobs on the models of some of these workers wait, which an evaluator will soon be ready for."""
@@ -138,14 +139,14 @@ class Placer(Ledger):
                 del self.heads[device]
             elif self._ready and self._is_over(head.since):
                 self._served.add(head.job_id)
-                if not self._serve(demand, urgent=True):
+                if not self._serve(demand, passed_since=head.since):
                     del self.heads[device]
 
-    def _serve(self, demand: ev.Demand, *, urgent: bool = False) -> bool:
+    def _serve(self, demand: ev.Demand, *, passed_since: float | None = None) -> bool:
         """Start a waiting job with a ready evaluator, or make room for it and keep the evaluator for it.
 
-        False: nothing can be done for it now, nor for others alike. Only for an urgent one slots are held that others
-        must first be done with.
+        False: nothing can be done for it now, nor for others alike. Only for one that others have passed for long,
+        since then, slots are held that others must first be done with.
         """
         choice = self._first_choice(demand)
         if choice is None:
@@ -155,11 +156,11 @@ class Placer(Ledger):
             return True
         self._starved.add(demand.spec.device)
         if choice.readiness is not Readiness.BUSY:
-            self._make_room(choice)
-        elif not urgent:
+            self._make_room(choice, demand)
+        elif passed_since is None:
             self._note_head(demand)
             return False
-        elif not self._hold(choice):
+        elif not self._hold(choice, demand, passed_since):
             return True
         self._ready.pop(0)  # it will be wanted in a moment
         return True
@@ -186,7 +187,7 @@ class Placer(Ledger):
             return
         line = [(len(run.workers), run.rank, job_id) for job_id, run in self.running.items() if self._may_grow(run)]
         heapq.heapify(line)
-        hopeless: set[Shape] = set()
+        hopeless = NoRoom()
         while line:
             count, its_rank, job_id = heapq.heappop(line)
             run = self.running[job_id]
@@ -194,7 +195,7 @@ class Placer(Ledger):
             if choice is not None:
                 if not self._take(run, choice):
                     assert isinstance(choice, Plan)
-                    self._make_room(choice)
+                    self._make_room(choice, run.demand)
                 heapq.heappush(line, (count + 1, its_rank, job_id))
 
     def _anything_is_left(self) -> bool:
@@ -205,27 +206,26 @@ class Placer(Ledger):
     def _may_grow(self, run: Running) -> bool:
         return bool(run.workers) and run.may_grow and run.demand.spec.device not in self._starved
 
-    def _next_choice(self, run: Running, count: int, hopeless: set[Shape]) -> Worker | Plan | None:
+    def _next_choice(self, run: Running, count: int, hopeless: NoRoom) -> Worker | Plan | None:
         """A running job's further worker when it has or is promised `count`, or its own one instead of a shared one.
 
         Below its cap it takes unused replicas, then free slots, then the slot of an unused replica of another model. At
-        its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own.
-        Shapes in `hopeless` have found no slots in this pass; this one may join them.
+        its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own. Those
+        in `hopeless` have found no slots in this pass; this one may join them.
         """
         demand = run.demand
         sharing = all(len(self.workers[worker_id].jobs) > 1 for worker_id in run.workers)
         if count >= demand.max_replicas and (count > len(run.workers) or not sharing):
             return None
-        for worker in replicas_for(demand, self, self._promised):
+        for worker in replicas_for(demand, self, self.promised):
             if not worker.jobs and worker.id not in run.workers:
                 return worker
-        shape = shape_of(demand)
-        if shape in hopeless:
+        if demand in hopeless:
             return None
-        plan = find_plan(demand, self, self._promised, apart=run.workers)
+        plan = find_plan(demand, self, self.promised, apart=run.workers)
         if plan is None or plan.readiness > Readiness.UNUSED:
             if self.max_workers_per_gpu == 1:  # else another job may find room beside others, where this one is already
-                hopeless.add(shape)
+                hopeless.add(demand)
             return None
         if count < demand.max_replicas:
             return plan
@@ -247,94 +247,51 @@ class Placer(Ledger):
             self._trim(run)
         return True
 
-    def _make_room(self, plan: Plan) -> None:
+    def _make_room(self, plan: Plan, demand: ev.Demand) -> None:
         """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
-        self._promised.update(plan.slots)
+        self._keep(plan.slots, demand)
         for worker_id in plan.stop:
             self._stop(worker_id)
         for worker_id in plan.give_back:
             self._give_back(worker_id)
 
-    def _hold(self, plan: Plan) -> bool:
-        """Make room, and keep from others what jobs have to leave first: they end, or pause when other slots are idle.
+    def _keep(self, slot_ids: Iterable[str], demand: ev.Demand) -> None:
+        self.promised.update(dict.fromkeys(slot_ids, demand.job_id))
 
-        False: the slots would not become free together, and a job there must not pause yet, or a slot cannot be used
-        at all for now; they are left alone.
+    def _hold(self, plan: Plan, demand: ev.Demand, since: float) -> bool:
+        """Make room for a job that has waited since then, and keep from others what jobs have to leave first: they end,
+        or pause when other slots are idle. None pauses while the model of one there could not be loaded again.
+
+        False: the slots would not become free together, and a job there must not pause, or a slot cannot be used at all
+        for now; they are left alone.
         """
         busy = [self.workers[worker_id] for worker_id in plan.busy]
         if wide := next((worker for worker in busy if len(worker.slots) >= len(plan.slots)), None):
-            self._promised.update(wide.slots)  # when its jobs end there is room: nothing is gained by a pause
+            self._keep(wide.slots, demand)  # when its jobs end there is room: nothing is gained by a pause
             return True
-        if not all(self._may_pause(job_id) for worker in busy for job_id in worker.jobs):
+        weight = demand.priority + (self.now - since) / AGEING_SECONDS
+        if not all(self._may_pause(self.running[job_id], weight) for worker in busy for job_id in worker.jobs):
             return False
         if any(slot_id in self.unusable for slot_id in plan.slots):
             return False
         drained = {slot_id for worker in busy for slot_id in worker.slots}
         some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
-        self._make_room(plan)
-        self._promised.update(drained)
-        if some_are_idle:
+        all_can_load_again = not any(worker.spec.replica_key in self.changed for worker in busy)
+        self._make_room(plan, demand)
+        self._keep(drained, demand)
+        if some_are_idle and all_can_load_again:
             for worker in busy:
+                for job_id in worker.jobs:
+                    self.running[job_id].paused_for = demand.job_id
                 self._take_back(worker.id)
         return True
 
-    def _may_pause(self, job_id: str) -> bool:
-        """Not again before it has worked for a while, loading not counted."""
-        run = self.running[job_id]
-        return run.interrupted is None or self._is_over(run.working_since)
+    def _may_pause(self, run: Running, weight: float) -> bool:
+        """Not for a job of less weight, its priority and what its waiting adds to that; nor again before it has worked
+        for a while, loading not counted."""
+        return run.demand.priority <= weight and (run.interrupted is None or self._is_over(run.working_since))
 
     def _is_idle(self, slot_id: str) -> bool:
         """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""
         holders = [self.workers.get(worker_id) for worker_id in self.holders.get(slot_id, ())]
         return all(worker and not worker.jobs and worker.state is not WorkerState.STOPPING for worker in holders)
-
-    def _start_worker(self, demand: ev.Demand, slot_ids: tuple[str, ...]) -> str:
-        worker_id = self._new_id("worker")
-        memory = demand.memory_bytes if self.max_workers_per_gpu > 1 else 0
-        worker = Worker(id=worker_id, spec=demand.spec, slots=slot_ids, memory_bytes=memory, idle_since=self.now)
-        self.add_worker(worker)
-        self._do(ev.StartWorker(worker_id=worker_id, spec=demand.spec, slot_ids=slot_ids, memory_bytes=memory))
-        return worker_id
-
-    def _give_back(self, worker_id: str) -> None:
-        """Have all jobs of a worker do without it, if they can."""
-        jobs = sorted(self.workers[worker_id].jobs)
-        if not all(can_spare(worker_id, job_id, self) for job_id in jobs):
-            return  # the plan counted on two workers of a job that can spare one
-        self._take_back(worker_id)
-
-    def _take_back(self, worker_id: str) -> None:
-        """Have all jobs of a worker do without it, even if it is their last."""
-        for job_id in sorted(self.workers[worker_id].jobs):
-            run = self.running[job_id]
-            if self.workers[worker_id].state is WorkerState.STARTING:
-                self.release(run, worker_id)
-            elif worker_id not in run.returning:
-                run.returning.add(worker_id)
-                self._detach(run, worker_id, at_once=False)
-        if not self.workers[worker_id].jobs:
-            self._stop(worker_id)
-
-    def _trim(self, run: Running) -> None:
-        """Give up the most shared of a job's loaded workers while it has more than its cap."""
-        while len(run.workers) > run.demand.max_replicas:
-            busiest = max(run.workers, key=lambda worker_id: (len(self.workers[worker_id].jobs), worker_id))
-            self.release(run, busiest)
-            self._detach(run, busiest, at_once=False)
-
-    def _detach(self, run: Running, worker_id: str, *, at_once: bool, cause: str | None = None) -> None:
-        job_id, evaluator_id = run.demand.job_id, run.evaluator_id
-        self._do(ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id, at_once=at_once, cause=cause))
-
-    def _stop(self, worker_id: str) -> None:
-        worker = self.workers[worker_id]
-        if worker.state is not WorkerState.STOPPING:
-            self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
-            self._do(ev.StopWorker(worker_id=worker_id))
-
-    def _new_id(self, kind: str) -> str:
-        self._counter += 1
-        return f"{kind}-{self._counter}"
-
-    def _do(self, action: ev.Action) -> None:
-        self._actions.append(action)

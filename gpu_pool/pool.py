@@ -307,7 +307,7 @@ class Pool:
     def waiting(self, limit: int) -> list[WaitingView]:
         """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
         scheduler = self._runner.scheduler
-        known = ((job_id, self._jobs.eta_seconds(job_id)) for job_id in scheduler.running)
+        known = ((job_id, self.eta_seconds(job_id)) for job_id in scheduler.running)
         left = {job_id: seconds for job_id, seconds in known if seconds is not None}
         explained = {wait.job_id: wait for wait in explain(scheduler, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
@@ -315,8 +315,8 @@ class Pool:
         return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
 
     def eta_seconds(self, job_id: str) -> float | None:
-        """Seconds that a running job still needs, from its rate so far; None while there is no rate."""
-        return self._jobs.eta_seconds(job_id)
+        """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""
+        return self._jobs.eta_seconds(job_id, self._runner.ran_seconds(job_id))
 
     def job_dir(self, job_id: str) -> Path:
         """Folder of the job's log and, unless it names another, its results."""

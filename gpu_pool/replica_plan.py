@@ -32,16 +32,26 @@ class ReplicaPlan(Record, frozen=True, kw_only=True):
 
 
 def plan_on_gpus(
-    size: ReplicaSize | None, gpus: Collection[Gpu], *, cap: int, free_fraction: float, field: str
+    size: ReplicaSize | None,
+    gpus: Collection[Gpu],
+    *,
+    cap: int,
+    max_gpus: int | None = None,
+    free_fraction: float,
+    field: str,
 ) -> ReplicaPlan:
     """The fewest of `gpus` (all that the job may use) that hold a replica; one where sizes are not known.
 
-    `cap` is the job's `num_gpus`; `free_fraction` the share of a GPU's memory that a worker may count on.
+    `cap` is the job's `num_gpus`, `max_gpus` the most that the operator lets us hold; `free_fraction` the share of a
+    GPU's memory that a worker may count on.
 
     Raises:
-        InvalidRequest: of `num_gpus` where more are needed than that, of `field` where all together do not suffice.
+        InvalidRequest: of `num_gpus` where more are needed than that, of `field` where all that may be used together
+            do not suffice.
     """
     if size is None or not any(gpu.total_bytes for gpu in gpus):  # no GPU can be read now: it will be seen
+        if max_gpus == 0:
+            raise InvalidRequest(field, "the model needs a GPU, and no more than 0 may be held (setting max_gpus)")
         return ReplicaPlan()
     usable = usable_bytes(gpus, free_fraction)
     whole = [room for room, gpu in zip(usable, gpus, strict=True) if not gpu.is_mig]
@@ -50,6 +60,9 @@ def plan_on_gpus(
         only_one = " (a model cannot be spread over MIG instances)" if len(whole) < len(usable) else ""
         problem = f"the model needs {_need(size, 1)}, and there is room on {_have(usable)}{only_one}; {_SMALLER}"
         raise InvalidRequest(field, problem)
+    if max_gpus is not None and count > max_gpus:
+        needed = f"on each of {count} GPUs the model needs {_need(size, count)}"
+        raise InvalidRequest(field, f"{needed}, and no more than {max_gpus} may be held (setting max_gpus); {_SMALLER}")
     if count > cap:
         problem = (
             f"must be at least {count}, but is {cap}: on each of {count} GPUs the model needs {_need(size, count)}"

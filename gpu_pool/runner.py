@@ -14,6 +14,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable
+from gpu_pool.fingerprint import changed_models
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.machine_memory import machine_bytes
@@ -66,6 +67,7 @@ class Runner:
             max_workers_per_gpu=settings.max_workers_per_gpu,
             max_gpus=settings.max_gpus,
             idle_worker_s=settings.idle_worker_s or None,
+            patience_s=settings.patience_s,
         )
         self._settings = settings
         self._leases = leases
@@ -113,7 +115,11 @@ class Runner:
         await done
 
     async def look(self) -> None:
-        """Let the scheduler know what the hardware shows now."""
+        """Let the scheduler know what the hardware shows now, and the models' files where jobs may have to pause."""
+        running = list(self.scheduler.running.values())
+        if self.scheduler.heads or any(not run.workers for run in running):
+            specs, memo = [run.demand.spec for run in running], self._settings.data_dir / "fingerprints.json"
+            self.put(ev.ModelsSeen, changed=await asyncio.to_thread(changed_models, specs, memo))
         slots = await self._leases.look()
         contested = self._leases.contested() if self._settings.yield_to_foreign else frozenset[str]()
         self.put(ev.SlotsSeen, slots=slots, lost=self._leases.lost(), contested=contested)
@@ -133,6 +139,11 @@ class Runner:
             self._ending.add(job_id)
             await self.jobs.settle(job, event, error)
             self._ending.discard(job_id)
+
+    def ran_seconds(self, job_id: str) -> float | None:
+        """How long a running job has had a worker; None while it has none."""
+        run = self.scheduler.running.get(job_id)
+        return run.ran(time.monotonic()) if run and run.working_since is not None else None
 
     def background(self, work: Awaitable[Any]) -> None:
         """Run beside the loop; what goes wrong is logged."""
@@ -216,10 +227,10 @@ class Runner:
             case ev.RequeueJob(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
                     await self.jobs.requeue(job, cause, uses_retry=True)
-            case ev.RefreshModel(job_id=job_id):
+            case ev.RefreshModel(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
                     self._given.discard(job_id)
-                    self._refresh(await self.jobs.requeue(job, "the model's files changed before they were loaded"))
+                    self._refresh(await self.jobs.requeue(job, cause))
             case _:
                 assert_never(action)
 
@@ -323,7 +334,7 @@ class Runner:
                     self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.JobProgress(job_id=job_id, progress=progress):
                 before = self.jobs[job_id].progress if job_id in self.jobs else None
-                self.jobs.progressed(job_id, progress)
+                self.jobs.progressed(job_id, progress, self.ran_seconds(job_id))
                 if progress.done > (before.done if before else 0):
                     self.put(ev.JobProgressed, job_id=job_id)
             case msg.WorkerDetached(job_id=job_id, worker_id=worker_id):

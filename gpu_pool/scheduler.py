@@ -1,8 +1,8 @@
 """The scheduler: events in, actions out. It touches no process, socket, clock or file.
 
 Read it from below: `records` and `transitions` are the nouns, `order` says which job goes first, `ledger` keeps the
-books, `placement` says where a replica could live, `placer` decides who gets what, and this module writes down what
-happened.
+books, `placement` says where a replica could live, `moves` are what decisions are made of, `candidates` are the waiting
+jobs that are worth a look, `placer` decides who gets what, and this module writes down what happened.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ class Scheduler(Placer):
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.running.get(event.job_id):
             del self.running[event.job_id]
-            kind = ev.RefreshModel if event.content_changed else ev.ConcludeJob
-            self._do(kind(job_id=event.job_id))
+            if event.content_changed:
+                self._refresh(run)
+            else:
+                self._do(ev.ConcludeJob(job_id=event.job_id))
             ran = run.ran(self.now)
             self.run_seconds = ran if self.run_seconds is None else 0.9 * self.run_seconds + 0.1 * ran
             self._release_all(run)
@@ -96,6 +98,11 @@ class Scheduler(Placer):
         del self.running[run.demand.job_id]
         self._do(ev.KillEvaluator(evaluator_id=run.evaluator_id))
         self.evaluators[run.evaluator_id] = ""  # not ready, and no job's any more
+
+    def _refresh(self, run: Running) -> None:
+        """Have a job begin with what its model's files hold now: its scores are all of one content."""
+        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before they were loaded"
+        self._do(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
 
     def _release_all(self, run: Running) -> None:
         for worker_id in list(run.workers):
@@ -191,7 +198,9 @@ class Scheduler(Placer):
                 run.may_grow = False
             elif event.content_changed:
                 self._abandon(run)
-                self._do(ev.RefreshModel(job_id=job_id))
+                self._refresh(run)
+            elif run.paused_for:
+                self._end(run, "failed", f"it had paused for job {run.paused_for}, and then {event.error}")
             else:
                 self._end(run, "failed", event.error)
         self._stop(worker.id)
@@ -253,23 +262,11 @@ class Scheduler(Placer):
             elif not event.contested.isdisjoint(worker.slots) and not worker.jobs:
                 self._stop(worker.id)
 
-    def _kill(self, worker_id: str) -> None:
-        """End a worker whose GPU is lost, at once; its jobs go on elsewhere."""
-        worker = self.workers[worker_id]
-        for job_id in sorted(worker.jobs):
-            run = self.running[job_id]
-            self.release(run, worker_id)
-            if worker.state is not WorkerState.STARTING:
-                self._detach(run, worker_id, at_once=True)
-        if worker_id not in self.killed:
-            self.killed.add(worker_id)
-            if self.workers[worker_id].state is not WorkerState.STOPPING:
-                state = advance_worker(self.workers[worker_id].state, WorkerEvent.STOP)
-                self.update_worker(worker_id, state=state)
-            self._do(ev.KillWorker(worker_id=worker_id))
-
     def _on_slots_returned(self, event: ev.SlotsReturned) -> None:
         self.return_slots(event.worker_id)
+
+    def _on_models_seen(self, event: ev.ModelsSeen) -> None:
+        self.changed = event.changed
 
     # ------------------------------------------------------------------ time
 
@@ -298,5 +295,6 @@ class Scheduler(Placer):
         ev.LeaseRefused: _on_lease_refused,
         ev.SlotsSeen: _on_slots_seen,
         ev.SlotsReturned: _on_slots_returned,
+        ev.ModelsSeen: _on_models_seen,
         ev.Tick: _on_tick,
     }

@@ -76,5 +76,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """How long the memory of a worker that has ended may take to come back before its GPU is quarantined."""
     idle_worker_s: Annotated[float, Meta(ge=0)] = 3600.0
     """A worker without a job is stopped after this time, and its GPU is free for others; 0: never."""
+    patience_s: Annotated[float, Meta(gt=0)] = 300.0
+    """How long others pass a job that has to wait for several GPUs at once, before jobs pause for it, and how long
+    those work again, once they have loaded, before they may pause once more."""
     cache_max_bytes: Annotated[int, Meta(ge=1024**2)] = DEFAULT_CACHE_MAX_BYTES
     """Size of the response cache's file; what was used least recently goes first."""

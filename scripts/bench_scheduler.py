@@ -8,7 +8,8 @@ the reference does.
 The bound of a trace is a time before which no schedule could have ended it: the larger of all work, each model loaded
 once, divided by the GPUs, and of the longest job's critical path, arrivals considered (sim_traces.py). Columns are
 explained in sim_figures.py. --history lets that many short jobs, each on a model of its own, pass through our scheduler
-before: what it remembers of them must not slow it down.
+before: what it remembers of them must not slow it down. --longest-first gives every job its length as its priority,
+which no scheduler can know: how much of what the makespan is above the bound comes from not knowing it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> int:
     rows: list[Row] = []
     for gpus in arguments.gpus:
         for trace in traces(arguments, gpus):
+            trace = trace.longest_first(gpus) if arguments.longest_first else trace
             rows += compare(trace, gpus, arguments)
     if arguments.history:
         rows += history_rows(arguments)
@@ -66,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", nargs="+", type=Path, default=[], help="files that record_trace.py wrote")
     parser.add_argument("--schedulers", nargs="+", choices=[*SCHEDULERS], default=[*SCHEDULERS])
+    parser.add_argument("--longest-first", action="store_true", help="the lengths of jobs are their priorities")
     parser.add_argument("--evaluators", type=int, help="jobs that may run at once; the service's default unless given")
     parser.add_argument("--faults", type=float, default=0.0, help="deaths of workers for each GPU hour, with ours only")
     parser.add_argument("--history", type=int, default=0, help="jobs that have ended before, for decision times")

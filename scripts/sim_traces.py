@@ -54,6 +54,17 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         """GPU seconds of the job's chunks."""
         return job.chunks * job.chunk_s * self.models[job.model].gpus
 
+    def path_s(self, job: TraceJob, gpus: int, load_s: float) -> float:
+        """Seconds from its start that the job takes at least, with the box to itself."""
+        before = max(load_s, job.prepare_s) if job.chunks else job.prepare_s
+        return before + -(-job.chunks // self.replicas(job, gpus)) * job.chunk_s + job.score_s
+
+    def longest_first(self, gpus: int) -> Trace:
+        """The same with the length of each job as its priority, which no scheduler can know."""
+        lengths = {job.id: round(self.path_s(job, gpus, self.models[job.model].load_s)) for job in self.jobs}
+        jobs = tuple(msgspec.structs.replace(job, priority=lengths[job.id]) for job in self.jobs)
+        return msgspec.structs.replace(self, name=f"{self.name}, longest first", jobs=jobs)
+
     def bound_s(self, gpus: int, *, loads: bool = True) -> float:
         """No schedule can have ended all jobs before this time.
 
@@ -68,9 +79,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             model = self.models[job.model]
             load_s = model.load_s if loads and job.model not in seen else 0.0
             seen.add(job.model)
-            rounds = -(-job.chunks // self.replicas(job, gpus))
-            before = max(load_s, job.prepare_s) if job.chunks else job.prepare_s
-            paths.append(job.arrival_s + before + rounds * job.chunk_s + job.score_s)
+            paths.append(job.arrival_s + self.path_s(job, gpus, load_s))
             work.append(self.work_s(job) + (load_s * model.gpus if job.chunks else 0.0))
         bound, left = max(paths, default=0.0), 0.0
         for job, seconds in zip(reversed(self.jobs), reversed(work), strict=True):

@@ -19,6 +19,7 @@ PURE_NAMES = (
     "ledger",
     "placement",
     "candidates",
+    "moves",
     "placer",
     "explain",
     "scheduler",

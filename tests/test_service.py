@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from evalpool_server import ROOT, run_server
-from service import PATIENCE_SECONDS, Service, await_end, write_tasks
+from service import PATIENCE_SECONDS, Service, await_end, until, write_tasks
 
 from server.client import EvalError, JobFailed
 
@@ -107,6 +108,36 @@ def test_a_worker_that_hangs_is_killed_when_its_job_is_cancelled(box: Service, t
     assert worker["worker_id"] not in following["progress"]["workers"]
 
 
+# ---------------------------------------------------------------- limits of time
+
+
+def test_a_job_that_runs_for_longer_than_it_may_fails_and_its_worker_stays_warm(box: Service, tiny_model: Path):
+    box.finished(box.submit(tiny_model, "quick_choice", limit=4))
+    before = box.worker_pids()
+    job_id = box.submit(tiny_model, "long_story", limit=ENDLESS, timeout_s=3)
+    job = box.ended(job_id)
+    assert (job["status"], job["error"]) == ("failed", "it ran for longer than its timeout_s of 3 s")
+    assert box.client.events(job_id)["events"][-1]["cause"] == job["error"]
+    following = box.finished(box.submit(tiny_model, "quick_choice", limit=4))
+    assert set(following["progress"]["workers"]) <= set(before)
+    assert box.worker_pids() == before
+
+
+def test_waiting_in_the_queue_is_not_counted_as_run(box: Service, tiny_model: Path):
+    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]  # all evaluators
+    for job_id in running:
+        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    queued = box.submit(tiny_model, "long_story", limit=ENDLESS, timeout_s=1)
+    created = datetime.fromisoformat(box.job(queued)["created_at"])
+    until(lambda: datetime.now(UTC) > created + timedelta(seconds=2), "it has waited for longer than it may run")
+    assert box.job(queued)["status"] == "queued"
+    box.client.cancel_job(running[0])
+    job = box.ended(queued)
+    assert job["error"] == "it ran for longer than its timeout_s of 1 s"
+    started, ended = (datetime.fromisoformat(job[name]) for name in ("started_at", "completed_at"))
+    assert ended - started > timedelta(seconds=1)
+
+
 # ---------------------------------------------------------------- lost processes
 
 
@@ -146,6 +177,17 @@ def test_a_job_on_two_workers(box: Service, tiny_model: Path):
     assert len(served) == 2
     assert min(served.values()) > 0
     assert sum(served.values()) == 200
+
+
+def test_a_job_on_two_workers_gives_one_back_to_a_job_that_waits(box: Service, tiny_model: Path):
+    large = box.submit(tiny_model, "long_story", limit=ENDLESS, num_gpus=2)
+    box.job_once(large, lambda job: job["progress"] and len(job["progress"]["workers"]) == 2, "two workers answer")
+    before = {worker["worker_id"] for worker in box.workers_of(large)}
+    other = box.submit(tiny_model, "quick_choice", limit=4, model_args={"max_length": 2000})
+    assert box.finished(other)["progress"]["workers"].keys().isdisjoint(before)
+    job = box.job(large)
+    assert (job["status"], job["attempt"]) == ("running", 1)
+    until(lambda: len(box.workers_of(large)) == 2, "it grows again onto what nobody needs")
 
 
 def test_three_jobs_overlap(box: Service, tiny_model: Path):

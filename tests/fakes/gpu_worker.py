@@ -1,6 +1,7 @@
 """A worker on a GPU of the fake NVML library, which shows it there; its answers are the fake worker's.
 
-It owes its answers for as long as there is a file beside the library's state with ".hold" at the end of its name.
+It owes its answers for as long as there is a file beside the library's state with ".hold" at the end of its name. With
+COMPUTES in the environment, workers on one GPU compute in truth, on the CPU, and only those on several are fakes.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from fake_worker import Chunk, FakeWorker, answer
+from msgspec.structs import replace
 
 from gpu_pool import messages as msg
 from gpu_pool.child import enter_child
 from gpu_pool.worker import entry
 
+COMPUTES = "FAKE_GPUS_COMPUTE"
 USED_MIB = 20480
 """On each of its GPUs."""
 POLL_SECONDS = 0.01
@@ -26,10 +29,13 @@ POLL_SECONDS = 0.01
 
 def gpu_worker_main(connection: Connection, start: msg.WorkerStart, parent_pid: int) -> NoReturn:
     """Stands in for `worker_main`, on a CPU too. Its description says which GPUs CUDA would have."""
+    gpus = [_number(name) for name in start.visible_devices.split(",") if name]
+    _occupy(gpus)
+    if len(gpus) == 1 and COMPUTES in os.environ:
+        on_cpu = replace(start, spec=replace(start.spec, device="cpu"), visible_devices="")
+        entry.worker_main(connection, on_cpu, parent_pid)
     enter_child(parent_pid, start.log_path)
     visible = entry._environment(start)["CUDA_VISIBLE_DEVICES"]
-    gpus = [_number(name) for name in visible.split(",") if name]
-    _occupy(gpus)
     FakeWorker(start.worker_id, Path(start.socket_path), _answer)
     description = f"CUDA_VISIBLE_DEVICES={visible}"
     memory_bytes = len(gpus) * USED_MIB << 20

@@ -10,8 +10,8 @@ import pytest
 
 from gpu_pool import fingerprint
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.fingerprint import fingerprint_model
-from gpu_pool.records import ModelArgs
+from gpu_pool.fingerprint import changed_models, fingerprint_model
+from gpu_pool.records import ModelArgs, ModelSpec
 
 
 @pytest.fixture
@@ -233,3 +233,23 @@ def test_a_file_that_never_rests_is_refused(model: Path, memo: Path, monkeypatch
     monkeypatch.setattr(fingerprint, "_read_digest", read_then_grow)
     with pytest.raises(InvalidRequest, match="being written"):
         fingerprint_model(args(model), memo)
+
+
+@pytest.mark.usefixtures("files_settle_at_once")
+def test_changed_models_are_found_without_reading(tmp_path: Path, memo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: dict[str, ModelSpec] = {}
+    for name in ("same", "touched", "gone", "overwritten"):
+        folder = make_model(tmp_path / name)
+        (folder / "config.json").write_text(f'{{"name": "{name}"}}')
+        digest = fingerprint_model(args(folder), memo)
+        specs[name] = ModelSpec(kind="hf", args=args(folder), fingerprint=digest)
+    hub = ModelArgs(pretrained="someone/model", revision="abc")
+    specs["hub"] = ModelSpec(kind="hf", args=hub, fingerprint=fingerprint_model(hub, memo))
+    monkeypatch.setattr(fingerprint, "_read_digest", lambda path: pytest.fail(f"{path} is read"))
+    assert changed_models(specs.values(), memo) == frozenset()
+    os.utime(tmp_path / "touched" / "config.json", ns=(1, 1))
+    (tmp_path / "gone" / "tokenizer.json").unlink()
+    (tmp_path / "overwritten" / "model.safetensors").write_bytes(b"\2" * 4096)
+    assert changed_models(specs.values(), memo) == {
+        specs[name].replica_key for name in ("touched", "gone", "overwritten")
+    }

@@ -16,23 +16,46 @@ from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
 
 
+def progress(done: int, *, by: int) -> Progress:
+    """So many of 10 requests are done, so many of them by a worker."""
+    return Progress(tasks={"t": TaskProgress(done=done, total=10)}, workers={"w": by} if by else {})
+
+
 async def test_an_estimate_is_for_running_jobs_only(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "jobs.sqlite")
     jobs = LiveJobs(store, {})
     evaluation = Evaluation(model="hf", tasks=("t",))
     job = jobs["j"] = Job(id="j", evaluation=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
-    assert jobs.eta_seconds("j") is None
+    assert jobs.eta_seconds("j", 0.0) is None
     running = await jobs.start(job)
-    for done in (1, 2):
-        jobs.progressed("j", Progress(tasks={"t": TaskProgress(done=done, total=4)}))
-    assert (jobs.eta_seconds("j") or 0) > 0
+    jobs.progressed("j", progress(1, by=1), 5.0)
+    assert jobs.eta_seconds("j", 6.0) is None
+    jobs.progressed("j", progress(3, by=3), 7.0)
+    assert jobs.eta_seconds("j", 8.0) == 7 * 3.0 / 2
     jobs["j"] = msgspec.structs.replace(jobs["j"], state=JobState.COMPLETED)  # durable, not yet let go
-    assert jobs.eta_seconds("j") is None
+    assert jobs.eta_seconds("j", 8.0) is None
     jobs["j"] = running
     await jobs.settle(running, JobEvent.COMPLETE)
     assert "j" not in jobs
     assert jobs.ended == {JobState.COMPLETED: 1}
+    await store.close()
+
+
+async def test_an_estimate_counts_neither_loading_nor_answers_from_the_cache_nor_pauses(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "jobs.sqlite")
+    jobs = LiveJobs(store, {})
+    job = jobs["j"] = Job(
+        id="j", evaluation=Evaluation(model="hf", tasks=("t",)), request={}, created_at=datetime.now(UTC)
+    )
+    await store.add(job)
+    await jobs.start(job)
+    jobs.progressed("j", progress(4, by=0), 0.5)  # from the cache, while the model loads
+    jobs.progressed("j", progress(5, by=1), 20.5)
+    jobs.progressed("j", progress(7, by=3), 24.5)
+    assert jobs.eta_seconds("j", None) is None  # it pauses
+    jobs.progressed("j", progress(8, by=4), None)  # what had been on its way
+    assert jobs.eta_seconds("j", 26.5) == 2 * 6.0 / 3
     await store.close()
 
 

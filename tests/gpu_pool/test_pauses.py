@@ -5,6 +5,8 @@ from __future__ import annotations
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
+from gpu_pool.explain import explain
+from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
 
 GPU = {name: spec(name, "cuda") for name in "abcde"}
@@ -115,6 +117,10 @@ def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patien
     box.do(ev.EvaluatorDied, evaluator_id=ready, cause="x")
     box.submit("large too", spec=GPU["e"], gpus=2)
     assert not box.of(ev.StopWorker, box.do(ev.JobEnded, job_id="large"))
+    assert [(wait.job_id, wait.starts_in) for wait in explain(box.scheduler, {}, 1)] == [
+        ("b", None),
+        ("large too", 0.0),
+    ]
     box.now += PATIENCE_SECONDS
     assert [stop.worker_id for stop in box.of(ev.StopWorker, box.do(ev.Tick))] == [start.worker_id]
 
@@ -170,3 +176,85 @@ def test_nobody_pauses_for_slots_that_cannot_be_used() -> None:
     assert not box.of(ev.Detach)
     box.see({})
     assert [detach.job_id for detach in box.of(ev.Detach)] == ["b"]
+
+
+def test_the_least_important_job_pauses() -> None:
+    box = Box(slots=0, gpus=3, evaluators=5)
+    for job_id, model, priority in [("important", "a", 1), ("usual", "b", 0), ("short", "c", 0)]:
+        box.submit(job_id, spec=GPU[model], priority=priority)
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+    box.submit("large", spec=GPU["e"], gpus=2, priority=1)
+    later(box, PATIENCE_SECONDS)
+    box.end("short")
+    assert [detach.job_id for detach in box.of(ev.Detach)] == ["usual"]
+
+
+def test_a_more_important_job_does_not_pause_until_waiting_outweighs_it() -> None:
+    box = Box(slots=0, gpus=2, evaluators=5)
+    for job_id, model, priority in [("short", "a", 0), ("important", "b", 1)]:
+        box.submit(job_id, spec=GPU[model], priority=priority)
+        box.load(box.of(ev.StartWorker)[-1].worker_id)
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("short")
+    assert not box.of(ev.Detach, later(box, AGEING_SECONDS - PATIENCE_SECONDS - 1))
+    assert [detach.job_id for detach in box.of(ev.Detach, later(box, 1))] == ["important"]
+
+
+def test_rather_a_job_pauses_whose_model_can_be_loaded_again() -> None:
+    box, _ = box_with_small_jobs(3, evaluators=5)
+    box.do(ev.ModelsSeen, changed=frozenset({GPU["a"].replica_key}))
+    box.submit("large", spec=GPU["d"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("c")
+    assert [detach.job_id for detach in box.of(ev.Detach)] == ["b"]
+
+
+def test_a_job_whose_model_could_not_be_loaded_again_is_waited_for() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=5)
+    box.do(ev.ModelsSeen, changed=frozenset({GPU["b"].replica_key}))
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("a")
+    later(box, 10 * PATIENCE_SECONDS)
+    assert not box.of(ev.Detach)
+    box.submit("small", spec=GPU["b"])
+    box.gone(workers[0])
+    assert "small" in box.scheduler.waiting  # the GPUs are kept
+    box.end("b")
+    (start,) = box.of(ev.StartWorker, box.gone(workers[1]))
+    assert start.spec == GPU["e"]
+
+
+def pause(box: Box, workers: list[str]) -> str:
+    """Let job b pause for a large one on two GPUs, and that one end; the worker that b gets then."""
+    box.submit("large", spec=GPU["e"], gpus=2)
+    later(box, PATIENCE_SECONDS)
+    box.end("a")
+    box.gone(workers[0])
+    (start,) = box.of(ev.StartWorker, give_back(box, box.of(ev.Detach)[0]))
+    box.load(start.worker_id)
+    [paused] = [wait for wait in explain(box.scheduler, {}, 10) if wait.job_id == "b"]
+    assert paused.reason.startswith("It has paused for job large. 0 of the 2 GPUs")
+    box.end("large")
+    (again,) = box.of(ev.StartWorker, box.gone(start.worker_id))
+    assert again.spec == GPU["b"]
+    return again.worker_id
+
+
+def test_a_job_whose_model_vanishes_while_it_pauses_fails_and_says_so() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=4)
+    again = pause(box, workers)
+    box.do(ev.WorkerLoadFailed, worker_id=again, error="/b cannot be served: it is not there")
+    assert (
+        box.scheduler.ending["b"].error == "it had paused for job large, and then /b cannot be served: it is not there"
+    )
+
+
+def test_a_job_whose_model_is_overwritten_while_it_pauses_begins_anew_and_says_so() -> None:
+    box, workers = box_with_small_jobs(2, evaluators=4)
+    again = pause(box, workers)
+    actions = box.do(ev.WorkerLoadFailed, worker_id=again, error="changed", content_changed=True)
+    (refresh,) = box.of(ev.RefreshModel, actions)
+    assert (refresh.job_id, refresh.cause) == ("b", "the model's files changed while it paused for job large")
+    assert "b" not in box.scheduler.running

@@ -106,6 +106,21 @@ def test_small_models_share_a_gpu_within_its_memory_where_that_is_allowed() -> N
         assert len(box.of(ev.StartWorker)) == expected
 
 
+def test_a_job_that_fits_is_not_held_up_by_one_that_needs_a_little_more() -> None:
+    box = box_of(1, max_workers_per_gpu=2)
+    run_on(box, "j", "a", memory_bytes=35)  # of 80
+    assert not box.of(ev.StartWorker, box.submit("large", spec=GPU["b"], memory_bytes=46))
+    assert box.of(ev.StartWorker, box.submit("small", spec=GPU["c"], memory_bytes=45))
+    assert list(box.scheduler.waiting) == ["large"]
+
+
+def test_a_job_whose_memory_is_not_known_does_not_hold_up_one_that_fits_beside_another() -> None:
+    box = box_of(1, max_workers_per_gpu=2)
+    run_on(box, "j", "a", memory_bytes=35)
+    assert not box.of(ev.StartWorker, box.submit("unknown", spec=GPU["b"]))
+    assert box.of(ev.StartWorker, box.submit("small", spec=GPU["c"], memory_bytes=45))
+
+
 def test_a_refusal_names_the_gpu_once() -> None:
     box = box_of(1)
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))

@@ -43,8 +43,8 @@ def gpus(*total: float, free: float | None = None) -> list[Gpu]:
     ]
 
 
-def plan(needed: ReplicaSize | None, box: list[Gpu], cap: int = 1) -> ReplicaPlan:
-    return plan_on_gpus(needed, box, cap=cap, free_fraction=0.9, field="model_args.pretrained")
+def plan(needed: ReplicaSize | None, box: list[Gpu], cap: int = 1, max_gpus: int | None = None) -> ReplicaPlan:
+    return plan_on_gpus(needed, box, cap=cap, max_gpus=max_gpus, free_fraction=0.9, field="model_args.pretrained")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,18 @@ def test_more_than_num_gpus_is_refused_with_the_numbers() -> None:
     with pytest.raises(InvalidRequest, match=words + ".* 8 GPUs of 74.7") as refused:
         plan(size(141), gpus(*[83] * 8))
     assert refused.value.field == "num_gpus"
+
+
+@pytest.mark.parametrize("cap", [1, 2])
+def test_more_than_may_be_held_is_refused_whatever_num_gpus_is(cap: int) -> None:
+    """Raising `num_gpus` would not help. (A job that was admitted may find a smaller `max_gpus` after a restart.)"""
+    assert plan(size(141), gpus(*[83] * 8), cap=2, max_gpus=2).gpus == 2
+    words = r"on each of 2 GPUs the model needs 72.5 GiB .* no more than 1 may be held \(setting max_gpus\); .*bfloat16"
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        plan(size(141), gpus(*[83] * 8), cap=cap, max_gpus=1)
+    assert refused.value.field == "model_args.pretrained"
+    with pytest.raises(InvalidRequest, match=r"no more than 0 may be held"):
+        plan(None, gpus(80), max_gpus=0)
 
 
 def test_more_than_all_is_refused_with_the_numbers() -> None:

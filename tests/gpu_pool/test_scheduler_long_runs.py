@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
+from gpu_pool.placement import Readiness, find_plan, replicas_for
 from gpu_pool.records import WorkerState
 
 
@@ -38,7 +39,7 @@ class LongRun(RuleBasedStateMachine):
     @rule(
         model=st.sampled_from("def"),
         gpus=st.integers(1, 2),
-        memory=st.sampled_from([0, 30, 50]),
+        memory=st.sampled_from([0, 30, 49, 50, 51]),
         priority=st.integers(-2, 2),
         timeout=st.sampled_from([None, 30.0]),
         slot=st.sampled_from([None, None, "GPU-2"]),
@@ -145,6 +146,16 @@ class LongRun(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         self.box.scheduler.check()
+
+    @invariant()
+    def nothing_that_fits_waits(self) -> None:
+        scheduler = self.box.scheduler
+        for demand in scheduler.waiting.values() if scheduler._ready else ():
+            assert all(
+                worker.state is WorkerState.STARTING for worker in replicas_for(demand, scheduler, scheduler.promised)
+            )
+            plan = find_plan(demand, scheduler, scheduler.promised)
+            assert plan is None or plan.readiness is not Readiness.NOW
 
     def teardown(self) -> None:
         """A world that behaves from here on brings every job to its end."""

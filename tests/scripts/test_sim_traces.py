@@ -54,6 +54,13 @@ def test_a_trace_that_cannot_be_run_is_refused(wrong: dict[str, object], said: s
         make_trace("t", MODELS, [job("a", **wrong)]).check(2)
 
 
+def test_longest_first_makes_lengths_priorities_and_changes_nothing_else() -> None:
+    trace = make_trace("t", [TraceModel(name="m", load_s=5.0)], [job("short", chunks=3), job("long", chunks=30)])
+    longest = trace.longest_first(2)
+    assert {each.id: each.priority for each in longest.jobs} == {"short": 11, "long": 65}
+    assert longest.bound_s(2) == trace.bound_s(2)
+
+
 def test_a_file_gives_the_trace_back(tmp_path: Path) -> None:
     trace = random_trace("checkpoints", 30, 8)
     file = tmp_path / "t.jsonl"

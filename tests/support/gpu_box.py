@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from evalpool_server import run_server
 from fake_nvml import FakeNvml
+from gpu_worker import COMPUTES
 from service import Json, Service, until, write_tasks
 
 from server.client import EvalError
@@ -75,13 +78,31 @@ class GpuBox(Service):
 
 
 @contextmanager
-def gpu_box(folder: Path, nvml: FakeNvml, *settings: str) -> Generator[GpuBox]:
-    """A server with its data in `folder` on the GPUs that `nvml` shows; `settings` are lines of its TOML file."""
+def gpu_box(
+    folder: Path, nvml: FakeNvml, *settings: str, evaluators: int = 1, computes: bool = False
+) -> Generator[GpuBox]:
+    """A server with its data in `folder` on the GPUs that `nvml` shows; `settings` are lines of its TOML file.
+
+    Whether workers on one GPU compute in truth: `computes`.
+    """
     folder.mkdir(exist_ok=True)
     config = folder / "evalpool.toml"
-    config.write_text("\n".join(("evaluators = 1", "cpu_workers = 1", *settings)))
+    config.write_text("\n".join((f"evaluators = {evaluators}", "cpu_workers = 1", *settings)))
     arguments = ("--config", config, "--include-path", write_tasks(folder / "tasks"))
     with pytest.MonkeyPatch.context() as patch:
         nvml.install(patch)
-        with run_server(folder / "data", *arguments, program=PROGRAM) as server, GpuBox(server) as box:
+        variables = {COMPUTES: "1"} if computes else {}
+        with (
+            run_server(folder / "data", *arguments, program=PROGRAM, variables=variables) as server,
+            GpuBox(server) as box,
+        ):
             yield box
+
+
+def with_weights(model: Path, folder: Path, gib: int) -> Path:
+    """The model with a header that says it has so many GiB more."""
+    shutil.copytree(model, folder)
+    tensor = {"dtype": "F32", "shape": [gib, 1024, 1024, 256], "data_offsets": [0, 0]}
+    header = json.dumps({"model.layers.0.mlp.gate_proj.weight": tensor}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder

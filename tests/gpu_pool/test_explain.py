@@ -1,0 +1,91 @@
+"""When jobs are said to start: in the order in which they will, or not at all where that cannot be said."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_box import Box, spec
+
+from gpu_pool import events as ev
+from gpu_pool.explain import explain
+from gpu_pool.placer import PATIENCE_SECONDS
+
+GPU = {name: spec(name, "cuda") for name in "abcd"}
+LOAD_S = 5.0
+
+
+def box_of(gpus: int, **options: object) -> Box:
+    return Box(slots=0, gpus=gpus, evaluators=6, **options)
+
+
+def run_on(box: Box, job_id: str, model: str, **fields: object) -> str:
+    """Submit a job that gets a new worker, and load that."""
+    (start,) = box.of(ev.StartWorker, box.submit(job_id, spec=GPU[model], **fields))
+    box.now += LOAD_S
+    box.load(start.worker_id)
+    return start.worker_id
+
+
+def end(box: Box, worker: str, job_id: str) -> None:
+    box.end(job_id)
+    if worker in box.scheduler.workers:
+        box.gone(worker)
+
+
+def starts(box: Box, **seconds_left: float) -> dict[str, float | None]:
+    return {wait.job_id: wait.starts_in for wait in explain(box.scheduler, seconds_left, 10)}
+
+
+def test_a_job_that_would_share_a_replica_waits_for_the_one_that_its_gpu_is_kept_for() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a")
+    box.submit("head", spec=GPU["b"])
+    box.now += PATIENCE_SECONDS
+    box.do(ev.Tick)
+    box.submit("k", spec=GPU["a"])
+    assert starts(box, j=42.0) == {"head": 42.0, "k": None}
+    box.scheduler.run_seconds, box.scheduler.load_seconds[GPU["b"].replica_key] = 50.0, 7.0
+    assert starts(box, j=42.0) == {"head": 42.0, "k": 99.0}
+    [_, k] = explain(box.scheduler, {}, 10)
+    assert k.reason.endswith("Kept for others: GPU 0 (job head).")
+
+
+def test_jobs_behind_a_set_that_takes_an_idle_gpu_are_not_said_to_start_now() -> None:
+    box = box_of(2)
+    worker = run_on(box, "short", "a")
+    run_on(box, "important", "b", priority=5)
+    box.submit("large", spec=GPU["c"], gpus=2, priority=5)
+    box.now += PATIENCE_SECONDS
+    box.do(ev.Tick)
+    end(box, worker, "short")
+    box.submit("small", spec=GPU["d"])
+    box.scheduler.run_seconds = 50.0
+    assert starts(box, important=30.0) == {"large": 0.0, "small": 50.0}
+
+
+def test_free_gpus_above_the_cap_are_not_counted() -> None:
+    box = box_of(3, max_gpus=1)
+    box.scheduler.run_seconds = 50.0
+    run_on(box, "j", "a")
+    box.submit("k", spec=GPU["b"])
+    box.submit("elsewhere", spec=GPU["c"], slot_id="GPU-2")
+    assert starts(box, j=42.0) == {"k": 42.0, "elsewhere": None}
+
+
+def test_an_evaluator_that_starts_is_waited_for_a_moment() -> None:
+    box = Box(slots=0, gpus=1, evaluators=1)
+    (evaluator,) = box.scheduler.evaluators
+    box.do(ev.EvaluatorDied, evaluator_id=evaluator, cause="x")
+    box.submit("j", spec=GPU["a"])
+    assert starts(box) == {"j": 0.0}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_estimates_follow_one_another_on_one_gpu(known: bool) -> None:
+    box = box_of(1)
+    run_on(box, "j", "a")
+    if known:
+        box.scheduler.run_seconds = 50.0
+    for job_id, model in [("k", "b"), ("l", "c")]:
+        box.submit(job_id, spec=GPU[model])
+    assert starts(box, j=42.0) == {"k": 42.0, "l": 92.0 if known else None}
+    assert starts(box) == {"k": None, "l": None}
