@@ -85,6 +85,7 @@ def with_scattered_offspring(connection: Connection, folder: str, parent_pid: in
         subprocess.Popen(sleep, process_group=0).pid,
         subprocess.Popen(sleep, process_group=0, env={"PATH": os.environ["PATH"]}).pid,
         subprocess.Popen(sleep, start_new_session=True).pid,
+        subprocess.Popen(sleep, start_new_session=True, env={"PATH": os.environ["PATH"]}).pid,
     ]
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=2).pid)"
     pids.append(int(subprocess.check_output([sys.executable, "-c", orphan])))
