@@ -76,7 +76,8 @@ class Service:
         progress = self._running(job_id)["progress"]
         if not progress or progress["phase"] != "evaluating":
             return []
-        return [worker for worker in self.client.workers()["workers"] if job_id in worker["jobs"]]
+        workers = self.client.workers()["workers"]
+        return [worker for worker in workers if worker["state"] == "busy" and job_id in worker["jobs"]]
 
     def answered(self, job_id: str) -> int:
         """Requests that workers have answered in its running attempt. Raises RuntimeError when it has ended."""
