@@ -21,8 +21,6 @@ from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.messages import Message, Shutdown
 from gpu_pool.offspring import SWEEP_SECONDS, end_all, mark_process, marked
 
-DRAIN_SECONDS = 0.5
-"""How long a dead child's pipe is read on: a forked grandchild may hold it open for ever."""
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
 
@@ -94,9 +92,8 @@ class Child(Generic[Received]):
         await self._dead.wait()
         self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
         await self._end_offspring()
-        await asyncio.wait([reading], timeout=DRAIN_SECONDS)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        self._channel.end_input()
+        await reading
         self._channel.close()
         self._process.join()
         cause = self.why or describe_exit(self._process.exitcode)
@@ -119,6 +116,9 @@ class Child(Generic[Received]):
         except (OversizeFrame, msgspec.DecodeError) as error:
             logger.error("%s sent nonsense and is killed: %s", self.name, error)
             self.kill()
+        except Exception as error:  # nobody would hear the child any more
+            logger.exception("what %s says cannot be handled, and it is killed", self.name)
+            self.kill(f"what it said could not be handled: {error!r}")
 
     def _signal_group(self) -> None:
         for end in (lambda: os.killpg(self.pid, signal.SIGKILL), lambda: os.kill(self.pid, signal.SIGKILL)):
