@@ -69,7 +69,8 @@ def test_a_server_that_ends_while_the_database_is_locked(serve: Serve, tiny_mode
         before.answering(running)
         with locked(data_dir / "jobs.sqlite"):
             before.server.stop()  # asserts the exit status, the time and that no process is left
-        assert "running jobs are left as they are: another process has it locked" in before.log()
+        database = data_dir / "jobs.sqlite"
+        assert f"running jobs are left as they are: another process has {database} locked" in before.log()
     with Service(serve(*flags, data_dir=data_dir)) as after:
         job = after.finished(running)
         assert (job["attempt"], job["retries"], job["progress"]["done"]) == (2, 0, 400)
@@ -84,7 +85,7 @@ def test_a_full_disk(serve: Serve, tiny_model: Path, tmp_path: Path, small_disk:
         with ThreadPoolExecutor() as thread:  # what the first job writes may still fit
             large = thread.submit(submit_large, service, tiny_model)
             health = until(lambda: degraded(service), "the disk is full")
-            assert "its disk is full" in health
+            assert f"the disk of {small_disk} is full; make room there" in health
             (small_disk / "ballast").unlink()
         service.finished(first)
         service.finished(large.result())
