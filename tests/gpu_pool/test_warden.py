@@ -24,6 +24,7 @@ from gpu_pool import warden as warden_module
 from gpu_pool.offspring import VARIABLE, marked
 from gpu_pool.warden import Warden
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120  # a bound for a loaded machine, not an expectation
 SERVER = """
 import asyncio, subprocess, sys
@@ -45,6 +46,19 @@ async def main():
 
 if __name__ == "__main__":
     asyncio.run(main())
+"""
+
+START_AND_CLOSE = """
+import asyncio, sys
+from pathlib import Path
+from gpu_pool.warden import Warden
+
+async def main():
+    warden = Warden(Path(sys.argv[1]))
+    await warden.start()
+    warden.close()
+
+asyncio.run(main())
 """
 
 
@@ -199,6 +213,17 @@ async def test_a_program_that_had_a_server_in_it_starts_what_it_likes(
             await pass_by(tmp_path)
         assert "are ended" not in caplog.text
         assert later.poll() is None
+
+
+@pytest.mark.parametrize(("mounted", "warns"), [([], True), (["--mount-proc"], False)])
+def test_a_warden_that_cannot_know_processes_is_announced(tmp_path: Path, mounted: list[str], warns: bool) -> None:
+    unshare = ["unshare", "--pid", "--fork", *mounted]
+    if subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("namespaces may not be made here")
+    command = [*unshare, sys.executable, "-c", START_AND_CLOSE, tmp_path]
+    ran = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ("/proc is not that of this server's process namespace" in ran.stderr) == warns
 
 
 async def test_a_full_disk_keeps_the_record_not_the_server_from_starting(
