@@ -35,7 +35,10 @@ from gpu_pool.cache import cache_path
 from gpu_pool.claim_owners import is_alive
 from server.client import EvalClient
 
-POLL_SECONDS = 0.005  # a question costs the server about a millisecond, on a machine that computes beside it
+POLL_SECONDS = 0.005
+"""Between two looks at what is measured in milliseconds: each costs the server about one."""
+SELDOM_SECONDS = 0.1
+"""Between two looks where seconds are waited for, on the processors that do the work."""
 PATIENCE_SECONDS = 300.0
 
 Json = dict[str, Any]
@@ -68,7 +71,7 @@ class Service:
     def submit(self, **options: Any) -> str:
         """A job's id, once a worker computes it."""
         job_id = self.client.evaluate(**self._job, **options)["job_id"]
-        self.until(lambda: self.computing(job_id))
+        self.until(lambda: self.computing(job_id), SELDOM_SECONDS)
         return job_id
 
     def computing(self, job_id: str) -> list[Json]:
@@ -103,13 +106,13 @@ class Service:
             query = "SELECT (SELECT count(*) FROM responses), (SELECT count(*) FROM claims)"
             return cache.execute(query).fetchone()
 
-    def until(self, look: Callable[[], object]) -> None:
-        """Return when it is true. Raises TimeoutError."""
+    def until(self, look: Callable[[], object], interval: float = POLL_SECONDS) -> None:
+        """Return when it is true, looking every so many seconds. Raises TimeoutError."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not look():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nothing happened for {PATIENCE_SECONDS:g} s")
-            time.sleep(POLL_SECONDS)
+            time.sleep(interval)
 
     def cancel(self, job_id: str) -> None:
         """Return when the job is cancelled."""
@@ -195,11 +198,11 @@ def crash(service: Service) -> Crash:
     """Of the server, in the middle of a job that nothing in the cache answers."""
     service.client.prune_cache(older_than_days=0)
     job_id = service.submit()
-    service.until(lambda: service.answered(job_id))
+    service.until(lambda: service.answered(job_id), SELDOM_SECONDS)
     durable, in_flight = service.kill()
     started = time.perf_counter()
     service.restart()
-    service.until(lambda: service.answered(job_id))
+    service.until(lambda: service.answered(job_id), SELDOM_SECONDS)
     seconds = time.perf_counter() - started
     job = service.client.wait_for_job(job_id, verbose=False)
     return Crash(seconds, durable, in_flight, recomputed=durable + in_flight - job["progress"]["cached"])

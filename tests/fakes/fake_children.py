@@ -80,8 +80,8 @@ def with_an_escaped_grandchild(connection: Connection, folder: str, parent_pid: 
     """Start what holds the pipe open and takes care not to be found; report its pid, and die."""
     enter_child(parent_pid, Path(folder) / "child.log")
     no_limit = ("prlimit", "--rttime=unlimited", "sleep", "1000")
-    options = {"start_new_session": True, "env": {"PATH": os.environ["PATH"]}}
-    escaped = subprocess.Popen(no_limit, pass_fds=[connection.fileno()], **options)
+    environment = {"PATH": os.environ["PATH"]}
+    escaped = subprocess.Popen(no_limit, pass_fds=[connection.fileno()], start_new_session=True, env=environment)
     while "sleep" not in Path(f"/proc/{escaped.pid}/cmdline").read_text().partition("\0")[0]:
         time.sleep(0.01)
     connection.send_bytes(encode(Dropped(job_id=str(escaped.pid))))
