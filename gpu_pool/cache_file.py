@@ -31,6 +31,7 @@ IMPATIENCE_S = 0.05
 SECONDS_A_DAY = 86_400
 _CORRUPT = (11, 26)  # SQLITE_CORRUPT, SQLITE_NOTADB
 _BUSY = (5, 6)  # SQLITE_BUSY, SQLITE_LOCKED
+_FULL = (13,)  # SQLITE_FULL
 
 _VERSION = 2
 _TABLES = (
@@ -132,7 +133,7 @@ class CacheFile:
     def _on_trouble(self, kind: Kind, error: Exception) -> None:
         """A line in the log, once; a corrupt file is moved aside."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        trouble = f"The response cache could not be {kind}: {error}"
+        trouble = f"The response cache {self.path} could not be {kind}{_advice(code)}: {error}"
         if trouble != self._trouble:
             _log.warning("%s", trouble)
         self._trouble = trouble
@@ -153,6 +154,12 @@ class CacheFile:
                 if file.exists():
                     file.rename(f"{aside}{suffix}")
             _log.warning("The response cache is corrupt: moved to %s, starting an empty one", aside)
+
+
+def _advice(code: int) -> str:
+    if code in _BUSY:
+        return " while another process has it locked"
+    return " until there is room on its disk" if code in _FULL else ""
 
 
 def prepare(connection: sqlite3.Connection) -> None:

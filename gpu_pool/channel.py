@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -57,6 +58,12 @@ class Channel(Generic[Received]):
             except (asyncio.IncompleteReadError, ConnectionResetError, BrokenPipeError):
                 return
             yield self._decode(payload)
+
+    def end_input(self) -> None:
+        """The other end is dead: `messages` ends after what it has sent, whoever else may hold that end open."""
+        sock: socket.socket = self._writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it is closed on both sides
+            sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Close the pipe; what is queued may be lost."""

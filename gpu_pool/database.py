@@ -43,6 +43,7 @@ class Database:
 
     def __init__(self, engine: sa.Engine, claim: IO[str] | None) -> None:
         self._engine = engine
+        self._file = sqlite_file(engine.url)
         self._claim = claim
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
         self._giving_up = asyncio.Event()
@@ -100,7 +101,7 @@ class Database:
                 try:
                     return await loop.run_in_executor(self._thread, run, work)
                 except Exception as error:
-                    reason = trouble(error)
+                    reason = trouble(error, self._file)
                     if reason is None:
                         raise
                     if ticket not in self._troubled:

@@ -22,16 +22,17 @@ CONNECT_WAIT_SECONDS = 5
 READS = "reads"
 """Execution option of a connection that only reads: it needs no write lock."""
 
+_LOCKED = "another process has {file} locked; end what holds it, such as a backup or a shell"
 _SQLITE_TROUBLE = {
-    sqlite3.SQLITE_BUSY: "another process has it locked",
-    sqlite3.SQLITE_LOCKED: "another process has it locked",
-    sqlite3.SQLITE_FULL: "its disk is full",
-    sqlite3.SQLITE_IOERR: "its disk cannot be read or written",
-    sqlite3.SQLITE_CANTOPEN: "its file cannot be opened",
-    sqlite3.SQLITE_READONLY: "its file cannot be written",
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_FULL: "the disk of {folder} is full; make room there",
+    sqlite3.SQLITE_IOERR: "the disk of {folder} cannot be read or written; look into the system's log",
+    sqlite3.SQLITE_CANTOPEN: "{file} cannot be opened; look whether it is there, and whose it is",
+    sqlite3.SQLITE_READONLY: "{file} cannot be written; look whose it is, and how its disk is mounted",
 }
 _POSTGRES_TROUBLE = {
-    "53100": "its disk is full",
+    "53100": "the disk of the database server is full; make room there",
     "55P03": "another process has it locked",
     "57P01": "it was shut down",
     "57P02": "it was shut down",
@@ -71,12 +72,16 @@ def make_engine(url: sa.URL) -> sa.Engine:
     return _engine(url.set(query=query))
 
 
-def trouble(error: BaseException) -> str | None:
-    """Why the database cannot be used now, in words; None when the error is no such trouble but a mistake."""
+def trouble(error: BaseException, file: Path | None) -> str | None:
+    """Why the database cannot be used now and what helps; None when the error is no such trouble but a mistake.
+
+    `file` is that of a SQLite database.
+    """
     original = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(original, sqlite3.Error):
-        code: int | None = getattr(original, "sqlite_errorcode", None)
-        return None if code is None else _SQLITE_TROUBLE.get(code & 0xFF)  # the lower byte is the primary code
+        code: int = getattr(original, "sqlite_errorcode", 0) & 0xFF  # the lower byte is the primary code
+        what = _SQLITE_TROUBLE.get(code)
+        return what and what.format(file=file, folder=file and file.parent)
     if type(original).__module__.partition(".")[0] != "psycopg":
         return None
     state: str | None = getattr(original, "sqlstate", None)

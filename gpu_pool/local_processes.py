@@ -58,7 +58,7 @@ class LocalProcesses:
             cache_max_bytes=settings.cache_max_bytes,
             runs_jobs=runs_jobs,
         )
-        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator, self._warden)
+        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator, self._warden.mark)
 
     async def worker(self, worker_id: str, spec: ModelSpec, slots: list[Slot], memory_bytes: int) -> WorkerChild:
         """A worker in these slots, that may take `memory_bytes` of each (0: all). Raises OSError, as above."""
@@ -75,7 +75,7 @@ class LocalProcesses:
             threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
             allow_remote_code=settings.allow_remote_code,
         )
-        return await spawn(worker_id, worker_main, start, msg.decode_from_worker, self._warden)
+        return await spawn(worker_id, worker_main, start, msg.decode_from_worker, self._warden.mark)
 
     def address(self, worker_id: str) -> str:
         """Where the worker listens for evaluators."""

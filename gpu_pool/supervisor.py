@@ -19,11 +19,8 @@ import msgspec
 from gpu_pool.channel import Channel, OversizeFrame, Received
 from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.messages import Message, Shutdown
-from gpu_pool.offspring import SWEEP_SECONDS, end_all, marked
-from gpu_pool.warden import Warden
+from gpu_pool.offspring import SWEEP_SECONDS, end_all, mark_process, marked
 
-DRAIN_SECONDS = 0.5
-"""How long a dead child's pipe is read on: a forked grandchild may hold it open for ever."""
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
 
@@ -34,9 +31,7 @@ _spawn = multiprocessing.get_context("spawn")
 class Child(Generic[Received]):
     """One spawned process that leads its own process group, and the server's end of its control pipe."""
 
-    def __init__(
-        self, name: str, process: Any, channel: Channel[Received], mark: str, warden: Warden | None = None
-    ) -> None:
+    def __init__(self, name: str, process: Any, channel: Channel[Received], mark: str) -> None:
         """`mark` is that of all that the process starts."""
         self.name = name
         self.pid: int = process.pid
@@ -49,7 +44,6 @@ class Child(Generic[Received]):
         self._process = process
         self._channel = channel
         self._mark = mark
-        self._warden = warden
         self._dead = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -98,12 +92,9 @@ class Child(Generic[Received]):
         await self._dead.wait()
         self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
         await self._end_offspring()
-        await asyncio.wait([reading], timeout=DRAIN_SECONDS)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        self._channel.end_input()
+        await reading
         self._channel.close()
-        if self._warden:
-            self._warden.forget(self.pid)
         self._process.join()
         cause = self.why or describe_exit(self._process.exitcode)
         self._process.close()
@@ -112,7 +103,7 @@ class Child(Generic[Received]):
 
     async def _end_offspring(self) -> None:
         """What left the group too: it may hold the pipe, or memory of a GPU."""
-        sweep = in_daemon_thread(partial(end_all, self._mark, {self.pid}), "sweep")
+        sweep = in_daemon_thread(partial(end_all, self._mark), "sweep")
         _, unfinished = await asyncio.wait([sweep], timeout=SWEEP_SECONDS)
         if unfinished:
             logger.warning("processes that %s may have started cannot be looked for now", self.name)
@@ -125,6 +116,9 @@ class Child(Generic[Received]):
         except (OversizeFrame, msgspec.DecodeError) as error:
             logger.error("%s sent nonsense and is killed: %s", self.name, error)
             self.kill()
+        except Exception as error:  # nobody would hear the child any more
+            logger.exception("what %s says cannot be handled, and it is killed", self.name)
+            self.kill(f"what it said could not be handled: {error!r}")
 
     def _signal_group(self) -> None:
         for end in (lambda: os.killpg(self.pid, signal.SIGKILL), lambda: os.kill(self.pid, signal.SIGKILL)):
@@ -139,22 +133,21 @@ async def spawn(
     target: Callable[[Connection, Any, int], None],
     start: Any,
     decode: Callable[[bytes], Received],
-    warden: Warden | None = None,
+    server_mark: str = "",
 ) -> Child[Received]:
-    """Start `target(connection, start, parent_pid)` in a new interpreter, with `warden` to end what it leaves behind.
+    """Start `target(connection, start, parent_pid)` in a new interpreter; `server_mark` is on all that it starts.
 
     Must run on the main thread's loop: the kernel ends the child with the *thread* that started it.
     """
     ours, theirs = _spawn.Pipe(duplex=True)
     process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
-    mark = f"{warden.mark if warden else uuid.uuid4().hex}/{uuid.uuid4().hex}"
+    mark = f"{server_mark or uuid.uuid4().hex}/{uuid.uuid4().hex}"
     resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
     with marked(mark):
         process.start()
-    if warden:
-        warden.watch(process.pid or 0)
+    mark_process(process.pid or 0, mark)
     theirs.close()  # or its death would never show as the end of the pipe
-    return Child(name, process, await Channel[Received].over(ours, decode), mark, warden)
+    return Child(name, process, await Channel[Received].over(ours, decode), mark)
 
 
 def describe_exit(exitcode: int | None) -> str:

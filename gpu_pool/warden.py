@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from gpu_pool.daemon_thread import in_daemon_thread
-from gpu_pool.offspring import SWEEP_SECONDS, VARIABLE, end_all
+from gpu_pool.offspring import SWEEP_SECONDS, VARIABLE, end_all, proc_is_ours
 
 RESTART_SECONDS = 1.0
 """Before another one is started in the place of one that ended."""
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Warden:
-    """The server's side: starts the process, tells it of children, replaces it. `start` it, use it, `close` it."""
+    """The server's side: starts the process, and replaces it where it ends. `start` it, use its mark, `close` it."""
 
     def __init__(self, data_dir: Path) -> None:
         self.mark = uuid.uuid4().hex
@@ -42,26 +42,20 @@ class Warden:
         self._recorded = False
         self._mark_before = ""
         """Of what this process starts, when no server runs in it."""
-        self._children: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._restart: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """End what the last server on this data folder has left, and watch over what this one will start."""
         self._mark_before = os.environ.get(VARIABLE, "")
+        if not proc_is_ours():
+            logger.warning(
+                "/proc is not that of this server's process namespace (mount it anew, as unshare --mount-proc does): "
+                "what children start outlives them"
+            )
         await self._end_left()
         self._write_record()
         self._start()
-
-    def watch(self, pid: int) -> None:
-        """A child runs now, and leads a session, or will."""
-        self._children.add(pid)
-        self._tell(f"+{pid}\n")
-
-    def forget(self, pid: int) -> None:
-        """The child has ended, and all that it started; its number is about to be free again."""
-        self._children.discard(pid)
-        self._tell(f"-{pid}\n")
 
     def close(self) -> None:
         """No child runs any more; what this process starts from now on is none of the server's."""
@@ -129,11 +123,8 @@ class Warden:
             logger.warning("no process can be started that would outlive the server: %s", error)
             self._start_later()
             return
-        assert process.stdin is not None
-        os.set_blocking(process.stdin.fileno(), False)  # nothing in the server waits for it
         self._process, self._descriptor = process, descriptor
         asyncio.get_running_loop().add_reader(self._descriptor, self._on_end, process)
-        self._tell("".join(f"+{pid}\n" for pid in self._children))
 
     def _on_end(self, process: subprocess.Popen[bytes]) -> None:
         self._let_go(process)
@@ -150,15 +141,6 @@ class Warden:
         assert process.stdin is not None
         process.stdin.close()
 
-    def _tell(self, lines: str) -> None:
-        if self._process and self._process.stdin:
-            try:
-                os.write(self._process.stdin.fileno(), lines.encode())
-            except BlockingIOError:
-                self._process.kill()  # it is stopped: the next one is told of all children that there are then
-            except OSError:
-                pass  # it has ended: likewise
-
 
 def _pidfd(process: subprocess.Popen[bytes]) -> int:
     """Of a warden that has just been started. Raises OSError when there is none; then the warden is gone too."""
@@ -171,14 +153,11 @@ def _pidfd(process: subprocess.Popen[bytes]) -> int:
 
 
 def main(mark: str) -> None:
-    """Read "+pid" and "-pid" of the server's children until the server is gone; then end what is left of them."""
+    """Wait until the server is gone; then end what is left of its children and what they have started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with the server, not before
-    sessions: set[int] = set()
-    for line in sys.stdin:
-        change = sessions.add if line[0] == "+" else sessions.discard
-        change(int(line[1:]))
-    end_all(mark, sessions)
+    sys.stdin.read()
+    end_all(mark)
 
 
 if __name__ == "__main__":

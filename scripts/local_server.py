@@ -43,19 +43,33 @@ def evalpool_command(data_dir: Path, *arguments: object, program: Sequence[objec
 @contextlib.contextmanager
 def running(command: Sequence[object], log: Path, *, keep: bool = False) -> Generator[Started]:
     """The server that `start` starts; ended afterwards unless all went well and it is to be kept."""
-    server = start(command, log)
-    kept = False
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # it takes its server along
+    with exit_on_sigterm():
+        server = start(command, log)
+        kept = False
+        try:
+            yield server
+            kept = keep
+        finally:
+            if kept:
+                print(f"The server goes on as process {server.process.pid}; end it with: kill {server.process.pid}")
+            else:
+                stop(server.process)
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Generator[None]:
+    """Let SIGTERM raise SystemExit, so that this script takes along what it has started."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        yield server
-        kept = keep
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        if kept:
-            print(f"The server goes on as process {server.process.pid}; end it with: kill {server.process.pid}")
-        else:
-            server.process.terminate()
-            server.process.wait(STOP_SECONDS)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server politely. Raises subprocess.TimeoutExpired."""
+    process.terminate()
+    process.wait(STOP_SECONDS)
 
 
 def start(

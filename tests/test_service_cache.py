@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from evalpool_server import Serve, run_server
-from service import Json, Service, write_tasks
+from service import Gate, Json, Service, write_tasks
 
 from gpu_pool.lasting import RELATIVE_TOLERANCE, differences, lasting_results, sample_differences
 
@@ -92,23 +92,25 @@ def test_the_other_job_takes_over_what_a_killed_evaluator_had(box: Service, tiny
 # ---------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize(("deterministic", "documents"), [(True, 24), (False, 160)])
+@pytest.mark.parametrize(("deterministic", "documents"), [(True, 12), (False, 40)])
 def test_a_job_resumed_with_fewer_workers(
     serve: Serve, tiny_model: Path, tmp_path: Path, deterministic: bool, documents: int
 ):
-    tasks, data_dir = write_tasks(tmp_path / "tasks"), tmp_path / "data"
+    folder, data_dir = write_tasks(tmp_path / "tasks"), tmp_path / "data"
+    gate = Gate(folder)
+    tasks = ("long_story", "quick_choice", "gated_choice")
     options = {"limit": documents, "deterministic": deterministic, "num_gpus": 2}
-    with Service(serve("--cpu-workers", 2, "--include-path", tasks, data_dir=data_dir)) as before:
-        job = before.submit(tiny_model, "long_story", "quick_choice", use_cache=True, **options)
+    with Service(serve("--cpu-workers", 2, "--include-path", folder, data_dir=data_dir)) as before:
+        job = before.submit(tiny_model, *tasks, use_cache=True, **options)
         before.answering(job)
         before.server.kill()
-    with Service(serve("--cpu-workers", 1, "--include-path", tasks, data_dir=data_dir)) as after:
+    gate.open()
+    with Service(serve("--cpu-workers", 1, "--include-path", folder, data_dir=data_dir)) as after:
         resumed = after.finished(job)
         assert resumed["attempt"] == 2
         assert resumed["progress"]["cached"] > 0
+        assert computed([resumed]) > 0
         assert resumed["progress"]["cached"] + computed([resumed]) == resumed["progress"]["total"]
-        quiet = after.finished(
-            after.submit(tiny_model, "long_story", "quick_choice", use_cache=False, **options | {"num_gpus": 1})
-        )
+        quiet = after.finished(after.submit(tiny_model, *tasks, use_cache=False, **options | {"num_gpus": 1}))
         assert computed([quiet]) == quiet["progress"]["total"]
     check_same(resumed, quiet, 0.0 if deterministic else RELATIVE_TOLERANCE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from evalpool_server import Serve, failing_serve
 from postgres_server import PostgresServer
-from service import Service, until, write_tasks
+from service import Gate, Service, until, write_tasks
 from small_disk import mounted
 
 from server.client import EvalError
@@ -47,19 +47,22 @@ def test_jobs_on_postgresql_survive_a_crash(
 
 
 def test_a_job_that_ends_while_the_database_is_locked(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
-    with Service(serve("--include-path", write_tasks(tmp_path / "tasks"), "--cpu-workers", 1)) as service:
-        running = service.submit(tiny_model, "long_story", limit=12)
-        service.job_once(running, lambda job: job["status"] == "running", "it runs")  # its end is seconds away
-        with locked(service.server.data_dir / "jobs.sqlite"):
+    gate = Gate(tmp_path / "tasks")
+    with Service(serve("--include-path", tmp_path / "tasks", "--cpu-workers", 1)) as service:
+        running = service.submit(tiny_model, "gated_choice", limit=12)
+        service.job_once(running, lambda job: job["status"] == "running", "it runs")
+        database = service.server.data_dir / "jobs.sqlite"
+        with locked(database):
+            gate.open()
             health = until(lambda: degraded(service), "the job's end waits to be written")
-            assert "another process has it locked" in health
+            assert f"another process has {database} locked" in health
             assert service.job(running)["status"] == "running"
             with pytest.raises(EvalError, match="Nothing was changed") as caught:
                 service.client.cancel_job(running)
             assert caught.value.response.status_code == 503
         job = service.finished(running)
         assert service.client.is_healthy()
-        assert (job["attempt"], job["progress"]["done"]) == (1, 12)
+        assert (job["attempt"], job["progress"]["done"]) == (1, 24)
 
 
 def test_a_server_that_ends_while_the_database_is_locked(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
@@ -69,7 +72,8 @@ def test_a_server_that_ends_while_the_database_is_locked(serve: Serve, tiny_mode
         before.answering(running)
         with locked(data_dir / "jobs.sqlite"):
             before.server.stop()  # asserts the exit status, the time and that no process is left
-        assert "running jobs are left as they are: another process has it locked" in before.log()
+        database = data_dir / "jobs.sqlite"
+        assert f"running jobs are left as they are: another process has {database} locked" in before.log()
     with Service(serve(*flags, data_dir=data_dir)) as after:
         job = after.finished(running)
         assert (job["attempt"], job["retries"], job["progress"]["done"]) == (2, 0, 400)
@@ -84,7 +88,7 @@ def test_a_full_disk(serve: Serve, tiny_model: Path, tmp_path: Path, small_disk:
         with ThreadPoolExecutor() as thread:  # what the first job writes may still fit
             large = thread.submit(submit_large, service, tiny_model)
             health = until(lambda: degraded(service), "the disk is full")
-            assert "its disk is full" in health
+            assert f"the disk of {small_disk} is full; make room there" in health
             (small_disk / "ballast").unlink()
         service.finished(first)
         service.finished(large.result())

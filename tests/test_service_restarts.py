@@ -21,7 +21,7 @@ def tell(document):
             os.getpid(),
             subprocess.Popen(["sleep", "1000"]).pid,
             subprocess.Popen(["sleep", "1000"], start_new_session=True).pid,
-            subprocess.Popen(["sleep", "1000"], process_group=0, env={"PATH": os.environ["PATH"]}).pid,
+            subprocess.Popen(["sleep", "1000"], start_new_session=True, env={"PATH": os.environ["PATH"]}).pid,
             os.fork(),
         ]
         while not pids[-1]:

@@ -69,7 +69,7 @@ class Dispatcher:
     def submit(self, units: Sequence[Unit]) -> None:
         """Queue units, equal beginnings side by side; those of a kind go on where those before them ended."""
         with self._changed:
-            for kind, some in _by_kind(units).items():
+            for kind, some in _by_kind(self._suspects.recall(units)).items():
                 options = some[0].options
                 line = self._lines.setdefault(kind, Line(kind, options.max_gen_toks if options else 0))
                 line.add(some)
@@ -157,7 +157,7 @@ class Dispatcher:
         """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
         died_in = {chunk_id for chunk_id in link.in_flight if link.has_died and chunk_id in link.begun}
         if self.shared is not None:
-            self.shared.give_up([unit for chunk in self._unsuspected(link, died_in) for unit in chunk.units])
+            self.shared.give_up(self._free(link, died_in))
         with self._changed:
             causes = self._take_back(link, died_in)
             self._changed.notify_all()
@@ -171,16 +171,19 @@ class Dispatcher:
         if link.then:
             link.then()
 
-    def _unsuspected(self, link: Link, died_in: Set[int]) -> list[Chunk | Suspect]:
-        """Of what a worker held: what other jobs may compute.
+    def _free(self, link: Link, died_in: Set[int]) -> list[Unit]:
+        """What other jobs may compute now that this worker is gone.
 
-        Suspects stay ours, or what is known of them would be lost, while they kill more workers.
+        Suspects stay ours while we have another worker to ask, or others would lose theirs to find out the same.
         """
-        return [
-            chunk
-            for chunk_id, chunk in link.in_flight.items()
-            if self._closed or (chunk_id not in died_in and not isinstance(chunk, Suspect))
-        ]
+        with self._changed:
+            link.gone = True
+            keeps_suspects = not self._closed and not all(other.gone for other in self._links.values())
+            free = [] if keeps_suspects else self._suspects.waiting
+        for chunk_id, chunk in link.in_flight.items():
+            if not keeps_suspects or (chunk_id not in died_in and not isinstance(chunk, Suspect)):
+                free += chunk.units
+        return free
 
     def _take_back(self, link: Link, died_in: Set[int]) -> list[Unit]:
         """Put what a worker held where it is asked next; returns the units that are known to be the cause."""

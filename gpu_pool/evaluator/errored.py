@@ -42,13 +42,15 @@ class Errored:
         """The scores of tasks and groups with METRIC; `subtasks` are tasks and groups directly below a group."""
         by_task = self.by_task
 
-        def count(name: str) -> int:
-            return by_task.get(name, 0) + sum(map(count, subtasks.get(name, ())))
+        def below(name: str) -> set[str]:
+            """It, and all that it consists of, once however many ways lead there."""
+            return {name}.union(*map(below, subtasks.get(name, ())))
 
-        return {
-            name: {**values, METRIC: errored} if (errored := count(name)) else dict(values)
-            for name, values in metrics.items()
-        }
+        shown: dict[str, dict[str, Any]] = {}
+        for name, values in metrics.items():
+            errored = sum(by_task.get(task, 0) for task in below(name))
+            shown[name] = {**values, METRIC: errored} if errored else dict(values)
+        return shown
 
     def too_many(self, total: int, *, is_final: bool) -> str | None:
         """Why the job must fail, if that is certain; `is_final`: it has `total` requests, and not more."""

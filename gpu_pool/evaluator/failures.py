@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from gpu_pool.errors import PoolError
@@ -24,8 +25,15 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, PoolError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = without_secrets(text)
+    text = without_secrets(text) + _advice(error)
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def _advice(error: BaseException) -> str:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    where = "there" if error.filename else "for the data folder, the output folder and HF_HOME"
+    return f"; make room {where} and submit the job again"
 
 
 def without_secrets(text: str) -> str:

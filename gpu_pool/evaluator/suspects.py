@@ -31,6 +31,10 @@ class Suspect:
         """Some of the units are answered elsewhere; these are not."""
         self.units = units
 
+    def part(self, units: Sequence[Unit]) -> Suspect:
+        """Some of the units, suspected by themselves: a single one of nothing yet, several of one death at most."""
+        return Suspect(units, min(self.deaths, MOST_DEATHS - 1) if len(units) > 1 else 0)
+
     @property
     def kind(self) -> str:
         """Of all its units."""
@@ -42,6 +46,8 @@ class Suspects:
 
     def __init__(self) -> None:
         self._waiting: deque[Suspect] = deque()
+        self._known: dict[Unit, Suspect] = {}
+        """What each unit that ever was suspected belonged to last."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -50,9 +56,26 @@ class Suspects:
         """The next one."""
         return self._waiting.popleft() if self._waiting else None
 
+    @property
+    def waiting(self) -> list[Unit]:
+        """The units of all that wait."""
+        return [unit for suspect in self._waiting for unit in suspect.units]
+
     def put_back(self, suspect: Suspect) -> None:
         """Nothing was found out about it: it is asked next."""
         self._waiting.appendleft(suspect)
+        self._known.update(dict.fromkeys(suspect.units, suspect))
+
+    def recall(self, units: Sequence[Unit]) -> list[Unit]:
+        """Returns those of the units that were never suspected. The others, which other jobs were to answer and did
+        not, wait again as what is known of them has it, or jobs would take turns in losing workers on them."""
+        before: dict[Suspect, list[Unit]] = {}
+        for unit in units:
+            if suspect := self._known.get(unit):
+                before.setdefault(suspect, []).append(unit)
+        for suspect, some in before.items():
+            self.put_back(suspect if set(some) == set(suspect.units) else suspect.part(some))
+        return [unit for unit in units if unit not in self._known]
 
     def died(self, suspect: Suspect) -> Unit | None:
         """A worker died while it computed these; returns the unit that is the cause, once that is certain."""
@@ -60,18 +83,17 @@ class Suspects:
         if suspect.deaths < MOST_DEATHS:
             self.put_back(suspect)
             return None
-        return self._convict(suspect, deaths=MOST_DEATHS - 1)
+        return self.failed(suspect)
 
     def failed(self, suspect: Suspect) -> Unit | None:
-        """A worker could not compute these, and lives; returns the unit that is the cause, once that is certain."""
-        return self._convict(suspect, deaths=suspect.deaths)
+        """A worker could not compute these, and lives; returns the unit that is the cause, once that is certain.
 
-    def _convict(self, suspect: Suspect, deaths: int) -> Unit | None:
-        """The only unit, or None and the halves wait, each suspected of so many `deaths` if it is of several units."""
+        That is the only unit; of several the halves wait.
+        """
         units = suspect.units
         if len(units) == 1:
             return units[0]
         middle = len(units) // 2
         for half in (units[middle:], units[:middle]):
-            self.put_back(Suspect(half, deaths if len(half) > 1 else 0))
+            self.put_back(suspect.part(half))
         return None

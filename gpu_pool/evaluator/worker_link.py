@@ -56,6 +56,8 @@ class Link(threading.Thread):
         self.hung_up = False
         self.leaving = False
         """It is asked for no more chunks."""
+        self.gone = False
+        """Its thread is about to end."""
         self.then: Callable[[], None] | None = None
         """Called when it is used no more."""
         self.cause: str | None = None

@@ -69,7 +69,8 @@ def test_no_room_for_results(box: Box, output: Path):
     with full(output):
         job = box.service.ended(box.submit(output_dir=str(output)))
         assert job["status"] == "failed"
-        assert "No space left on device" in job["error"]
+        assert f"No space left on device: '{output}/" in job["error"]
+        assert "make room there" in job["error"]
         assert [path for path in output.rglob("*") if path.is_file()] == [output / "filler"]
     box.completed(box.submit(output_dir=str(output)))
 
@@ -86,7 +87,7 @@ def test_no_room_for_the_data_folder(box: Box, disk: Path, quiet: Outcome):
         with pytest.raises(EvalError) as refused:
             box.service.submit(box.model, "chaos_choice", limit=1)
         assert refused.value.response.status_code == 503
-        assert "full" in refused.value.detail
+        assert f"the disk of {box.data_dir} is full; make room there" in refused.value.detail
         assert not box.service.client.is_healthy()
     job = box.service.ended(job_id)
     if job["status"] == "failed":

@@ -76,6 +76,18 @@ def with_grandchild(connection: Connection, folder: str, parent_pid: int) -> Non
     os._exit(3)
 
 
+def with_an_escaped_grandchild(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Start what holds the pipe open and takes care not to be found; report its pid, and die."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    no_limit = ("prlimit", "--rttime=unlimited", "sleep", "1000")
+    environment = {"PATH": os.environ["PATH"]}
+    escaped = subprocess.Popen(no_limit, pass_fds=[connection.fileno()], start_new_session=True, env=environment)
+    while "sleep" not in Path(f"/proc/{escaped.pid}/cmdline").read_text().partition("\0")[0]:
+        time.sleep(0.01)
+    connection.send_bytes(encode(Dropped(job_id=str(escaped.pid))))
+    os._exit(3)
+
+
 def with_scattered_offspring(connection: Connection, folder: str, parent_pid: int) -> None:
     """Start what would live for ever, in all the ways of getting away; report the pids, and die when told to."""
     enter_child(parent_pid, Path(folder) / "child.log")
@@ -85,6 +97,7 @@ def with_scattered_offspring(connection: Connection, folder: str, parent_pid: in
         subprocess.Popen(sleep, process_group=0).pid,
         subprocess.Popen(sleep, process_group=0, env={"PATH": os.environ["PATH"]}).pid,
         subprocess.Popen(sleep, start_new_session=True).pid,
+        subprocess.Popen(sleep, start_new_session=True, env={"PATH": os.environ["PATH"]}).pid,
     ]
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=2).pid)"
     pids.append(int(subprocess.check_output([sys.executable, "-c", orphan])))

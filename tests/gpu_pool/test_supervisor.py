@@ -108,6 +108,46 @@ async def test_a_grandchild_that_holds_the_pipe_dies_with_its_parent(tmp_path: P
     assert ends(grandchild)
 
 
+async def test_a_pipe_that_somebody_else_holds_open_ends_with_the_child(tmp_path: Path) -> None:
+    watched = await start(fake_children.with_an_escaped_grandchild, tmp_path)
+    assert await watched.child.gone == "exit code 3"
+    os.kill(int(watched.said.get_nowait()), signal.SIGKILL)
+
+
+async def test_a_death_is_told_when_all_that_was_said_before_is_handled(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def on_message(message: FromWorker) -> None:
+        await asyncio.sleep(1)  # as on a slow database
+        order.append("message")
+
+    async def on_death(cause: str) -> None:
+        order.append("death")
+
+    child = await spawn("child", fake_children.last_words, str(tmp_path), decode_from_worker)
+    await child.watch(on_message, on_death)
+    assert order == ["message", "death"]
+
+
+async def test_a_child_whose_messages_cannot_be_handled_is_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody would hear it any more."""
+    causes: list[str] = []
+
+    async def on_message(message: FromWorker) -> None:
+        raise KeyError("a defect")
+
+    async def on_death(cause: str) -> None:
+        causes.append(cause)
+
+    child = await spawn("child", fake_children.busy, str(tmp_path), decode_from_worker)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await child.watch(on_message, on_death)
+    assert causes == ["what it said could not be handled: KeyError('a defect')"]
+    assert "a defect" in caplog.text
+
+
 async def test_whatever_a_child_has_started_dies_with_it(tmp_path: Path) -> None:
     bystander = await start(fake_children.echo, tmp_path / "bystander")
     watched = await start(fake_children.with_scattered_offspring, tmp_path)

@@ -24,6 +24,7 @@ from gpu_pool import warden as warden_module
 from gpu_pool.offspring import VARIABLE, marked
 from gpu_pool.warden import Warden
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120  # a bound for a loaded machine, not an expectation
 SERVER = """
 import asyncio, subprocess, sys
@@ -38,13 +39,26 @@ async def main():
     folder = Path({folder!r})
     warden = Warden(folder)
     await warden.start()
-    child = await spawn("child", fake_children.with_scattered_offspring, str(folder), decode_from_worker, warden)
+    child = await spawn("child", fake_children.with_scattered_offspring, str(folder), decode_from_worker, warden.mark)
     async def on_message(message): print(warden._process.pid, child.pid, message.job_id, flush=True)
     async def on_death(cause): pass
     await child.watch(on_message, on_death)
 
 if __name__ == "__main__":
     asyncio.run(main())
+"""
+
+START_AND_CLOSE = """
+import asyncio, sys
+from pathlib import Path
+from gpu_pool.warden import Warden
+
+async def main():
+    warden = Warden(Path(sys.argv[1]))
+    await warden.start()
+    warden.close()
+
+asyncio.run(main())
 """
 
 
@@ -132,10 +146,8 @@ def test_all_that_children_started_ends_with_the_server(tmp_path: Path) -> None:
 
 
 async def test_the_next_server_ends_what_no_warden_was_left_for(tmp_path: Path) -> None:
-    """All but what shares neither mark nor anything else with us: of that only the warden knew."""
     with running(tmp_path) as all_of_them:
-        _, _, without_mark, *_ = all_of_them.offspring
-        left = watched([pid for pid in all_of_them.offspring if pid != without_mark])
+        left = watched(all_of_them.offspring)
         all_of_them.kill(all_of_them.warden)
         await pass_by(Path(shutil.copytree(tmp_path, tmp_path.with_name("copy"))))
         assert select.select(left, [], [], 0)[0] == []
@@ -153,22 +165,6 @@ async def test_a_warden_that_ends_is_replaced(tmp_path: Path, caplog: pytest.Log
     assert "another one is started" in caplog.text
     warden.close()
     warden.close()
-
-
-async def test_a_warden_that_is_stopped_is_replaced_by_one_that_knows_the_children(tmp_path: Path) -> None:
-    warden = Warden(tmp_path)
-    await warden.start()
-    first = warden._process
-    assert first is not None
-    first.send_signal(signal.SIGSTOP)
-    with sleeping(start_new_session=True) as child:
-        warden.watch(child.pid)
-        for _ in range(10_000):  # more than its pipe holds; nobody has this number
-            warden.watch(2**30)
-            warden.forget(2**30)
-        await replaced(warden, first)
-        warden.close()
-        assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
 
 
 async def test_a_warden_that_cannot_be_watched_ends_nothing_and_is_replaced(
@@ -217,6 +213,17 @@ async def test_a_program_that_had_a_server_in_it_starts_what_it_likes(
             await pass_by(tmp_path)
         assert "are ended" not in caplog.text
         assert later.poll() is None
+
+
+@pytest.mark.parametrize(("mounted", "warns"), [([], True), (["--mount-proc"], False)])
+def test_a_warden_that_cannot_know_processes_is_announced(tmp_path: Path, mounted: list[str], warns: bool) -> None:
+    unshare = ["unshare", "--pid", "--fork", *mounted]
+    if subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("namespaces may not be made here")
+    command = [*unshare, sys.executable, "-c", START_AND_CLOSE, tmp_path]
+    ran = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ("/proc is not that of this server's process namespace" in ran.stderr) == warns
 
 
 async def test_a_full_disk_keeps_the_record_not_the_server_from_starting(

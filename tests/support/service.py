@@ -65,6 +65,46 @@ def write_task_files(folder: Path, bodies: Mapping[str, str], documents: int) ->
     return folder
 
 
+GATED = """
+from pathlib import Path
+
+gate = Path(__file__).with_name("gate")
+
+class Ask:
+    def __call__(self, document):
+        if " 7 " in document["question"]:
+            try:
+                gate.read_bytes()  # a named pipe: until somebody has opened it for writing, and closed it
+            except FileNotFoundError:
+                pass
+        return f"Question: {document['question']}\\nAnswer:"
+
+    def __repr__(self):  # lm-eval writes it into the results: of a function it would be an address
+        return "ask"
+
+ask = Ask()
+"""
+
+
+class Gate:
+    """`gated_choice`, a task whose requests cannot be built beyond the seventh document while this is shut."""
+
+    def __init__(self, tasks: Path) -> None:
+        """It is shut, and the task in the folder."""
+        template = '"Question: {{question}}\\nAnswer:"'
+        assert template in CHOICE
+        write_task_files(tasks, {"gated_choice": CHOICE.replace(template, "!function gated.ask")}, DOCUMENTS)
+        (tasks / "gated.py").write_text(GATED)
+        self._pipe = tasks / "gate"
+        os.mkfifo(self._pipe)
+
+    def open(self) -> None:
+        """Whoever waits goes on, and nobody waits any more."""
+        descriptor = os.open(self._pipe, os.O_RDWR)
+        self._pipe.unlink()
+        os.close(descriptor)
+
+
 def until(look: Callable[[], T], what: str) -> T:
     """The first true thing that `look` returns."""
     deadline = time.monotonic() + PATIENCE_SECONDS

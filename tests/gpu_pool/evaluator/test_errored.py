@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gpu_pool.evaluator.errored import Errored
+from gpu_pool.evaluator.errored import METRIC, Errored
 
 
 def test_without_any_all_is_well() -> None:
@@ -87,6 +87,14 @@ def test_groups_count_what_is_below_them() -> None:
         "v": None,
     }
     assert "evalpool_errored" not in metrics["t"], "what was given stays as it was"
+
+
+def test_a_task_in_two_groups_counts_once_above_both() -> None:
+    errored = Errored(1.0)
+    errored.add({"t": 2, "u": 1}, "it broke")
+    subtasks = {"all": ["some", "others"], "some": ["t"], "others": ["t", "u"]}
+    shown = errored.beside({name: {} for name in subtasks}, subtasks)
+    assert shown == {"all": {METRIC: 3}, "some": {METRIC: 2}, "others": {METRIC: 3}}
 
 
 def test_threads_lose_no_count() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from gpu_pool.errors import InvalidRequest
@@ -13,6 +15,15 @@ from gpu_pool.evaluator.failures import MAX_CHARACTERS, explain
         (ValueError("first line\n  second line"), "ValueError: first line second line"),
         (KeyError("question"), "KeyError: 'question'"),
         (AssertionError(), "AssertionError"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/r.json"),
+            "OSError: [Errno 28] No space left on device: '/data/r.json'; make room there and submit the job again",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "OSError: [Errno 122] Disk quota exceeded; make room for the data folder, the output folder and HF_HOME "
+            "and submit the job again",
+        ),
     ],
 )
 def test_one_sentence(error: Exception, sentence: str) -> None:

@@ -146,15 +146,48 @@ def test_a_request_that_kills_ends_in_an_error_in_both_jobs(open_job: OpenJob, r
     assert len(workers) <= 18
 
 
-def test_suspects_stay_with_the_job_that_suspects_them(open_job: OpenJob, path: Path, tmp_path: Path) -> None:
-    """Others would forget what is known of them, and it would what others find out, while their workers die."""
-    job = open_job(300)
+def test_suspects_stay_with_a_job_that_has_another_worker(open_job: OpenJob, path: Path, tmp_path: Path) -> None:
+    """Others would lose their workers to find out the same."""
+    job = open_job(0)
+    units = [Unit(prompt=(i,) * 50, continuation=(i + 1,), key=b"%d" % i) for i in range(300)]
+    has_chunk, may_go = threading.Event(), threading.Event()
+
+    def hold(worker: FakeWorker, chunk: Chunk) -> None:
+        has_chunk.set()
+        may_go.wait(TIMEOUT_S)
+
+    with (
+        closing(FakeWorker("busy", tmp_path / "busy", hold)) as busy,
+        closing(FakeWorker("dies", tmp_path / "dies", unanswered)) as dies,
+        closing(ResponseCache(path)) as other,
+    ):
+        job.dispatcher.attach("busy", str(busy.address))
+        job.dispatcher.submit(units[:10])
+        assert has_chunk.wait(TIMEOUT_S)
+        job.dispatcher.attach("dies", str(dies.address))
+        link = job.dispatcher._links["dies"]
+        job.dispatcher.submit(units[10:])
+        link.join()
+        [suspect] = job.dispatcher._suspects._waiting
+        keys = [unit.key for unit in suspect.units if unit.key]
+        assert other.unclaimed(keys) == set()
+        last = job.dispatcher._links["busy"]
+        job.dispatcher.detach("busy")  # given back: the job waits for another one
+        last.join()
+        may_go.set()
+        assert other.unclaimed(keys) == set(keys)
+
+
+def test_a_job_without_workers_keeps_nobody_waiting(open_job: OpenJob, path: Path, tmp_path: Path) -> None:
+    job = open_job(0)
+    units = [Unit(prompt=(i,) * 50, continuation=(i + 1,), key=b"%d" % i) for i in range(300)]
     with closing(FakeWorker("w", tmp_path / "w", unanswered)) as worker, closing(ResponseCache(path)) as other:
         job.dispatcher.attach("w", str(worker.address))
-        while (suspect := job.dispatcher._suspects.take()) is None:
-            pause.wait(0.01)
-        free = other.unclaimed([unit.key for unit in job.units if unit.key])
-        assert {unit.key for unit in job.units} - free == {unit.key for unit in suspect.units}
+        link = job.dispatcher._links["w"]
+        job.dispatcher.submit(units)
+        link.join()
+        assert job.dispatcher._suspects
+        assert other.unclaimed([unit.key for unit in units if unit.key]) == {unit.key for unit in units}
 
 
 def test_a_request_that_cannot_be_computed_ends_in_an_error_in_both_jobs(open_job: OpenJob, replaced) -> None:

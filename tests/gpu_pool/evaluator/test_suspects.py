@@ -67,6 +67,38 @@ def test_a_death_by_chance_is_forgiven() -> None:
     assert not suspects
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_those_that_another_job_gives_back_are_suspected_as_before(count: int) -> None:
+    suspects = Suspects()
+    units = make_units(count)
+    (new,) = make_units(1)
+    suspects.died(Suspect(units))
+    assert suspects.waiting == units
+    assert suspects.take()
+    assert suspects.recall([new, *units]) == [new]
+    again = suspects.take()
+    assert again is not None
+    assert (list(again.units), again.deaths) == (units, 1)
+
+
+def test_what_became_of_some_says_nothing_of_those_that_were_elsewhere() -> None:
+    suspects = Suspects()
+    units = make_units(3)
+    suspects.died(Suspect(units))
+    suspect = suspects.take()
+    assert suspect is not None
+    suspect.keep(units[:1])
+    assert suspects.died(suspect) is units[0]
+    assert suspects.recall(units[1:]) == []
+    several = suspects.take()
+    assert several is not None
+    assert (list(several.units), several.deaths) == (units[1:], 1)
+    assert suspects.recall(units[2:]) == []
+    alone = suspects.take()
+    assert alone is not None
+    assert (list(alone.units), alone.deaths) == (units[2:], 0)
+
+
 def test_an_error_that_the_worker_survives_needs_no_second_try() -> None:
     suspects = Suspects()
     units = make_units(2)

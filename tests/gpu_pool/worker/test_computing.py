@@ -36,6 +36,44 @@ def test_which_errors_end_a_process(error: RuntimeError, is_lost: bool) -> None:
     assert is_device_lost(error, CPU) == is_lost
 
 
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, …)`")
+ASSERTED = torch.AcceleratorError("CUDA error: device-side assert triggered\n\nCUDA kernel errors might be …")
+FALLEN_OFF = torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize(
+    ("error", "device_says", "is_lost"),
+    [
+        (CUBLAS, ASSERTED, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), FALLEN_OFF, True),
+        (RuntimeError("CUDA driver error: an illegal memory access was encountered"), RuntimeError("CUDA error"), True),
+        (CUBLAS, None, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None, False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None, False),
+    ],
+)
+def test_of_a_librarys_error_the_device_itself_is_asked(
+    error: RuntimeError, device_says: RuntimeError | None, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def synchronize(device: torch.device) -> None:
+        """As torch's on a GPU: what has gone wrong in a kernel is raised by whatever waits for it, ever after."""
+        asked.append(device)
+        if device_says:
+            raise device_says
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert is_device_lost(error, torch.device("cuda", 1)) == is_lost
+    assert asked == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ASSERTED])
+def test_of_what_is_clear_the_device_is_not_asked(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cuda, "synchronize")
+    assert is_device_lost(error, torch.device("cuda", 0)) == (error is ASSERTED)
+
+
 class Loaded:
     """Enough of a model that has no parameters: its first batch raises `error`."""
 
