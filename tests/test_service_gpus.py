@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
-from gpu_box import STRANGER, GpuBox, gpu_box
+from gpu_box import STRANGER, GpuBox, gpu_box, with_weights
 from gpu_worker import USED_MIB
 from service import until
 
@@ -57,6 +55,9 @@ def test_what_there_is_and_what_is_refused(box: GpuBox, nvml: FakeNvml, tiny_mod
     assert (field, "at most 8" in problem) == ("num_gpus", True)
     field, problem = box.refused(tiny_model, "cuda:9")
     assert (field, "cuda:6:1" in problem) == ("device", True)
+    field, problem = box.refused(tiny_model, gpu_uuid(9))
+    assert field == "device"
+    assert problem.startswith(f"there is no GPU {gpu_uuid(9)}; this box has {UUIDS[0]} (cuda:0), ")
     assert box.finished(box.job_on(tiny_model, "cpu"))["model"]["device"] == "cpu"
     assert box.finished(box.job_on(tiny_model, None))["model"]["device"] == "cuda"
 
@@ -292,12 +293,3 @@ def await_move(box: GpuBox, job_id: str, away_from: str) -> None:
         return bool(slots) and away_from not in slots
 
     until(look, f"job {job_id} goes on elsewhere")
-
-
-def with_weights(model: Path, folder: Path, gib: int) -> Path:
-    """The model with a header that says it has so many GiB more."""
-    shutil.copytree(model, folder)
-    tensor = {"dtype": "F32", "shape": [gib, 1024, 1024, 256], "data_offsets": [0, 0]}
-    header = json.dumps({"model.layers.0.mlp.gate_proj.weight": tensor}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +87,12 @@ def gpu_box(folder: Path, nvml: FakeNvml, *settings: str) -> Generator[GpuBox]:
         nvml.install(patch)
         with run_server(folder / "data", *arguments, program=PROGRAM) as server, GpuBox(server) as box:
             yield box
+
+
+def with_weights(model: Path, folder: Path, gib: int) -> Path:
+    """The model with a header that says it has so many GiB more."""
+    shutil.copytree(model, folder)
+    tensor = {"dtype": "F32", "shape": [gib, 1024, 1024, 256], "data_offsets": [0, 0]}
+    header = json.dumps({"model.layers.0.mlp.gate_proj.weight": tensor}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
