@@ -31,6 +31,7 @@ _SQLITE_TROUBLE = {
     sqlite3.SQLITE_READONLY: "its file cannot be written",
 }
 _POSTGRES_TROUBLE = {
+    "25006": "it takes no writes",  # a standby, or a hosted server whose disk is full
     "53100": "its disk is full",
     "55P03": "another process has it locked",
     "57P01": "it was shut down",
@@ -81,7 +82,7 @@ def trouble(error: BaseException) -> str | None:
         return None
     state: str | None = getattr(original, "sqlstate", None)
     operational = "OperationalError" in {base.__name__ for base in type(original).__mro__}
-    if operational or (isinstance(error, DBAPIError) and error.connection_invalidated):
+    if state in _POSTGRES_TROUBLE or operational or (isinstance(error, DBAPIError) and error.connection_invalidated):
         first_line = str(original).strip().partition("\n")[0]
         return _POSTGRES_TROUBLE.get(state or "", first_line or "the connection was lost")
     return None
