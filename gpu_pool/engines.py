@@ -32,6 +32,7 @@ _SQLITE_TROUBLE = {
     sqlite3.SQLITE_READONLY: "{file} cannot be written; look whose it is, and how its disk is mounted",
 }
 _POSTGRES_TROUBLE = {
+    "25006": "it takes no writes",  # a standby, or a hosted server whose disk is full
     "53100": "the disk of the database server is full; make room there",
     "55P03": "another process has it locked",
     "57P01": "it was shut down",
@@ -86,7 +87,7 @@ def trouble(error: BaseException, file: Path | None) -> str | None:
         return None
     state: str | None = getattr(original, "sqlstate", None)
     operational = "OperationalError" in {base.__name__ for base in type(original).__mro__}
-    if operational or (isinstance(error, DBAPIError) and error.connection_invalidated):
+    if state in _POSTGRES_TROUBLE or operational or (isinstance(error, DBAPIError) and error.connection_invalidated):
         first_line = str(original).strip().partition("\n")[0]
         return _POSTGRES_TROUBLE.get(state or "", first_line or "the connection was lost")
     return None

@@ -62,10 +62,13 @@ def why_busy(gpu: Gpu, strangers: Processes, free_fraction: float) -> str | None
     return None
 
 
-def room_bytes(gpu: Gpu, leases: Sequence[Lease]) -> int:
-    """Memory that our workers may have on it, together: what is or was free without them."""
+def room_bytes(gpu: Gpu, leases: Sequence[Lease], free_fraction: float = 0.0) -> int:
+    """Memory that our workers may have on it, together: what is or was free without them.
+
+    On a GPU that others fill it is what there will be once it counts as free, the share `free_fraction` at least.
+    """
     if not leases:
-        return gpu.free_bytes
+        return max(gpu.free_bytes, int(free_fraction * gpu.total_bytes))
     return max(0, gpu.total_bytes - min(lease.unexplained_before for lease in leases))
 
 
@@ -94,6 +97,8 @@ def why_not_back(gpu: Gpu, lease: Lease, neighbours: Iterable[Lease], strangers:
     Where the driver tells no memory by process, neighbours may have grown up to their budgets meanwhile, and strangers
     as they like: memory that is missing beside such a stranger is taken for the stranger's.
     """
+    if gpu.problem:
+        return f"its memory could not be read ({gpu.problem.rstrip('.')})"
     left = tuple((pid, size) for pid, size in gpu.processes if pid in lease.pids)
     if left:
         return f"processes of {lease.worker_id} are still on it: {describe(left)}"

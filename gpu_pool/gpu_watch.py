@@ -8,6 +8,7 @@ import msgspec
 
 from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.gpus import Inventory
+from gpu_pool.known_gpus import KnownGpus
 from gpu_pool.records import Gpu
 
 LOOK_SECONDS = 10.0
@@ -17,9 +18,17 @@ LOOK_SECONDS = 10.0
 class GpuWatch:
     """The inventory, asked in a thread of its own, one look at a time."""
 
-    def __init__(self, inventory: Inventory) -> None:
+    def __init__(self, inventory: Inventory, earlier: KnownGpus) -> None:
+        """`earlier` has the GPUs of when a server last ran here: while NVML has not answered this one, they are known.
+
+        It is told of those that are there now.
+        """
         self._inventory = inventory
-        self._known: tuple[Gpu, ...] = ()
+        self._earlier = earlier
+        self.known = inventory.seen
+        """The GPUs that were seen last."""
+        if inventory.has_library and not inventory.answers:
+            self.known = earlier.recall()
         self._turn = asyncio.Lock()
         self._looking: asyncio.Future[tuple[Gpu, ...]] | None = None
         """A look that has not ended, or that nobody waited for."""
@@ -38,12 +47,13 @@ class GpuWatch:
         else:
             self.answers = bool(gpus) or self._inventory.answers
             self.reason, self.unknown = self._inventory.reason, self._inventory.unknown
-        if gpus or not self._known:
-            self._known = gpus or ()
-            return self._known
+        if gpus:
+            self._earlier.keep(gpus)
+            self.known = gpus
+            return gpus
         return tuple(
             msgspec.structs.replace(gpu, problem=self.reason, lost=self.answers, processes=(), free_bytes=0)
-            for gpu in self._known
+            for gpu in self.known
         )
 
     async def _ask(self) -> tuple[Gpu, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -34,11 +35,13 @@ _NOT_TOLD = (
     pynvml.NVML_ERROR_NO_PERMISSION,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
 )
+OPEN_SECONDS = 10.0
+"""How long `Inventory.open` waits for NVML, which may hang for as long as a GPU does."""
 _PROCESS_LIST_TRIES = 5  # the list may grow between asking for its length and reading it
 
 
 class Inventory:
-    """The GPUs that we may use. Calls may take seconds and must not overlap: make them in one thread off the loop."""
+    """The GPUs that we may use. A look may take seconds, or hang with the driver: call it off the loop."""
 
     def __init__(self, visible_devices: str | None, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
         """`visible_devices` is an inherited CUDA_VISIBLE_DEVICES: the set we may use; None: every GPU.
@@ -46,9 +49,14 @@ class Inventory:
         `allow` and `deny` are the operator's lists; raises PoolError for an entry that cannot name a GPU.
         """
         self._choice = GpuChoice.of(visible_devices, allow, deny)
+        self._turn = threading.Lock()
         self._initialised = False
         self._last: dict[int, list[FoundGpu]] = {}
         """What could last be read at each position."""
+        self.seen: tuple[Gpu, ...] = ()
+        """What the last look found."""
+        self.has_library = True
+        """Whether NVML is installed, as far as is known: otherwise there is no driver that may come back."""
         self.answers = False
         """Whether NVML answered at the last look, though it may have shown no GPU."""
         self.reason: str | None = None
@@ -60,25 +68,37 @@ class Inventory:
     def open(
         cls, environment: Mapping[str, str] = os.environ, allow: Iterable[str] = (), deny: Iterable[str] = ()
     ) -> Inventory:
-        """An inventory that has looked once. Without library, driver or permission it has no GPUs, and says why."""
+        """An inventory that has looked once, unless NVML takes longer than OPEN_SECONDS.
+
+        Without library, driver or permission it has no GPUs, and says why.
+        """
         inventory = cls(environment.get("CUDA_VISIBLE_DEVICES"), allow, deny)
-        inventory.gpus()
+        look = threading.Thread(target=inventory.gpus, name="nvml", daemon=True)
+        look.start()
+        look.join(OPEN_SECONDS)
         return inventory
 
     def gpus(self) -> tuple[Gpu, ...]:
         """A fresh look: usable GPUs in PCI order, MIG instances in place of the GPU that they divide.
 
         A GPU that cannot be read is listed with its `problem`. A driver that went away is asked again at each look.
+        Only one thread at a time looks; others wait for it.
         """
+        with self._turn:
+            self.seen = self._look()
+            return self.seen
+
+    def _look(self) -> tuple[Gpu, ...]:
         try:
             self._initialise()
             found = [each for index in range(pynvml.nvmlDeviceGetCount()) for each in self._read(index)]
         except pynvml.NVMLError as error:
             self.close()
             self.answers = False
+            self.has_library = error.value != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
             self.reason = f"No GPU can be used: {_explain(error)}."
             return ()
-        self.answers = True
+        self.answers = self.has_library = True
         usable = self._choice.among(_by_uuid(found) if any(each.gpu.lost for each in found) else found)
         self.reason = None if usable else self._choice.why_none(found)
         self.unknown = self._choice.unknown(found)
@@ -135,10 +155,11 @@ def _read_mig(parent: Any, index: int) -> Iterator[Gpu]:
     for position in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
         try:
             handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
-        except pynvml.NVMLError_NotFound:
-            continue
-        uuid = pynvml.nvmlDeviceGetUUID(handle)
-        yield _read_device(handle, f"{index}:{position}", uuid, parent)
+            uuid = pynvml.nvmlDeviceGetUUID(handle)
+            instance = _read_device(handle, f"{index}:{position}", uuid, parent)
+        except (pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
+            continue  # none there, or none any more: its handle names nothing from the moment at which it is destroyed
+        yield instance
 
 
 def _read_device(handle: Any, index: str, visible_device: str, whole: Any) -> Gpu:

@@ -23,6 +23,7 @@ from gpu_pool.gpu_usage import (
 )
 from gpu_pool.gpu_watch import GpuWatch
 from gpu_pool.gpus import Inventory
+from gpu_pool.known_gpus import KnownGpus
 from gpu_pool.process_table import ProcessTable
 from gpu_pool.records import Gpu, GpuView, Slot
 from gpu_pool.settings import PoolSettings
@@ -41,10 +42,10 @@ class Leases:
 
     def __init__(self, settings: PoolSettings, inventory: Inventory, processes: ProcessTable | None = None) -> None:
         self._settings = settings
-        self._watch = GpuWatch(inventory)
+        self._watch = GpuWatch(inventory, KnownGpus(settings.data_dir / "gpus.json"))
         self._processes = processes or ProcessTable()
-        self._gpus: dict[str, Gpu] = {}
-        self._seen_gpus = False
+        self._gpus = {gpu.uuid: gpu for gpu in self._watch.known}
+        self._seen_gpus = bool(self._gpus)
         self._leases: dict[str, list[Lease]] = {}
         self._locks: dict[str, GpuLock] = {}
         self.at_rest: Callable[[str, float], bool] = lambda worker_id, since: False
@@ -61,7 +62,7 @@ class Leases:
 
     @property
     def has_gpus(self) -> bool:
-        """Whether any look so far found a GPU (a driver may come back)."""
+        """Whether any look so far found a GPU, if need be one of an earlier server (a driver may come back)."""
         return self._seen_gpus
 
     def slots(self, device: str) -> list[Slot]:
@@ -90,6 +91,9 @@ class Leases:
             lock.keep()
         for gpu in gpus:
             self._tell_apart(gpu, began)
+            if not gpu.problem and gpu.uuid in self._accepted_errors:  # a reset begins to count again
+                accepted = min(self._accepted_errors[gpu.uuid], gpu.uncorrectable_errors)
+                self._accepted_errors[gpu.uuid] = accepted
         seen = [(self._slot(gpu), self._why_not(gpu)) for gpu in gpus]
         return (*((slot, None) for slot in self._cpu_slots), *seen)
 
@@ -208,7 +212,7 @@ class Leases:
             gpu = self._gpus.get(uuid)
             if not self._watch.answers:
                 missing[uuid] = "NVML does not answer"
-            elif gpu and not gpu.problem:
+            elif gpu and not gpu.lost:
                 neighbours = [each for each in self._leases[uuid] if each is not lease]
                 if reason := why_not_back(gpu, lease, neighbours, self._strangers[uuid]):
                     missing[uuid] = reason
@@ -286,7 +290,8 @@ class Leases:
         return self._processes.leader_of(pid, leaders) is not None
 
     def _slot(self, gpu: Gpu) -> Slot:
-        memory_bytes = room_bytes(gpu, self._leases.get(gpu.uuid, []))
+        leases = self._leases.get(gpu.uuid, [])
+        memory_bytes = room_bytes(gpu, leases, self._settings.gpu_free_fraction)
         return Slot(id=gpu.uuid, device="cuda", index=gpu.index, memory_bytes=memory_bytes, is_mig=gpu.is_mig)
 
     def _of(self, worker_id: str) -> list[tuple[str, Lease]]:

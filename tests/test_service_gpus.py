@@ -55,6 +55,9 @@ def test_what_there_is_and_what_is_refused(box: GpuBox, nvml: FakeNvml, tiny_mod
     assert (field, "at most 8" in problem) == ("num_gpus", True)
     field, problem = box.refused(tiny_model, "cuda:9")
     assert (field, "cuda:6:1" in problem) == ("device", True)
+    field, problem = box.refused(tiny_model, gpu_uuid(9))
+    assert field == "device"
+    assert problem.startswith(f"there is no GPU {gpu_uuid(9)}; this box has {UUIDS[0]} (cuda:0), ")
     assert box.finished(box.job_on(tiny_model, "cpu"))["model"]["device"] == "cpu"
     assert box.finished(box.job_on(tiny_model, None))["model"]["device"] == "cuda"
 

@@ -6,10 +6,11 @@
  *   mig <gpu> <position> <total_MiB> <used_MiB>            an instance of a GPU in MIG mode
  *   proc <gpu> <pid> <used_MiB>                            a compute process; its memory adds to the GPU's
  *   migproc <gpu> <position> <pid> <used_MiB>              the same on an instance
- *   error <function> <code> [gpu]                          that function fails (on that GPU only)
+ *   error <function> <code> [gpu] [position]               that function fails (on that GPU, on that instance only)
  *   hang <function> [gpu]                                  that function does not return while this line stands
  *   ecc <gpu> <count>                                      uncorrectable memory errors
  *   keep <pid>                                             what a process of the second file had stays when it ends
+ *   host <offset>                                          processes of the second file are shown by pids so much higher
  *
  * A second file beside it, with ".live" at the end of its name, has lines of processes that really exist:
  *
@@ -52,7 +53,7 @@ typedef struct {
 typedef struct {
     char function[64];
     Result code;
-    int gpu;
+    int gpu, instance;
 } Error;
 
 /* What a handle points to: a GPU, or (instance >= 0) a part of one. */
@@ -65,7 +66,7 @@ static Process processes[MAX_PROCESSES];
 static Error errors[MAX_ERRORS];
 static Device devices[MAX_GPUS][MAX_INSTANCES + 1];
 static unsigned kept[MAX_PROCESSES];
-static int gpu_count, process_count, error_count, kept_count, initialized;
+static int gpu_count, process_count, error_count, kept_count, host_offset, initialized;
 
 static unsigned long long mib(unsigned long long count) { return count << 20; }
 
@@ -114,6 +115,7 @@ static void add_process(const char *line) {
         return;
     if (process.gpu < 0 || process.gpu >= MAX_GPUS || process.instance >= MAX_INSTANCES) return;
     if (is_live && !lives(process.pid)) return;
+    if (is_live) process.pid += host_offset;
     processes[process_count++] = process;
     if (process.used_mib < 0) return;
     Gpu *gpu = &gpus[process.gpu];
@@ -121,9 +123,9 @@ static void add_process(const char *line) {
 }
 
 static void add_error(const char *line) {
-    Error error = {.gpu = -1};
+    Error error = {.gpu = -1, .instance = WHOLE};
     if (error_count == MAX_ERRORS) return;
-    if (sscanf(line, "error %63s %d %d", error.function, &error.code, &error.gpu) >= 2)
+    if (sscanf(line, "error %63s %d %d %d", error.function, &error.code, &error.gpu, &error.instance) >= 2)
         errors[error_count++] = error;
     else if (sscanf(line, "hang %63s %d", error.function, &error.gpu) >= 1) {
         error.code = HANG;
@@ -142,6 +144,8 @@ static void add_kept(const char *line) {
     if (kept_count < MAX_PROCESSES && sscanf(line, "keep %u", &pid) == 1) kept[kept_count++] = pid;
 }
 
+static void add_host(const char *line) { sscanf(line, "host %d", &host_offset); }
+
 static void read_file(const char *path) {
     char line[256];
     FILE *file = fopen(path, "r");
@@ -152,6 +156,7 @@ static void read_file(const char *path) {
         add_error(line);
         add_ecc(line);
         add_kept(line);
+        add_host(line);
     }
     if (file) fclose(file);
 }
@@ -159,36 +164,37 @@ static void read_file(const char *path) {
 static void read_state(void) {
     char live_path[512];
     const char *path = getenv("FAKE_NVML_STATE");
-    gpu_count = process_count = error_count = kept_count = 0;
+    gpu_count = process_count = error_count = kept_count = host_offset = 0;
     if (!path) return;
     read_file(path);
     snprintf(live_path, sizeof live_path, "%s.live", path);
     read_file(live_path);
 }
 
-/* The scripted error of `function` on `gpu` (-1: on none), or SUCCESS. */
-static Result scripted(const char *function, int gpu) {
+/* The scripted error of `function` on `gpu` (-1: on none) or an instance of it, or SUCCESS. */
+static Result scripted(const char *function, int gpu, int instance) {
     for (int i = 0; i < error_count; i++)
         if ((!strcmp(errors[i].function, function) || !strcmp(errors[i].function, "*")) &&
-            (errors[i].gpu < 0 || errors[i].gpu == gpu))
+            (errors[i].gpu < 0 || errors[i].gpu == gpu) && (errors[i].instance < 0 || errors[i].instance == instance))
             return errors[i].code;
     return SUCCESS;
 }
 
 /* Every call begins here: the state is read, until it says no more that the call hangs. */
-static Result begin(const char *function, int gpu) {
+static Result begin(const char *function, int gpu, int instance) {
     Result result;
-    for (read_state(); (result = scripted(function, gpu)) == HANG; read_state()) usleep(POLL_MICROSECONDS);
+    for (read_state(); (result = scripted(function, gpu, instance)) == HANG; read_state()) usleep(POLL_MICROSECONDS);
     if (result != SUCCESS) return result;
     if (!initialized && strcmp(function, "nvmlInitWithFlags")) return UNINITIALIZED;
     return gpu < gpu_count ? SUCCESS : INVALID_ARGUMENT;
 }
 
-#define BEGIN(gpu)                              \
-    do {                                        \
-        Result result = begin(__func__, (gpu)); \
-        if (result != SUCCESS) return result;   \
+#define BEGIN_ON(gpu, instance)                             \
+    do {                                                    \
+        Result result = begin(__func__, (gpu), (instance)); \
+        if (result != SUCCESS) return result;               \
     } while (0)
+#define BEGIN(gpu) BEGIN_ON(gpu, WHOLE)
 
 static Result copy(char *buffer, unsigned size, const char *text) {
     if (strlen(text) >= size) return INSUFFICIENT_SIZE;
@@ -245,19 +251,19 @@ Result nvmlDeviceGetHandleByIndex_v2(unsigned index, Device **handle) {
 }
 
 Result nvmlDeviceGetMigMode(Device *device, unsigned *current, unsigned *pending) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     *current = *pending = gpus[device->gpu].mig;
     return SUCCESS;
 }
 
 Result nvmlDeviceGetMaxMigDeviceCount(Device *device, unsigned *count) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     *count = gpus[device->gpu].mig ? MAX_INSTANCES : 0;
     return SUCCESS;
 }
 
 Result nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned position, Device **handle) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     if (position >= MAX_INSTANCES || !gpus[device->gpu].instances[position].exists) return NOT_FOUND;
     *handle = handle_of(device->gpu, position);
     return SUCCESS;
@@ -267,7 +273,7 @@ Result nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned position, De
 
 Result nvmlDeviceGetUUID(Device *device, char *buffer, unsigned size) {
     char uuid[64];
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     if (device->instance == WHOLE)
         snprintf(uuid, sizeof uuid, "GPU-fa4e0000-0000-4000-8000-%012d", device->gpu);
     else
@@ -277,7 +283,7 @@ Result nvmlDeviceGetUUID(Device *device, char *buffer, unsigned size) {
 
 Result nvmlDeviceGetName(Device *device, char *buffer, unsigned size) {
     char name[96];
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     snprintf(name, sizeof name, "%s%s", gpus[device->gpu].name, device->instance == WHOLE ? "" : " MIG");
     return copy(buffer, size, name);
 }
@@ -287,7 +293,7 @@ typedef struct {
 } Memory;
 
 Result nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     Gpu *gpu = &gpus[device->gpu];
     Instance whole = {1, gpu->total, gpu->used};
     Instance part = device->instance == WHOLE ? whole : gpu->instances[device->instance];
@@ -298,7 +304,7 @@ Result nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
 }
 
 Result nvmlDeviceGetUtilizationRates(Device *device, unsigned *rates) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     if (gpus[device->gpu].mig) return NOT_SUPPORTED;
     rates[0] = gpus[device->gpu].utilization; /* of the processors */
     rates[1] = rates[0] / 2;                  /* of the memory bus */
@@ -307,14 +313,14 @@ Result nvmlDeviceGetUtilizationRates(Device *device, unsigned *rates) {
 
 Result nvmlDeviceGetTemperature(Device *device, unsigned sensor, unsigned *temperature) {
     (void)sensor;
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     *temperature = gpus[device->gpu].temperature;
     return SUCCESS;
 }
 
 Result nvmlDeviceGetTotalEccErrors(Device *device, unsigned kind, unsigned since, unsigned long long *count) {
     enum { UNCORRECTED = 1, VOLATILE = 0 };
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     *count = kind == UNCORRECTED && since == VOLATILE ? gpus[device->gpu].uncorrectable : 0;
     return SUCCESS;
 }
@@ -326,7 +332,7 @@ typedef struct {
 } ProcessInfo;
 
 Result nvmlDeviceGetComputeRunningProcesses_v3(Device *device, unsigned *count, ProcessInfo *infos) {
-    BEGIN(device->gpu);
+    BEGIN_ON(device->gpu, device->instance);
     unsigned room = infos ? *count : 0;
     *count = 0;
     for (int i = 0; i < process_count; i++) {

@@ -140,6 +140,28 @@ async def test_a_postgresql_that_restarts_is_waited_for() -> None:
         await store.close()
 
 
+async def test_a_postgresql_that_takes_no_writes_for_a_time_is_waited_for() -> None:
+    with PostgresServer.started() as server:  # as a standby does, or a hosted one whose disk is full
+        url = server.new_database()
+        store = await Store.open(url)
+        await store.add(make_job("1"))
+        configure(url, "SET default_transaction_read_only = on")
+        change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
+        assert await troubled(store) == "it takes no writes"
+        assert (await store.get("1")).state is JobState.QUEUED
+        configure(url, "RESET default_transaction_read_only")
+        assert await change
+        await store.close()
+
+
+def configure(url: str, setting: str) -> None:
+    """Change a setting of a PostgreSQL server, for the sessions that there are too."""
+    engine = sa.create_engine(database_url(url), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as opened:
+        opened.exec_driver_sql(f"ALTER SYSTEM {setting}")
+        opened.exec_driver_sql("SELECT pg_reload_conf()")
+
+
 FILLER = """
 import asyncio, resource, signal, sys
 from pathlib import Path

@@ -38,9 +38,14 @@ def test_one_worker_has_a_gpu_to_itself() -> None:
     assert "no memory budget" in (why_no_room(gpu(), [lease(budget=GIB)], 0) or "")
 
 
+def test_room_is_what_is_free_or_will_be_when_others_are_gone() -> None:
+    assert room_bytes(gpu(), [], 0.9) == 79 * GIB
+    assert room_bytes(gpu(free_bytes=2 * GIB), [], 0.9) == 72 * GIB
+
+
 def test_budgets_share_what_was_free_before_whether_they_are_used_or_not() -> None:
     others = [lease("a", 5, budget=30 * GIB), lease("b", budget=20 * GIB, before=31 * GIB)]
-    assert room_bytes(gpu(), others) == 79 * GIB
+    assert room_bytes(gpu(), others, 0.9) == 79 * GIB
     assert why_no_room(gpu(), others, 29 * GIB) is None
     refused = "30.0 GiB are needed; 29.0 of 80.0 GiB are neither used nor promised."
     assert why_no_room(gpu(), others, 30 * GIB) == refused

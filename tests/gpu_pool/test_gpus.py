@@ -125,6 +125,16 @@ def test_mig_instances_stand_in_for_their_gpu(fake_nvml: FakeNvml) -> None:
     assert second.processes == ((77, GIB),)
 
 
+@pytest.mark.parametrize("code", [2, 6])
+@pytest.mark.parametrize("function", ["nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo", PROCESSES])
+def test_an_instance_that_is_destroyed_under_the_look_takes_no_other_along(
+    fake_nvml: FakeNvml, code: int, function: str
+) -> None:
+    fake_nvml.write(gpu_line(mig=True), "mig 0 0 20480 0", "mig 0 1 20480 0", f"error {function} {code} 0 0")
+    (left,) = look_once(fake_nvml).gpus
+    assert (left.index, left.problem, left.lost) == ("0:1", None, False)
+
+
 def test_a_lost_gpu_is_named_and_hides_no_other(fake_nvml: FakeNvml) -> None:
     fake_nvml.write(gpu_line(), gpu_line(), gpu_line())
     with looking(fake_nvml.environment()) as look:

@@ -6,10 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-import msgspec
+import pynvml
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
 
@@ -39,8 +41,9 @@ def nvml(fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def make_leases(*, in_container: bool = False, **settings: object) -> Leases:
-    values = msgspec.convert({"cpu_workers": 1, "gpu_return_timeout_s": 0.2} | settings, PoolSettings)
-    return Leases(values, Inventory(None), ProcessTable(in_container=in_container))
+    folder = Path(tempfile.gettempdir())  # of the test's own, see FakeNvml.install_here
+    values = PoolSettings(**{"data_dir": folder, "cpu_workers": 1, "gpu_return_timeout_s": 0.2} | settings)
+    return Leases(values, Inventory.open({}), ProcessTable(in_container=in_container))
 
 
 @pytest.fixture
@@ -317,6 +320,15 @@ async def test_a_gpu_is_not_given_back_before_its_memory_is_free(nvml: FakeNvml)
     assert (await view(leases)).free
 
 
+async def test_a_gpu_that_cannot_be_read_confirms_nothing(leases: Leases, nvml: FakeNvml) -> None:
+    assert await leases.take("worker-1", [UUID[0]]) is None
+    nvml.write(*TWO, "error nvmlDeviceGetMemoryInfo 10 0")
+    await leases.reclaim("worker-1")
+    shown = await view(leases)
+    assert shown.quarantined
+    assert "its memory could not be read (NVML cannot read it: " in (shown.reason or "")
+
+
 @pytest.mark.parametrize("leak", [("proc 0 {pid} 0",), ("proc 0 {pid} -1",), ("proc 0 {pid} 20480",)])
 async def test_a_gpu_on_which_a_dead_worker_s_process_stays_is_quarantined(
     leases: Leases, nvml: FakeNvml, leak: tuple[str, ...]
@@ -438,6 +450,11 @@ async def test_memory_errors_make_a_gpu_unfit_until_it_is_released(leases: Lease
     nvml.write(*TWO, "ecc 0 3")
     await leases.look()
     assert leases.lost() == {UUID[0]}
+    await leases.release_gpu(UUID[0])
+    nvml.write(*TWO)  # it was reset, and counts from the beginning again
+    assert await reasons(leases) == {"cpu:0": None, UUID[0]: None, UUID[1]: None}
+    nvml.write(*TWO, "ecc 0 1")
+    assert "ECC could not correct 1 memory errors" in ((await reasons(leases))[UUID[0]] or "")
 
 
 async def test_a_driver_that_goes_and_comes_back(leases: Leases, nvml: FakeNvml) -> None:
@@ -452,6 +469,30 @@ async def test_a_driver_that_goes_and_comes_back(leases: Leases, nvml: FakeNvml)
     nvml.write(*TWO)
     assert await reasons(leases) == {"cpu:0": None, UUID[0]: None, UUID[1]: None}
     assert leases.problem() is None
+
+
+async def test_a_server_that_starts_while_the_driver_is_away_knows_the_gpus(nvml: FakeNvml, tmp_path: Path) -> None:
+    await make_leases(data_dir=tmp_path).look()
+    nvml.write("error * 9")
+    later = make_leases(data_dir=tmp_path)
+    assert [(slot.id, slot.memory_bytes >> 30) for slot in later.slots("cuda")] == [(uuid, 72) for uuid in UUID]
+    assert later.has_gpus
+    assert "Driver Not Loaded" in ((await reasons(later))[UUID[1]] or "")
+    assert (later.lost(), later.problem()) == (frozenset(), (await view(later)).reason)
+    nvml.write(TWO[0])
+    assert await reasons(later) == {"cpu:0": None, UUID[0]: None}
+    nvml.write("error * 9")
+    assert [slot.id for slot in make_leases(data_dir=tmp_path).slots("cuda")] == [UUID[0]]
+    (tmp_path / "gpus.json").write_text("[{}]")
+    assert not make_leases(data_dir=tmp_path).has_gpus
+
+
+async def test_a_machine_without_nvml_has_no_gpus_whatever_it_had(
+    nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_leases(data_dir=tmp_path).look()
+    nvml.write(f"error nvmlInitWithFlags {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND}")
+    assert not make_leases(data_dir=tmp_path).has_gpus
 
 
 async def test_nothing_is_given_back_while_nvml_is_silent(nvml: FakeNvml) -> None:
