@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable
@@ -29,10 +30,21 @@ def hash_text(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What lm-eval's `handle_non_serializable` makes of a value that JSON does not know."""
+    """What lm-eval's `handle_non_serializable` makes of a value that JSON does not know.
+
+    But the same in each process: sets in order, and functions, which are deep in tasks' configurations, as their
+    source, which is how lm-eval writes others, instead of a name with an address in it.
+    """
     if isinstance(value, np.bool_ | np.integer | np.floating):
         return value.item()
-    return list(value) if isinstance(value, set) else str(value)
+    if isinstance(value, set):
+        return sorted(value, key=repr)
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

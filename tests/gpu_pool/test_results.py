@@ -103,6 +103,19 @@ def test_a_full_disk_s_error_names_the_file_and_leaves_no_part_of_it(tmp_path: P
         assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
+def test_values_that_json_does_not_know_are_the_same_in_each_process(tmp_path: Path) -> None:
+    class Callable:
+        def __call__(self) -> None: ...
+
+    path = ResultFiles(tmp_path, "m").write_results(
+        {"function": sanitise_model_name, "builtin": len, "object": Callable(), "set": {"b", "c", "a"}, "bit": np.True_}
+    )
+    found = json.loads(path.read_text())
+    assert found.pop("function").startswith("def sanitise_model_name(name: str) -> str:\n")
+    assert found.pop("object").startswith("test_values")
+    assert found == {"builtin": "len", "set": ["a", "b", "c"], "bit": True}
+
+
 def test_plain_metrics() -> None:
     metrics = plain_metrics({"acc": np.float64(0.5), "n": np.int64(3), "stderr": "N/A"})
     assert metrics == {"acc": 0.5, "n": 3, "stderr": "N/A"}

@@ -70,19 +70,13 @@ from pathlib import Path
 
 gate = Path(__file__).with_name("gate")
 
-class Ask:
-    def __call__(self, document):
-        if " 7 " in document["question"]:
-            try:
-                gate.read_bytes()  # a named pipe: until somebody has opened it for writing, and closed it
-            except FileNotFoundError:
-                pass
-        return f"Question: {document['question']}\\nAnswer:"
-
-    def __repr__(self):  # lm-eval writes it into the results: of a function it would be an address
-        return "ask"
-
-ask = Ask()
+def ask(document):
+    if " 7 " in document["question"]:
+        try:
+            gate.read_bytes()  # a named pipe: until somebody has opened it for writing, and closed it
+        except FileNotFoundError:
+            pass
+    return f"Gated question: {document['question']}\\nAnswer:"  # no other task's, so nothing else answers it
 """
 
 
