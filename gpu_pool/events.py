@@ -104,6 +104,8 @@ class WorkerLoadFailed(Event, frozen=True, kw_only=True):
     worker_id: str
     error: str
     content_changed: bool = False
+    crowded: bool = False
+    """Whether it lacked memory on GPUs that others have come to use: elsewhere, or later, it may be served."""
 
 
 class WorkerDied(Event, frozen=True, kw_only=True):

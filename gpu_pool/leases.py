@@ -108,6 +108,12 @@ class Leases:
         """By the last look, the slots of our workers on which there are processes that are not ours."""
         return frozenset(uuid for uuid, strangers in self._strangers.items() if strangers and uuid in self._leases)
 
+    async def crowded(self, worker_id: str) -> str | None:
+        """Which processes that are not ours are on the worker's GPUs now; None when there are none."""
+        await self.look()
+        found = {uuid: self._strangers.get(uuid, ()) for uuid, _ in self._of(worker_id)}
+        return "; ".join(f"GPU {uuid}: {describe(strangers)}" for uuid, strangers in found.items() if strangers) or None
+
     def news(self) -> list[tuple[str, tuple[str, ...]]]:
         """Strangers who have appeared beside our workers, each told of once: a sentence, and the workers."""
         news: list[tuple[str, tuple[str, ...]]] = []

@@ -251,6 +251,8 @@ class LoadFailed(Message, frozen=True, kw_only=True):
     error: str
     content_changed: bool = False
     """True when the files on disk are no longer the fingerprint that was asked for."""
+    out_of_memory: bool = False
+    """True when there was less memory on its GPUs than it takes; others may have taken some since it was started."""
 
 
 class Dropped(Message, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -287,7 +288,7 @@ class Runner:
         self._arm((worker_id, "load"), self._settings.worker_load_timeout_s, child, "did not load its model in time")
 
         async def on_message(message: msg.FromWorker) -> None:
-            self._on_worker_message(worker_id, message)
+            await self._on_worker_message(worker_id, message)
 
         async def on_death(cause: str) -> None:
             del self.workers[worker_id]
@@ -355,7 +356,7 @@ class Runner:
             case _:
                 assert_never(message)
 
-    def _on_worker_message(self, worker_id: str, message: msg.FromWorker) -> None:
+    async def _on_worker_message(self, worker_id: str, message: msg.FromWorker) -> None:
         match message:
             case msg.WorkerReady():
                 self._disarm((worker_id, "load"))
@@ -364,7 +365,11 @@ class Runner:
                 self.put(ev.WorkerLoaded, worker_id=worker_id)
             case msg.LoadFailed(error=error, content_changed=changed):
                 self._disarm((worker_id, "load"))
-                self.put(ev.WorkerLoadFailed, worker_id=worker_id, error=error, content_changed=changed)
+                crowded = await self._leases.crowded(worker_id) if message.out_of_memory else None
+                if crowded:
+                    logger.warning("%s lacks memory beside other processes (%s): %s", worker_id, crowded, error)
+                failed = partial(self.put, ev.WorkerLoadFailed, worker_id=worker_id, error=error)
+                failed(content_changed=changed, crowded=bool(crowded))
             case msg.BatchProgress():
                 self._stalls.progressed(worker_id, time.monotonic())
             case msg.WorkerFailed(error=error):

@@ -194,6 +194,8 @@ class Scheduler(Placer):
         for job_id in sorted(worker.jobs):
             run = self.running[job_id]
             self.release(run, worker.id)
+            if event.crowded:
+                continue  # it gets another worker where others leave room
             if run.workers:
                 run.may_grow = False
             elif event.content_changed:

@@ -27,7 +27,7 @@ from gpu_pool.messages import (
 )
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
-from gpu_pool.worker.computing import Answer, compute, in_short
+from gpu_pool.worker.computing import Answer, compute, in_short, is_out_of_memory
 from gpu_pool.worker.control import Control
 from gpu_pool.worker.data_channel import listen
 from gpu_pool.worker.engine.cancellation import Cancelled
@@ -63,8 +63,8 @@ def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
         listen(start.socket_path, queue, _welcome(start.worker_id, replica.loaded))
     except Exception as error:
         traceback.print_exc()
-        changed = isinstance(error, ContentChanged)
-        control.fail(_load_failed(start, in_short(error), content_changed=changed), in_short(error))
+        why = {"content_changed": isinstance(error, ContentChanged), "out_of_memory": is_out_of_memory(error)}
+        control.fail(_load_failed(start, in_short(error), **why), in_short(error))
     control.send_ready(WorkerReady(memory_bytes=replica.memory_bytes, description=replica.loaded.describe()))
     pulse = Pulse(control.send)
     while True:
@@ -74,9 +74,9 @@ def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
 def _load(start: WorkerStart, control: Control) -> Replica:
     """Load the model, over as many ranks as it can be sharded over."""
 
-    def on_failure(reason: str) -> NoReturn:
+    def on_failure(reason: str, *, out_of_memory: bool = False) -> NoReturn:
         print(f"the worker ends: {reason}", file=sys.stderr)
-        control.fail(_load_failed(start, reason), reason)
+        control.fail(_load_failed(start, reason, out_of_memory=out_of_memory), reason)
 
     spec, allow_remote_code = start.spec, start.allow_remote_code
     count = choose_ranks(spec, start.tensor_parallel, allow_remote_code=allow_remote_code)
@@ -94,9 +94,8 @@ def _load(start: WorkerStart, control: Control) -> Replica:
     return Replica(loaded=loaded, memory_bytes=memory_bytes, compute=partial(ranks.compute, loaded))
 
 
-def _load_failed(start: WorkerStart, reason: str, *, content_changed: bool = False) -> LoadFailed:
-    error = f"{start.spec.args.pretrained} cannot be served: {reason}"
-    return LoadFailed(error=error, content_changed=content_changed)
+def _load_failed(start: WorkerStart, reason: str, **why: bool) -> LoadFailed:
+    return LoadFailed(error=f"{start.spec.args.pretrained} cannot be served: {reason}", **why)
 
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from gpu_pool.messages import LoadFailed, RankReady, WorkerStart, encode
-from gpu_pool.worker.computing import compute, in_short
+from gpu_pool.worker.computing import compute, in_short, is_out_of_memory
 from gpu_pool.worker.control import end_process
 from gpu_pool.worker.engine.loading import load_model
 from gpu_pool.worker.rank_link import follow
@@ -38,7 +38,7 @@ def run_rank(connection: Connection, start: WorkerStart, rank: int) -> NoReturn:
             )
         except Exception as error:
             traceback.print_exc()
-            connection.send_bytes(encode(LoadFailed(error=in_short(error))))
+            connection.send_bytes(encode(LoadFailed(error=in_short(error), out_of_memory=is_out_of_memory(error))))
             end_process(1)
         connection.send_bytes(encode(RankReady(memory_bytes=loaded.memory_bytes())))
         while True:

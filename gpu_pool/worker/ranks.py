@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed
@@ -41,13 +41,19 @@ CAUSE_SECONDS = 3.0
 """How long the end of a rank may take to be noticed after a collective has failed for it."""
 
 
+class OnFailure(Protocol):
+    """What is done when ranks cannot go on: the worker says why, and ends."""
+
+    def __call__(self, reason: str, *, out_of_memory: bool = False) -> NoReturn: ...
+
+
 class Ranks:
     """Ranks 1 and up as the worker, which is rank 0, sees them. They end with it, and it with any of them."""
 
-    def __init__(self, start: WorkerStart, on_failure: Callable[[str], NoReturn]) -> None:
+    def __init__(self, start: WorkerStart, on_failure: OnFailure) -> None:
         """Start them and meet them; only from the main thread, because they die with the thread that started them.
 
-        `on_failure(why)` is called, from any thread, when one could not load its shard or is lost.
+        `on_failure` is called, from any thread, when one could not load its shard or is lost.
 
         Raises:
             OSError, RuntimeError: they cannot be started or met.
@@ -98,7 +104,7 @@ class Ranks:
             while True:
                 message = decode_from_rank(connection.recv_bytes(MAX_MESSAGE_BYTES))
                 if isinstance(message, LoadFailed):
-                    self._on_failure(message.error)
+                    self._on_failure(message.error, out_of_memory=message.out_of_memory)
                 received.put(message)
         except (EOFError, OSError):
             process.join()

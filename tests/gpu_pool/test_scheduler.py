@@ -192,6 +192,23 @@ def test_a_model_that_cannot_be_loaded_fails_the_job_with_the_reason() -> None:
     assert box.of(ev.SettleJob)[0].error == "no such tensor"
 
 
+def test_a_job_whose_model_lacks_memory_beside_others_goes_where_there_is_room() -> None:
+    box = Box(slots=0, gpus=2)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=spec("a", "cuda")))
+    crowded = box.do(ev.WorkerLoadFailed, worker_id=start.worker_id, error="out of memory", crowded=True)
+    (again,) = box.of(ev.StartWorker, crowded)
+    assert again.slot_ids != start.slot_ids
+    crowded = box.do(ev.WorkerLoadFailed, worker_id=again.worker_id, error="out of memory", crowded=True)
+    assert "j" in box.scheduler.running
+    assert not box.of(ev.StartWorker, crowded)
+    box.see(dict.fromkeys(start.slot_ids, "process 77 uses it"))
+    for worker_id in (start.worker_id, again.worker_id):
+        box.do(ev.WorkerDied, worker_id=worker_id, cause="exit code 1")
+        actions = box.do(ev.SlotsReturned, worker_id=worker_id)
+    (last,) = box.of(ev.StartWorker, actions)
+    assert last.slot_ids == again.slot_ids
+
+
 def test_a_model_that_changed_before_it_was_loaded_is_looked_at_again() -> None:
     box = Box()
     box.submit("j")

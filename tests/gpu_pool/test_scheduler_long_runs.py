@@ -103,10 +103,16 @@ class LongRun(RuleBasedStateMachine):
         self.apply(ev.WorkerLoaded, worker_id=self.pick(data, self.in_state(WorkerState.STARTING)))
 
     @precondition(lambda self: self.in_state(WorkerState.STARTING))
-    @rule(data=st.data(), changed=st.booleans())
-    def worker_fails_to_load(self, data: st.DataObject, changed: bool) -> None:
+    @rule(data=st.data(), changed=st.booleans(), crowded=st.booleans())
+    def worker_fails_to_load(self, data: st.DataObject, changed: bool, crowded: bool) -> None:
         worker_id = self.pick(data, self.in_state(WorkerState.STARTING))
-        self.apply(ev.WorkerLoadFailed, worker_id=worker_id, error="no", content_changed=changed)
+        self.apply(
+            ev.WorkerLoadFailed,
+            worker_id=worker_id,
+            error="no",
+            content_changed=changed,
+            crowded=crowded and not changed,
+        )
 
     @precondition(lambda self: self.in_state(WorkerState.STARTING))
     @rule(data=st.data())

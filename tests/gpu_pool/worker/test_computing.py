@@ -9,7 +9,7 @@ import pytest
 import torch
 from chunks import scoring
 
-from gpu_pool.worker.computing import MAX_ERROR_CHARACTERS, compute, in_short, is_device_lost
+from gpu_pool.worker.computing import MAX_ERROR_CHARACTERS, compute, in_short, is_device_lost, is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,19 @@ def test_of_a_librarys_error_the_device_itself_is_asked(
 def test_of_what_is_clear_the_device_is_not_asked(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cuda, "synchronize")
     assert is_device_lost(error, torch.device("cuda", 0)) == (error is ASSERTED)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # not even a context could be made
+        (ASSERTED, False),
+        (ValueError("a rope type out of memory"), False),
+    ],
+)
+def test_which_errors_say_that_there_is_no_memory(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) == is_it
 
 
 class Loaded:

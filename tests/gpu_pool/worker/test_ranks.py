@@ -134,7 +134,7 @@ def test_a_worker_ends_with_any_of_its_ranks(busy, checkpoint, tmp_path, spawn_w
 
 
 REMOTE_MODULE = """
-import os, signal
+import os, signal, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class OwnConfig(LlamaConfig):
@@ -154,9 +154,10 @@ class OwnModel(LlamaForCausalLM):
     ("trouble", "reason"),
     [
         ("raise ValueError('no room for it')", "ValueError: no room for it"),
+        ("raise torch.OutOfMemoryError('out of memory')", "OutOfMemoryError: out of memory"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 ended: killed by SIGKILL"),
     ],
-    ids=["raises", "killed"],
+    ids=["raises", "has no memory", "killed"],
 )
 def test_a_rank_that_cannot_load_is_reported(trouble, reason, checkpoint, tmp_path, spawn_worker):
     folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
@@ -165,7 +166,8 @@ def test_a_rank_that_cannot_load_is_reported(trouble, reason, checkpoint, tmp_pa
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": classes}
     (folder / "config.json").write_text(json.dumps(config))
     process = spawn_worker(worker_start(tmp_path, folder, trust_remote_code=True, tensor_parallel=2))
-    assert process.receive() == LoadFailed(error=f"{folder} cannot be served: {reason}")
+    error = f"{folder} cannot be served: {reason}"
+    assert process.receive() == LoadFailed(error=error, out_of_memory="out of memory" in reason)
     assert process.exit_code() == 1
 
 
