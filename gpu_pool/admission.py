@@ -112,7 +112,7 @@ class Admission:
         """Kind of device, and the one GPU that is asked for: by its position, or by its UUID."""
         match evaluation.device:
             case None:
-                use_gpu = self._leases.has_gpus and evaluation.num_gpus > 0
+                use_gpu = self._leases.has_gpus and evaluation.num_gpus > 0 and self._settings.max_gpus != 0
                 return ("cuda" if use_gpu else "cpu"), None, None
             case "cpu":
                 return "cpu", None, None

@@ -83,7 +83,9 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     suited = [slot for slot in ledger.slots.values() if demand.accepts(slot)]
     free = [slot for slot in suited if ledger.usable(slot.id) and not ledger.holders.get(slot.id)]
     noun = "CPU worker" if demand.spec.device == "cpu" else "GPU"
-    if len(suited) == 1:
+    if not suited:
+        said = [f"No {noun} that would do is there."]
+    elif len(suited) == 1:
         said = [f"The only {noun} that would do is {'free' if free else 'not free'}."]
     else:
         said = [f"{len(free)} of the {len(suited)} {noun}s that would do are free."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -40,11 +40,12 @@ class OneTask:
         return tuple(TaskProblem(task=task, reason="unknown task", suggestions=("arc_easy",)) for task in unknown)
 
 
-async def box(folder: Path, gpus: int = 0, cpu_workers: int = 2) -> Admission:
-    settings = PoolSettings(data_dir=folder / "data", cpu_workers=cpu_workers, output_roots=(folder / "allowed",))
-    leases = Leases(settings, Gpus(gpus))
+async def box(folder: Path, gpus: int = 0, **settings: Any) -> Admission:
+    roots = (folder / "allowed",)
+    chosen = PoolSettings(**{"data_dir": folder / "data", "cpu_workers": 2, "output_roots": roots} | settings)
+    leases = Leases(chosen, Gpus(gpus))
     await leases.look()
-    return Admission(settings, cast(Desk, OneTask()), leases)
+    return Admission(chosen, cast(Desk, OneTask()), leases)
 
 
 def evaluation(**fields: object) -> Evaluation:
@@ -74,6 +75,13 @@ async def test_a_job_from_before_makes_do_with_what_is_left(tmp_path: Path) -> N
 )
 async def test_where_a_job_may_run(tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement) -> None:
     assert (await box(tmp_path, gpus)).place(evaluation(**fields)) == expected
+
+
+async def test_a_server_that_may_hold_no_gpu_uses_its_cpu(tmp_path: Path) -> None:
+    admission = await box(tmp_path, 2, max_gpus=0)
+    assert admission.place(evaluation()) == Placement(device="cpu", max_replicas=1)
+    with pytest.raises(InvalidRequest, match="max_gpus"):
+        admission.place(evaluation(device="cuda"))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,16 @@ def test_a_job_that_would_share_a_replica_waits_for_the_one_that_its_gpu_is_kept
     assert k.reason.endswith("Kept for others: GPU 0 (job head).")
 
 
+def test_a_job_on_a_gpu_that_is_gone_waits_for_it() -> None:
+    box = box_of(2)
+    run_on(box, "j", "a")
+    box.submit("k", spec=GPU["b"], slot_id="GPU-7")
+    [k] = explain(box.scheduler, {"j": 42.0}, 10)
+    assert k.needs.endswith("and only GPU-7")
+    assert k.reason.endswith("No GPU that would do is there.")
+    assert k.starts_in is None
+
+
 def test_jobs_behind_a_set_that_takes_an_idle_gpu_are_not_said_to_start_now() -> None:
     box = box_of(2)
     worker = run_on(box, "short", "a")
