@@ -63,7 +63,10 @@ class Retention:
             if folder.parent != self._folder or folder.name != job_id or job_id == "..":
                 logger.error("job %r has an id that is no folder's name; its files are left", job_id)
             elif folder.is_symlink():  # put there by a person, who keeps what it points to
-                folder.unlink()
+                try:
+                    folder.unlink()
+                except OSError as error:
+                    logger.warning("%s cannot be deleted: %s", folder, error)
             else:
                 shutil.rmtree(folder, onerror=_log_unless_gone)
 
