@@ -73,8 +73,10 @@ class Unit:
         A continuation's last token is not read. Those that differ in it alone are one input: what else goes on there
         must not come between them.
         """
-        read, last = self.continuation[:-1], self.continuation[-1:]
-        return np.concatenate((self.prompt, read)).astype(">u4").tobytes(), last.astype(">u4").tobytes()
+        tokens = np.concatenate([np.asarray(part, np.uint32) for part in (self.prompt, self.continuation)])
+        read = len(tokens) - (len(self.continuation) > 0)
+        in_order = tokens.astype(">u4")  # bytes compare like numbers whose highest byte comes first
+        return in_order[:read].tobytes(), in_order[read:].tobytes()
 
     def forget_tokens(self) -> None:
         """Free what an answered unit no longer needs."""
