@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -368,8 +367,8 @@ class Runner:
                 crowded = await self._leases.crowded(worker_id) if message.out_of_memory else None
                 if crowded:
                     logger.warning("%s lacks memory beside other processes (%s): %s", worker_id, crowded, error)
-                failed = partial(self.put, ev.WorkerLoadFailed, worker_id=worker_id, error=error)
-                failed(content_changed=changed, crowded=bool(crowded))
+                what = {"error": error, "content_changed": changed, "crowded": bool(crowded)}
+                self.put(ev.WorkerLoadFailed, worker_id=worker_id, **what)
             case msg.BatchProgress():
                 self._stalls.progressed(worker_id, time.monotonic())
             case msg.WorkerFailed(error=error):

@@ -53,6 +53,21 @@ def own_model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "own-model"))
 
 
+def occupy_all_evaluators(box: Service, model: Path) -> list[str]:
+    """Jobs that run until they are cancelled: as many as there are evaluators."""
+    running = [box.submit(model, "long_story", limit=ENDLESS) for _ in range(3)]
+    for job_id in running:
+        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    return running
+
+
+def check_workers_stayed_warm(box: Service, model: Path, before: dict[str, int]) -> None:
+    """The next job gets the workers that were there before, which are those that are there."""
+    following = box.finished(box.submit(model, "quick_choice", limit=4))
+    assert set(following["progress"]["workers"]) <= set(before)
+    assert box.worker_pids() == before
+
+
 # ---------------------------------------------------------------- cancellation
 
 
@@ -65,15 +80,11 @@ def test_cancelling_a_running_job_keeps_its_worker_warm(box: Service, tiny_model
     job = box.client.wait_for_job(job_id, timeout=PATIENCE_SECONDS, verbose=False)
     assert (job["status"], job["result"]) == ("cancelled", None)
     await_end(evaluator)
-    following = box.finished(box.submit(tiny_model, "quick_choice", limit=4))
-    assert set(following["progress"]["workers"]) <= set(before)
-    assert box.worker_pids() == before
+    check_workers_stayed_warm(box, tiny_model, before)
 
 
 def test_cancelling_queued_jobs(box: Service, tiny_model: Path):
-    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]  # all evaluators
-    for job_id in running:
-        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    running = occupy_all_evaluators(box, tiny_model)
     queued = box.submit(tiny_model, "quick_choice", limit=4)
     assert box.job(queued)["position_in_queue"] == 0
     box.client.cancel_job(queued)
@@ -118,15 +129,11 @@ def test_a_job_that_runs_for_longer_than_it_may_fails_and_its_worker_stays_warm(
     job = box.ended(job_id)
     assert (job["status"], job["error"]) == ("failed", "it ran for longer than its timeout_s of 3 s")
     assert box.client.events(job_id)["events"][-1]["cause"] == job["error"]
-    following = box.finished(box.submit(tiny_model, "quick_choice", limit=4))
-    assert set(following["progress"]["workers"]) <= set(before)
-    assert box.worker_pids() == before
+    check_workers_stayed_warm(box, tiny_model, before)
 
 
 def test_waiting_in_the_queue_is_not_counted_as_run(box: Service, tiny_model: Path):
-    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]  # all evaluators
-    for job_id in running:
-        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    running = occupy_all_evaluators(box, tiny_model)
     queued = box.submit(tiny_model, "long_story", limit=ENDLESS, timeout_s=1)
     created = datetime.fromisoformat(box.job(queued)["created_at"])
     until(lambda: datetime.now(UTC) > created + timedelta(seconds=2), "it has waited for longer than it may run")
@@ -252,9 +259,7 @@ def test_overwritten_weights_are_another_model(box: Service, own_model: Path):
 
 
 def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Path, own_model: Path):
-    running = [box.submit(tiny_model, "long_story", limit=ENDLESS) for _ in range(3)]
-    for job_id in running:
-        box.job_once(job_id, lambda job: job["status"] == "running", "it runs")
+    running = occupy_all_evaluators(box, tiny_model)
     subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "2"], check=True)
     queued = box.submit(own_model, "quick_choice", limit=4)
     box.job_once(queued, lambda job: job["model"], "its model is known")
