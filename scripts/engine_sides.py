@@ -21,9 +21,9 @@ from lm_eval.models.utils import postprocess_generated_text
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions, LoglikelihoodChunk
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.requests import RequestBuilder, Unit
-from gpu_pool.messages import GenerationChunk, GenerationOptions, LoglikelihoodChunk
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.token_sequences import TokenSequences
 from gpu_pool.worker.engine.generation import generate

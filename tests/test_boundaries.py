@@ -24,6 +24,7 @@ PURE_NAMES = (
     "explain",
     "scheduler",
     "messages",
+    "chunk_messages",
     "token_sequences",
 )
 PURE = {f"gpu_pool.{name}" for name in PURE_NAMES}

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
+from gpu_pool.chunk_messages import Welcome
 from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
 from gpu_pool.evaluator.prefix_line import Chunk, Line
 from gpu_pool.evaluator.suspects import Suspect, Suspects
 from gpu_pool.evaluator.worker_link import Link
-from gpu_pool.messages import Welcome
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit

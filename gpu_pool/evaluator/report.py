@@ -12,8 +12,9 @@ from typing import Any
 from lm_eval.loggers.utils import get_commit_from_path, get_git_commit_hash
 
 from gpu_pool.cache import ENGINE_VERSION
+from gpu_pool.chunk_messages import Welcome
 from gpu_pool.evaluator.prompts import PromptEncoder
-from gpu_pool.messages import RunJob, Welcome
+from gpu_pool.messages import RunJob
 from gpu_pool.records import Evaluation, Progress
 from gpu_pool.results import hash_text, sanitise_model_name
 

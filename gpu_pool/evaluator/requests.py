@@ -21,11 +21,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
-from gpu_pool.messages import GenerationOptions
 from gpu_pool.records import ModelSpec
 
 _DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")

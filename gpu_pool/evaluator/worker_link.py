@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import msgspec
 
-from gpu_pool.evaluator.prefix_line import Chunk, unit_bytes
-from gpu_pool.evaluator.suspects import Suspect
-from gpu_pool.messages import (
-    MAX_MESSAGE_BYTES,
+from gpu_pool.chunk_messages import (
     ChunkBegun,
     ChunkFailed,
     GenerationChunk,
@@ -24,11 +21,12 @@ from gpu_pool.messages import (
     Hello,
     LoglikelihoodChunk,
     LoglikelihoodDone,
-    Message,
     Welcome,
     decode_from_worker_data,
-    encode,
 )
+from gpu_pool.evaluator.prefix_line import Chunk, unit_bytes
+from gpu_pool.evaluator.suspects import Suspect
+from gpu_pool.messages import MAX_MESSAGE_BYTES, Message, encode
 from gpu_pool.token_sequences import TokenSequences
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from gpu_pool.messages import FromWorkerData, GenerationChunk, LoglikelihoodChunk
+from gpu_pool.chunk_messages import FromWorkerData, GenerationChunk, LoglikelihoodChunk
 
 Chunk = LoglikelihoodChunk | GenerationChunk
 

@@ -9,7 +9,7 @@ from typing import NoReturn, assert_never
 
 import torch
 
-from gpu_pool.messages import GenerationChunk, GenerationDone, LoglikelihoodChunk, LoglikelihoodDone
+from gpu_pool.chunk_messages import GenerationChunk, GenerationDone, LoglikelihoodChunk, LoglikelihoodDone
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.control import end_process
 from gpu_pool.worker.engine.generation import generate_chunks

@@ -15,7 +15,7 @@ from functools import partial
 import msgspec
 
 from gpu_pool.channel import Channel
-from gpu_pool.messages import (
+from gpu_pool.chunk_messages import (
     FromWorkerData,
     GenerationChunk,
     Hello,

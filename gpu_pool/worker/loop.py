@@ -14,17 +14,9 @@ from typing import NoReturn
 import torch
 
 from gpu_pool.child import say
+from gpu_pool.chunk_messages import ChunkBegun, ChunkFailed, GenerationChunk, Welcome
 from gpu_pool.fingerprint import fingerprint_model
-from gpu_pool.messages import (
-    ChunkBegun,
-    ChunkFailed,
-    Dropped,
-    GenerationChunk,
-    LoadFailed,
-    Welcome,
-    WorkerReady,
-    WorkerStart,
-)
+from gpu_pool.messages import Dropped, LoadFailed, WorkerReady, WorkerStart
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
 from gpu_pool.worker.computing import Answer, compute, in_short, is_out_of_memory

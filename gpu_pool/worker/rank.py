@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import torch
 
-from gpu_pool.messages import LoadFailed, RankReady, WorkerStart, encode
+from gpu_pool.chunk_messages import RankReady
+from gpu_pool.messages import LoadFailed, WorkerStart, encode
 from gpu_pool.worker.computing import compute, in_short, is_out_of_memory
 from gpu_pool.worker.control import end_process
 from gpu_pool.worker.engine.loading import load_model

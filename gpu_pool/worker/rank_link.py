@@ -13,17 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn, TypeVar
 
-from gpu_pool.messages import (
-    MAX_MESSAGE_BYTES,
-    FromRank,
-    GenerationChunk,
-    RankDone,
-    RankJoin,
-    RankStep,
-    ToRank,
-    decode_to_rank,
-    encode,
-)
+from gpu_pool.chunk_messages import FromRank, GenerationChunk, RankDone, RankJoin, RankStep, ToRank, decode_to_rank
+from gpu_pool.messages import MAX_MESSAGE_BYTES, encode
 from gpu_pool.worker.chunk_queue import Chunk
 
 LAG_SECONDS = 60.0

@@ -17,15 +17,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed
 
-from gpu_pool.messages import (
-    MAX_MESSAGE_BYTES,
-    FromRank,
-    GenerationChunk,
-    LoadFailed,
-    RankReady,
-    WorkerStart,
-    decode_from_rank,
-)
+from gpu_pool.chunk_messages import FromRank, GenerationChunk, RankReady, decode_from_rank
+from gpu_pool.messages import MAX_MESSAGE_BYTES, LoadFailed, WorkerStart
 from gpu_pool.supervisor import describe_exit
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.computing import Answer, compute

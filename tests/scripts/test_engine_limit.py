@@ -8,8 +8,8 @@ import torch
 from engine_limit import Costs, Peaks, Step, Work, measure_peaks, work_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.messages import GenerationOptions
 
 COSTS = Costs(token=1_000_000, position=10_000, look=1, weights=500_000, keys_and_values=100)
 OPTIONS = GenerationOptions(until=(), max_gen_toks=8, do_sample=False, kwargs={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gpu_pool.messages import GenerationChunk, GenerationOptions, LoglikelihoodChunk
+from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions, LoglikelihoodChunk
 from gpu_pool.token_sequences import TokenSequences
 
 Request = tuple[Sequence[int], Sequence[int]]

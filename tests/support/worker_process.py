@@ -14,17 +14,9 @@ from typing import Any
 
 from chunks import generating, scoring
 
+from gpu_pool.chunk_messages import ChunkBegun, Hello, decode_from_worker_data
 from gpu_pool.fingerprint import fingerprint_model
-from gpu_pool.messages import (
-    BatchProgress,
-    ChunkBegun,
-    Hello,
-    Message,
-    WorkerStart,
-    decode_from_worker,
-    decode_from_worker_data,
-    encode,
-)
+from gpu_pool.messages import BatchProgress, Message, WorkerStart, decode_from_worker, encode
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.worker.entry import worker_main
 

@@ -11,7 +11,7 @@ import transformers
 from transformers.generation import logits_process as processing
 from transformers.generation.configuration_utils import GenerationMode
 
-from gpu_pool.messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.sampling import SeededNoise
 
 _ROW_WISE = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from gpu_pool.messages import GenerationChunk, GenerationOptions
+from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import Tokens, encode, pad_contexts, select

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu_pool.messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.sampling import seeded_sampling
 
 

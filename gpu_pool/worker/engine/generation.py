@@ -10,7 +10,7 @@ from itertools import chain
 import msgspec
 import torch
 
-from gpu_pool.messages import GenerationChunk, GenerationOptions
+from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine import plain_generation, tree_generation
 from gpu_pool.worker.engine.choosing import Chooser, make_chooser
 from gpu_pool.worker.engine.cpu_layers import layers_for

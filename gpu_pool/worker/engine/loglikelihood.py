@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from gpu_pool.messages import LoglikelihoodChunk
+from gpu_pool.chunk_messages import LoglikelihoodChunk
 from gpu_pool.worker.engine import plain_scoring, tree_scoring
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_scoring import score_pairs

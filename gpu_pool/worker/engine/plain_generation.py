@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import transformers
 
-from gpu_pool.messages import GenerationChunk, GenerationOptions
+from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, until_eos

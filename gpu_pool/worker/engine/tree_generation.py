@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gpu_pool.messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled

@@ -20,9 +20,10 @@ from fake_worker import (
     unanswered,
 )
 
+from gpu_pool.chunk_messages import GenerationOptions, LoglikelihoodDone
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.messages import GenerationOptions, LoglikelihoodDone, Message
+from gpu_pool.messages import Message
 
 TIMEOUT_S = 120.0  # only for a test that fails
 Events = queue.Queue[tuple[str, list[Unit]]]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.evaluator import prefix_line
 from gpu_pool.evaluator.chunking import MIN_COST, Pace, Work
 from gpu_pool.evaluator.prefix_line import Chunk, Line, unit_bytes
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.messages import GenerationOptions
 from gpu_pool.token_sequences import TokenSequences, common_prefix
 
 EVERYTHING = 1e9

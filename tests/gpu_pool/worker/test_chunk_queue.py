@@ -1,7 +1,7 @@
 import pytest
 from chunks import generating, scoring
 
-from gpu_pool.messages import FromWorkerData, LoglikelihoodChunk
+from gpu_pool.chunk_messages import FromWorkerData, LoglikelihoodChunk
 from gpu_pool.worker.chunk_queue import ChunkQueue, Client
 
 

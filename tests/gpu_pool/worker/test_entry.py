@@ -19,19 +19,8 @@ import pytest
 from chunks import generating, scoring
 from worker_process import ENDLESS, SCORE, Process, WorkerProcess, received, worker_start
 
-from gpu_pool.messages import (
-    ChunkFailed,
-    DropJob,
-    Dropped,
-    GenerationDone,
-    LoadFailed,
-    LoglikelihoodDone,
-    Shutdown,
-    Welcome,
-    WorkerReady,
-    decode_from_worker_data,
-    encode,
-)
+from gpu_pool.chunk_messages import ChunkFailed, GenerationDone, LoglikelihoodDone, Welcome, decode_from_worker_data
+from gpu_pool.messages import DropJob, Dropped, LoadFailed, Shutdown, WorkerReady, encode
 
 MANY = 1000
 

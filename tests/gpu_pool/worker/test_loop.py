@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from chunks import generating
 
-from gpu_pool.messages import BatchProgress, ChunkBegun, ChunkFailed, FromWorkerData, GenerationChunk, GenerationDone
+from gpu_pool.chunk_messages import ChunkBegun, ChunkFailed, FromWorkerData, GenerationChunk, GenerationDone
+from gpu_pool.messages import BatchProgress
 from gpu_pool.worker.chunk_queue import ChunkQueue, Client
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.loop import Replica, step

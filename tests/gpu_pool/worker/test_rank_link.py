@@ -13,7 +13,7 @@ import pytest
 from chunks import generating
 from worker_process import PATIENCE_SECONDS, SCORE
 
-from gpu_pool.messages import FromRank, GenerationChunk, decode_from_rank
+from gpu_pool.chunk_messages import FromRank, GenerationChunk, decode_from_rank
 from gpu_pool.worker.rank_link import follow, lead
 
 Step = Callable[[], bool]

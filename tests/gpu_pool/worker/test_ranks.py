@@ -13,15 +13,8 @@ import pytest
 from chunks import generating, scoring
 from worker_process import ENDLESS, SCORE, WorkerProcess, worker_start
 
-from gpu_pool.messages import (
-    ChunkFailed,
-    DropJob,
-    Dropped,
-    LoadFailed,
-    LoglikelihoodDone,
-    Shutdown,
-    WorkerReady,
-)
+from gpu_pool.chunk_messages import ChunkFailed, LoglikelihoodDone
+from gpu_pool.messages import DropJob, Dropped, LoadFailed, Shutdown, WorkerReady
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.computing import compute
 from gpu_pool.worker.engine.loading import load_model

@@ -9,7 +9,7 @@ import torch
 from chunks import generating
 from engine_probes import fresh, never, plainly, watched
 
-from gpu_pool.messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.choosing import make_chooser
 from gpu_pool.worker.engine.generation import generate
 

@@ -10,7 +10,7 @@ from chunks import generating
 from engine_probes import assert_kept_for_the_cache_alone, fresh, never, out_of_memory_beyond
 from prompts import PROMPTS, SAMPLING, SEEDS
 
-from gpu_pool.messages import GenerationChunk
+from gpu_pool.chunk_messages import GenerationChunk
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate, generate_chunks
 from gpu_pool.worker.engine.loaded_model import LoadedModel
