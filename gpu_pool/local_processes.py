@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
+from gpu_pool.fleet import EvaluatorChild, WorkerChild
 from gpu_pool.records import ModelSpec, Slot
-from gpu_pool.runner import EvaluatorChild, WorkerChild
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import spawn
 from gpu_pool.warden import Warden

@@ -8,9 +8,8 @@ import fcntl
 import logging
 import os
 import signal
-import uuid
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +27,28 @@ from gpu_pool.errors import (
     DataDirInUse,
     InvalidRequest,
     JobAlreadyFinished,
-    KeyReused,
     PoolError,
     ShuttingDown,
 )
 from gpu_pool.explain import explain
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
+from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.local_processes import LocalProcesses
-from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import (
     Evaluation,
     GpuView,
     HistoryEntry,
     Job,
     JobState,
-    ModelArgs,
-    ModelSpec,
     QueueView,
     WaitingView,
     WorkerView,
 )
 from gpu_pool.retention import Retention
-from gpu_pool.runner import EvaluatorChild, Processes, Runner
+from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
@@ -95,13 +91,16 @@ class Pool:
         self._store = await Store.open(database_of(self.settings), alone=True)
         await self._processes.start()
         self._desk = Desk(self._processes.desk)
-        self._admission = Admission(self.settings, self._desk, self._leases)
+        admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(
             evaluator=self._start_evaluator, worker=self._processes.worker, address=self._processes.address
         )
         self._jobs = LiveJobs(self._store, await self._store.counts())
-        self._runner = Runner(self.settings, self._jobs, self._leases, processes, self.job_dir, self._take_up)
-        await self._recover()
+        self._runner = Runner(
+            self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
+        )
+        self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner)
+        await self._intake.recover()
         await self._look_once()
         self._watch(self._desk.start())
         self._watch(self._runner.start())
@@ -151,21 +150,6 @@ class Pool:
             for job_id in {job for worker_id in worker_ids if worker_id in workers for job in workers[worker_id].jobs}:
                 _append_to_log(self.job_dir(job_id) / "job.log", sentence)
 
-    async def _recover(self) -> None:
-        """Unfinished jobs of the last run: those being cancelled are cancelled, the others wait again."""
-        alike: dict[bytes, list[Job]] = {}
-        for job in await self._store.unfinished():
-            self._jobs[job.id] = job
-            if job.state is JobState.CANCELLING:
-                await self._jobs.settle(job, JobEvent.RELEASED)
-                continue
-            if job.state is JobState.RUNNING:
-                job = await self._jobs.requeue(job, "the server ended")
-            model = msgspec.json.encode((job.evaluation.model, job.evaluation.model_args), order="sorted")
-            alike.setdefault(model, []).append(job)
-        for jobs in alike.values():  # thousands may wait for a few models: each is looked at once
-            self._runner.background(self._identify(*jobs))
-
     async def _start_evaluator(self, evaluator_id: str) -> EvaluatorChild:
         """Not before the desk has left its task index on disk: building it is most of an evaluator's start."""
         await self._desk.wait_ready()
@@ -181,67 +165,7 @@ class Pool:
         """
         if self._stopping:
             raise ShuttingDown
-        if earlier := await self._store.by_key(evaluation.idempotency_key):
-            return await self._same(earlier, evaluation)
-        args = await self._admission.admit(evaluation)
-        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
-        stored = await self._store.add(job)
-        if stored.id != job.id:  # another request with the key was faster
-            return await self._same(stored, evaluation)
-        self._jobs[job.id] = job
-        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), args.pretrained)
-        self._take_up(job)
-        return job
-
-    async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
-        if earlier.evaluation != evaluation:
-            raise KeyReused(earlier.id)
-        return await self.job(earlier.id)
-
-    def _take_up(self, job: Job) -> None:
-        """Find the content of a queued job's model in the background, then let the scheduler have the job."""
-        self._runner.background(self._identify(job))
-
-    async def _identify(self, *jobs: Job) -> None:
-        """Find the content of the model that these jobs name, and let the scheduler have them."""
-        try:
-            args = await self._admission.model_args(jobs[0].evaluation)
-            digest = await asyncio.to_thread(fingerprint_model, args, self.settings.data_dir / "fingerprints.json")
-        except (InvalidRequest, OSError) as error:
-            for job in jobs:
-                await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
-            return
-        sizes: dict[str, ReplicaSize | None] = {}
-        for job in jobs:
-            await self._demand(job, args, digest, sizes)
-
-    async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
-        """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
-        try:
-            place = self._admission.place(job.evaluation, is_admitted=True)
-            if place.device not in sizes:
-                sizes[place.device] = await self._admission.size(job.evaluation, args, place)
-            plan = self._admission.plan(job.evaluation, sizes[place.device], place)
-        except (InvalidRequest, OSError) as error:
-            await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
-            return
-        spec = ModelSpec(kind="hf", args=args, fingerprint=digest, device=place.device)
-        demand = ev.Demand(
-            job_id=job.id,
-            spec=spec,
-            max_replicas=max(1, place.max_replicas // plan.gpus),
-            gpus=plan.gpus,
-            memory_bytes=plan.memory_bytes,
-            order=job.created_at.timestamp(),
-            slot_index=place.slot_index,
-            attempts=job.retries,
-            slot_id=place.slot_id,
-            priority=job.evaluation.priority,
-            timeout_s=job.evaluation.timeout_s,
-            max_retries=job.evaluation.max_retries,
-        )
-        logger.info("job %s: %s", job.id, plan.describe())
-        self._runner.submit(demand)
+        return await self._intake.submit(evaluation, request)
 
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job, queued or running; it is durable on return.
@@ -327,8 +251,9 @@ class Pool:
     def workers(self) -> list[WorkerView]:
         """Worker processes, oldest first."""
         views: list[WorkerView] = []
+        fleet = self._runner.fleet
         for worker in self._runner.scheduler.workers.values():
-            child, loaded = self._runner.workers.get(worker.id), self._runner.loaded.get(worker.id)
+            child, loaded = fleet.workers.get(worker.id), fleet.loaded.get(worker.id)
             views.append(
                 WorkerView(
                     worker=worker,

@@ -1,4 +1,4 @@
-"""Carries out what the scheduler asks for: processes, messages and durable states. One loop takes events in order."""
+"""Carries out what the scheduler asks for, by processes and durable states. One loop takes events in order."""
 
 from __future__ import annotations
 
@@ -9,39 +9,20 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, assert_never
 
-import msgspec
-
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable
 from gpu_pool.fingerprint import changed_models
+from gpu_pool.fleet import Fleet, JobMessage, Processes
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.machine_memory import machine_bytes
-from gpu_pool.records import Job, JobState, ModelSpec, Slot
+from gpu_pool.records import Job, JobState
 from gpu_pool.scheduler import Scheduler
 from gpu_pool.settings import PoolSettings, evaluators_that_fit
-from gpu_pool.stalls import Stalls
-from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
 
-MAX_RESTART_PAUSE_SECONDS = 30.0
-"""Evaluators that die before they are ready are started again ever more slowly, up to this."""
-
 logger = logging.getLogger(__name__)
-
-EvaluatorChild = Child[msg.FromEvaluator]
-WorkerChild = Child[msg.FromWorker]
-
-
-class Processes(msgspec.Struct, kw_only=True):
-    """How processes are started; the seam at which tests and other machines come in."""
-
-    evaluator: Callable[[str], Awaitable[EvaluatorChild]]
-    worker: Callable[[str, ModelSpec, list[Slot], int], Awaitable[WorkerChild]]
-    """Its id, model and slots, and how much memory it may take of each slot (0: all)."""
-    address: Callable[[str], str]
-    """Where the worker of that id listens for evaluators."""
 
 
 class Runner:
@@ -57,9 +38,7 @@ class Runner:
         refresh: Callable[[Job], None],
     ) -> None:
         self.jobs = jobs
-        self.evaluators: dict[str, EvaluatorChild] = {}
-        self.workers: dict[str, WorkerChild] = {}
-        self.loaded: dict[str, msg.WorkerReady] = {}
+        self.fleet = Fleet(settings, leases, processes, self.put, self._on_job_message, self.background)
         self.scheduler = Scheduler(
             evaluators=settings.evaluators or None,
             evaluators_that_fit=evaluators_that_fit(machine_bytes()),
@@ -72,7 +51,6 @@ class Runner:
         self._settings = settings
         self._leases = leases
         leases.at_rest = self.scheduler.at_rest
-        self._processes = processes
         self._job_dir = job_dir
         self._refresh = refresh
         self._events: asyncio.Queue[tuple[ev.Event, asyncio.Future[None] | None]] = asyncio.Queue()
@@ -80,10 +58,7 @@ class Runner:
         self._stopping = False
         self._outcomes: dict[str, msg.JobDone | msg.JobFailed] = {}
         """What evaluators reported at the end of a job, until the loop has taken it in."""
-        self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stalls = Stalls()
-        self._failed_starts = 0
         self._given: set[str] = set()
         """Jobs that the scheduler has been given."""
         self._ending: set[str] = set()
@@ -162,12 +137,7 @@ class Runner:
         self.put(ev.Tick)
         if self._loop:
             await asyncio.gather(self._loop, return_exceptions=True)
-        for timer in self._timers.values():
-            timer.cancel()
-        for child in self.evaluators.values():
-            child.kill()
-        stopping = [child.stop() for child in self.workers.values()]
-        await asyncio.gather(*stopping, *(child.gone for child in self.evaluators.values()))
+        await self.fleet.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -188,34 +158,25 @@ class Runner:
     async def _perform(self, action: ev.Action) -> None:
         match action:
             case ev.StartEvaluator(evaluator_id=evaluator_id):
-                self.background(self._start_evaluator(evaluator_id))
+                self.background(self.fleet.start_evaluator(evaluator_id))
             case ev.KillEvaluator(evaluator_id=evaluator_id):
-                if child := self.evaluators.get(evaluator_id):
-                    child.kill()
-            case ev.StartWorker():
-                await self._start_worker(action)
+                self.fleet.kill_evaluator(evaluator_id)
+            case ev.StartWorker(slot_ids=slot_ids):
+                await self.fleet.start_worker(action, [self.scheduler.slots[slot_id] for slot_id in slot_ids])
             case ev.StopWorker(worker_id=worker_id):
-                if child := self.workers.get(worker_id):
-                    self.background(child.stop())
+                self.fleet.stop_worker(worker_id)
             case ev.KillWorker(worker_id=worker_id):
-                if child := self.workers.get(worker_id):
-                    child.kill()
+                self.fleet.kill_worker(worker_id)
             case ev.ReclaimSlots():
                 self.background(self._reclaim(action))
             case ev.StartJob():
                 await self._start_job(action)
-            case ev.Attach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id):
-                address = self._processes.address(worker_id)
-                message = msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address)
-                self._disarm((job_id, worker_id))  # of an earlier use, which was to be cut off if it took too long
-                self._tell(evaluator_id, message)
-            case ev.Detach(evaluator_id=evaluator_id):
-                told = msg.DetachWorker(
-                    job_id=action.job_id, worker_id=action.worker_id, at_once=action.at_once, cause=action.cause
-                )
-                self._detach(evaluator_id, told)
+            case ev.Attach():
+                self.fleet.attach(action)
+            case ev.Detach():
+                self.fleet.detach(action)
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
-                self._drop(worker_id, job_id)
+                self.fleet.drop(worker_id, job_id)
             case ev.BeginCancel(job_id=job_id):
                 if job := self.jobs.get(job_id):
                     await self.jobs.change(job, JobEvent.CANCEL)
@@ -234,112 +195,21 @@ class Runner:
             case _:
                 assert_never(action)
 
-    def _tell(self, evaluator_id: str, message: msg.ToEvaluator) -> None:
-        if child := self.evaluators.get(evaluator_id):
-            child.send(message)
-
-    def _detach(self, evaluator_id: str, message: msg.DetachWorker) -> None:
-        """Ask for a worker back; where its answers take too long, others compute them again."""
-        self._tell(evaluator_id, message)
-        if not message.at_once:
-            again = msgspec.structs.replace(message, at_once=True)
-            timer = asyncio.get_running_loop().call_later(
-                self._settings.drop_timeout_s, self._tell, evaluator_id, again
-            )
-            self._disarm((message.job_id, message.worker_id))
-            self._timers[message.job_id, message.worker_id] = timer
-
-    async def _start_evaluator(self, evaluator_id: str) -> None:
-        if self._failed_starts:
-            await asyncio.sleep(min(MAX_RESTART_PAUSE_SECONDS, 2.0**self._failed_starts))
-        try:
-            child = await self._processes.evaluator(evaluator_id)
-        except OSError as error:  # no memory, no descriptors: later there may be
-            self._failed_starts += 1
-            self.put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=str(error))
-            return
-        self.evaluators[evaluator_id] = child
-
-        async def on_message(message: msg.FromEvaluator) -> None:
-            await self._on_evaluator_message(evaluator_id, message)
-
-        async def on_death(cause: str) -> None:
-            del self.evaluators[evaluator_id]
-            self._failed_starts += not child.killed
-            self.put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause)
-
-        child.watch(on_message, on_death)
-
-    async def _start_worker(self, action: ev.StartWorker) -> None:
-        worker_id = action.worker_id
-        if reason := await self._leases.take(worker_id, action.slot_ids, action.memory_bytes):
-            self.put(ev.LeaseRefused, worker_id=worker_id, reason=reason)
-            return
-        slots = [self.scheduler.slots[slot_id] for slot_id in action.slot_ids]
-        try:
-            child = await self._processes.worker(worker_id, action.spec, slots, action.memory_bytes)
-        except OSError as error:  # no memory, no descriptors: later there may be
-            self._leases.release(worker_id)
-            self.put(ev.LeaseRefused, worker_id=worker_id, reason=f"A worker could not be started: {error}")
-            return
-        self.workers[worker_id] = child
-        self._leases.started(worker_id, child.pid)
-        self._arm((worker_id, "load"), self._settings.worker_load_timeout_s, child, "did not load its model in time")
-
-        async def on_message(message: msg.FromWorker) -> None:
-            await self._on_worker_message(worker_id, message)
-
-        async def on_death(cause: str) -> None:
-            del self.workers[worker_id]
-            self.loaded.pop(worker_id, None)
-            self._stalls.forget(worker_id)
-            for key in [key for key in self._timers if key[0] == worker_id]:
-                self._disarm(key)
-            self.put(ev.WorkerDied, worker_id=worker_id, cause=cause)
-
-        child.watch(on_message, on_death)
-
     async def _reclaim(self, action: ev.ReclaimSlots) -> None:
         await self._leases.reclaim(action.worker_id)
         if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
             await self.look()
         self.put(ev.SlotsReturned, worker_id=action.worker_id)
 
-    def _drop(self, worker_id: str, job_id: str) -> None:
-        if child := self.workers.get(worker_id):
-            child.send(msg.DropJob(job_id=job_id))
-            self._arm((worker_id, job_id), self._settings.drop_timeout_s, child, f"did not let go of job {job_id}")
+    # ------------------------------------------------------------------ what evaluators say of jobs
 
-    def _arm(self, key: tuple[str, str], seconds: float, child: WorkerChild, why: str) -> None:
-        def kill() -> None:
-            logger.error("%s %s and is killed", child.name, why)
-            child.kill(f"it {why} and was killed")
-
-        self._timers[key] = asyncio.get_running_loop().call_later(seconds, kill)
-
-    def _disarm(self, key: tuple[str, str]) -> None:
-        if timer := self._timers.pop(key, None):
-            timer.cancel()
-
-    # ------------------------------------------------------------------ messages
-
-    async def _on_evaluator_message(self, evaluator_id: str, message: msg.FromEvaluator) -> None:
+    async def _on_job_message(self, message: JobMessage) -> None:
         match message:
-            case msg.EvaluatorReady(rss_bytes=rss):
-                self._failed_starts = 0
-                if rss > self._settings.evaluator_memory_bytes:
-                    logger.info("%s uses %d MiB and is replaced", evaluator_id, rss >> 20)
-                    self.background(self.evaluators[evaluator_id].stop())
-                else:
-                    self.put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.JobProgress(job_id=job_id, progress=progress):
                 before = self.jobs[job_id].progress if job_id in self.jobs else None
                 self.jobs.progressed(job_id, progress, self.ran_seconds(job_id))
                 if progress.done > (before.done if before else 0):
                     self.put(ev.JobProgressed, job_id=job_id)
-            case msg.WorkerDetached(job_id=job_id, worker_id=worker_id):
-                self._disarm((job_id, worker_id))
-                self.put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})
@@ -348,50 +218,15 @@ class Runner:
                 self._outcomes[job_id] = message
                 changed = isinstance(message, msg.JobFailed) and message.content_changed
                 self.put(ev.JobEnded, job_id=job_id, content_changed=changed)
-            case msg.AwaitingWorker(worker_id=worker_id):
-                self._look_for_stall(worker_id)
-            case msg.Catalogue() | msg.TasksChecked():
-                logger.error("%s answered a question that only the desk is asked", evaluator_id)
             case _:
                 assert_never(message)
-
-    async def _on_worker_message(self, worker_id: str, message: msg.FromWorker) -> None:
-        match message:
-            case msg.WorkerReady():
-                self._disarm((worker_id, "load"))
-                self._leases.loaded(worker_id, message.memory_bytes)
-                self.loaded[worker_id] = message
-                self.put(ev.WorkerLoaded, worker_id=worker_id)
-            case msg.LoadFailed(error=error, content_changed=changed):
-                self._disarm((worker_id, "load"))
-                crowded = await self._leases.crowded(worker_id) if message.out_of_memory else None
-                if crowded:
-                    logger.warning("%s lacks memory beside other processes (%s): %s", worker_id, crowded, error)
-                what = {"error": error, "content_changed": changed, "crowded": bool(crowded)}
-                self.put(ev.WorkerLoadFailed, worker_id=worker_id, **what)
-            case msg.BatchProgress():
-                self._stalls.progressed(worker_id, time.monotonic())
-            case msg.WorkerFailed(error=error):
-                self.workers[worker_id].why = error
-            case msg.Dropped(job_id=job_id):
-                self._disarm((worker_id, job_id))
-                self.put(ev.WorkerDroppedJob, worker_id=worker_id, job_id=job_id)
-            case _:
-                assert_never(message)
-
-    def _look_for_stall(self, worker_id: str) -> None:
-        """An evaluator waits for this worker in silence: kill it if it hangs."""
-        child, limit = self.workers.get(worker_id), self._settings.worker_stall_s
-        if child and self._stalls.awaited(worker_id, time.monotonic()) >= limit:
-            logger.error("%s has made no progress for %g s and is killed", worker_id, limit)
-            child.kill(f"it made no progress for {limit:g} s (worker_stall_s) and was killed")
 
     # ------------------------------------------------------------------ durable states
 
     async def _start_job(self, action: ev.StartJob) -> None:
         job = await self.jobs.start(self.jobs[action.job_id])
         try:
-            self._tell(action.evaluator_id, self._run_job(job))
+            self.fleet.tell(action.evaluator_id, self._run_job(job))
         except Exception as error:  # what is wrong with one job must not end the others
             logger.exception("job %s cannot be started", job.id)
             self._outcomes[job.id] = msg.JobFailed(job_id=job.id, error=f"it cannot be started: {error}")

@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ.update(DISABLE_MULTIPROC="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 
+from gpu_pool import chunk_messages as data
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.harness_lm_eval import memoise_templates
@@ -33,7 +34,7 @@ from gpu_pool.worker.engine.loglikelihood import score
 from server.settings import load_settings
 
 Json = dict[str, Any]
-Chunk = msg.LoglikelihoodChunk | msg.GenerationChunk
+Chunk = data.LoglikelihoodChunk | data.GenerationChunk
 
 
 def main(request: Json, folder: Path) -> Json:
@@ -77,33 +78,33 @@ def write_down(listener: Listener, chunks: list[Chunk]) -> None:
         connection.recv_bytes()
         connection.send_bytes(msg.encode(WELCOME))
         while True:
-            chunk = msg.decode_to_worker_data(connection.recv_bytes())
+            chunk = data.decode_to_worker_data(connection.recv_bytes())
             chunks.append(chunk)
             connection.send_bytes(msg.encode(dummy_answer(chunk)))
 
 
-WELCOME = msg.Welcome(
+WELCOME = data.Welcome(
     worker_id="worker", max_length=0, prefix_token_id=0, dtype="", attn_implementation="", route="", route_reason=""
 )
 
 
 def dummy_answer(chunk: Chunk) -> msg.Message:
-    if isinstance(chunk, msg.LoglikelihoodChunk):
+    if isinstance(chunk, data.LoglikelihoodChunk):
         answers = ((-1.0, False),) * len(chunk.sequences)
-        return msg.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=answers, seconds=1.0)
-    return msg.GenerationDone(chunk_id=chunk.chunk_id, texts=("",) * len(chunk.prompts), seconds=1.0)
+        return data.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=answers, seconds=1.0)
+    return data.GenerationDone(chunk_id=chunk.chunk_id, texts=("",) * len(chunk.prompts), seconds=1.0)
 
 
 def together(chunks: Sequence[Chunk]) -> list[Chunk]:
     """The same requests in as few chunks as can be, in the same order."""
-    scoring = [chunk for chunk in chunks if isinstance(chunk, msg.LoglikelihoodChunk)]
+    scoring = [chunk for chunk in chunks if isinstance(chunk, data.LoglikelihoodChunk)]
     merged: list[Chunk] = []
     if scoring:
         sequences = TokenSequences.pack(ids for chunk in scoring for ids in chunk.sequences.unpack())
         scored = tuple(count for chunk in scoring for count in chunk.scored)
-        merged.append(msg.LoglikelihoodChunk(chunk_id=0, sequences=sequences, scored=scored))
-    generating = [chunk for chunk in chunks if isinstance(chunk, msg.GenerationChunk)]
-    kinds: list[msg.GenerationOptions] = []
+        merged.append(data.LoglikelihoodChunk(chunk_id=0, sequences=sequences, scored=scored))
+    generating = [chunk for chunk in chunks if isinstance(chunk, data.GenerationChunk)]
+    kinds: list[data.GenerationOptions] = []
     for chunk in generating:
         if chunk.options not in kinds:
             kinds.append(chunk.options)
@@ -111,7 +112,7 @@ def together(chunks: Sequence[Chunk]) -> list[Chunk]:
         some = [chunk for chunk in generating if chunk.options == options]
         prompts = TokenSequences.pack(ids for chunk in some for ids in chunk.prompts.unpack())
         seeds = tuple(seed for chunk in some for seed in chunk.seeds)
-        merged.append(msg.GenerationChunk(chunk_id=len(merged), prompts=prompts, options=options, seeds=seeds))
+        merged.append(data.GenerationChunk(chunk_id=len(merged), prompts=prompts, options=options, seeds=seeds))
     return merged
 
 
@@ -120,7 +121,7 @@ def compute(loaded: LoadedModel, chunks: Sequence[Chunk]) -> Json:
     sequences = [ids for chunk in chunks for ids in sequences_of(chunk).unpack()]
     started, cpu = time.perf_counter(), time.process_time()
     for chunk in chunks:
-        if isinstance(chunk, msg.LoglikelihoodChunk):
+        if isinstance(chunk, data.LoglikelihoodChunk):
             score(loaded, chunk, lambda: False)
         else:
             generate(loaded, chunk, lambda: False)
@@ -134,7 +135,7 @@ def compute(loaded: LoadedModel, chunks: Sequence[Chunk]) -> Json:
 
 
 def sequences_of(chunk: Chunk) -> TokenSequences:
-    return chunk.sequences if isinstance(chunk, msg.LoglikelihoodChunk) else chunk.prompts
+    return chunk.sequences if isinstance(chunk, data.LoglikelihoodChunk) else chunk.prompts
 
 
 if __name__ == "__main__":

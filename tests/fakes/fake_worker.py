@@ -10,9 +10,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from gpu_pool import chunk_messages as data
 from gpu_pool import messages as msg
 
-Chunk = msg.LoglikelihoodChunk | msg.GenerationChunk
+Chunk = data.LoglikelihoodChunk | data.GenerationChunk
 Behaviour = Callable[["FakeWorker", Chunk], msg.Message | None]
 """What to answer to a chunk; None hangs up."""
 
@@ -20,12 +21,12 @@ Behaviour = Callable[["FakeWorker", Chunk], msg.Message | None]
 def answer(worker: FakeWorker, chunk: Chunk) -> msg.Message:
     """The honest answer."""
     worker.chunks.append(chunk)
-    if isinstance(chunk, msg.LoglikelihoodChunk):
+    if isinstance(chunk, data.LoglikelihoodChunk):
         scores = tuple((-score(tokens), False) for tokens in chunk.sequences.unpack())
-        return msg.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=scores, seconds=0.001)
+        return data.LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=scores, seconds=0.001)
     seeds = chunk.seeds or (0,) * len(chunk.prompts)
     texts = tuple(f"{score(tokens)} {seed}" for tokens, seed in zip(chunk.prompts.unpack(), seeds, strict=True))
-    return msg.GenerationDone(chunk_id=chunk.chunk_id, texts=texts, seconds=0.001)
+    return data.GenerationDone(chunk_id=chunk.chunk_id, texts=texts, seconds=0.001)
 
 
 def score(tokens: Iterable[int]) -> float:
@@ -73,8 +74,8 @@ class FakeWorker:
 
     def _serve(self, client: socket.socket) -> None:
         with suppress(OSError, EOFError), client, Connection(os.dup(client.fileno())) as connection:
-            assert isinstance(msg.decode_to_worker_data(connection.recv_bytes()), msg.Hello)
-            welcome = msg.Welcome(
+            assert isinstance(data.decode_to_worker_data(connection.recv_bytes()), data.Hello)
+            welcome = data.Welcome(
                 worker_id=self.worker_id,
                 max_length=2048,
                 prefix_token_id=0,
@@ -85,12 +86,12 @@ class FakeWorker:
             )
             connection.send_bytes(msg.encode(welcome))
             while True:
-                chunk = msg.decode_to_worker_data(connection.recv_bytes())
-                assert not isinstance(chunk, msg.Hello)
+                chunk = data.decode_to_worker_data(connection.recv_bytes())
+                assert not isinstance(chunk, data.Hello)
                 with self._computing:
                     if self._dead:
                         return
-                    connection.send_bytes(msg.encode(msg.ChunkBegun(chunk_id=chunk.chunk_id)))
+                    connection.send_bytes(msg.encode(data.ChunkBegun(chunk_id=chunk.chunk_id)))
                     if (reply := self._behaviour(self, chunk)) is None:
                         return
                     connection.send_bytes(msg.encode(reply))
@@ -113,14 +114,14 @@ def failing_on(*tokens: int) -> Behaviour:
     """Fail, politely, on any sequence that holds one of these."""
 
     def behave(worker: FakeWorker, chunk: Chunk) -> msg.Message:
-        failed = msg.ChunkFailed(chunk_id=chunk.chunk_id, error="ValueError: no such word")
+        failed = data.ChunkFailed(chunk_id=chunk.chunk_id, error="ValueError: no such word")
         return failed if _holds(chunk, tokens) else answer(worker, chunk)
 
     return behave
 
 
 def _holds(chunk: Chunk, tokens: Collection[int]) -> bool:
-    sequences = chunk.sequences if isinstance(chunk, msg.LoglikelihoodChunk) else chunk.prompts
+    sequences = chunk.sequences if isinstance(chunk, data.LoglikelihoodChunk) else chunk.prompts
     return any(token in tokens for some in sequences.unpack() for token in some)
 
 
@@ -131,7 +132,7 @@ def silent(_: FakeWorker, chunk: Chunk) -> None:
 
 def failing(_: FakeWorker, chunk: Chunk) -> msg.Message:
     """Fail every chunk."""
-    return msg.ChunkFailed(chunk_id=chunk.chunk_id, error="out of memory")
+    return data.ChunkFailed(chunk_id=chunk.chunk_id, error="out of memory")
 
 
 def socket_path(folder: Path, name: str) -> Path:

@@ -10,13 +10,13 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
+from gpu_pool.fleet import Processes
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.ledger import Running
 from gpu_pool.live_jobs import LiveJobs
-from gpu_pool.messages import LoadFailed
 from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
-from gpu_pool.runner import Processes, Runner
+from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 
@@ -82,26 +82,3 @@ async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
     await runner.handle(ev.Tick)
     assert runner.scheduler.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)
-
-
-@pytest.mark.parametrize("out_of_memory", [True, False])
-@pytest.mark.parametrize("stranger", [True, False])
-async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
-    store: Store,
-    tmp_path: Path,
-    fake_nvml: FakeNvml,
-    monkeypatch: pytest.MonkeyPatch,
-    stranger: bool,
-    out_of_memory: bool,
-) -> None:
-    fake_nvml.install_here(monkeypatch)
-    fake_nvml.write(gpu_line(), gpu_line())
-    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
-    leases = Leases(settings, Inventory(None))
-    runner = make_runner(settings, LiveJobs(store, {}), leases)
-    assert await leases.take("worker", [gpu_uuid(1)]) is None
-    fake_nvml.write(gpu_line(), gpu_line(), f"proc {int(stranger)} {2**22 + 77} 2048")
-    await runner._on_worker_message("worker", LoadFailed(error="no room", out_of_memory=out_of_memory))
-    failed, _ = runner._events.get_nowait()
-    assert isinstance(failed, ev.WorkerLoadFailed)
-    assert failed.crowded == (stranger and out_of_memory)

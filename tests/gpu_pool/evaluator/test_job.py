@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_worker import Behaviour, Chunk, FakeWorker, answer, failing, silent
 
+from gpu_pool import chunk_messages as data
 from gpu_pool import messages as msg
 from gpu_pool.records import TaskProgress
 
@@ -48,7 +49,7 @@ def test_a_task_is_published_while_another_runs(evaluator, job_id, start_worker)
     release = threading.Event()
 
     def hold_scoring(worker: FakeWorker, chunk: object) -> msg.Message:
-        if isinstance(chunk, msg.LoglikelihoodChunk):
+        if isinstance(chunk, data.LoglikelihoodChunk):
             release.wait()
         return answer(worker, chunk)
 
@@ -115,7 +116,7 @@ def failing_on_the_first(worker: FakeWorker, chunk: Chunk) -> msg.Message:
     ]
     worker.first = getattr(worker, "first", sequences[0])
     if worker.first in sequences:
-        return msg.ChunkFailed(chunk_id=chunk.chunk_id, error="RuntimeError: a bad number")
+        return data.ChunkFailed(chunk_id=chunk.chunk_id, error="RuntimeError: a bad number")
     return answer(worker, chunk)
 
 

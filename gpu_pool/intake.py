@@ -1,0 +1,117 @@
+"""From a request to what the scheduler is given: a checked, durable job whose model is known by its content."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from gpu_pool import events as ev
+from gpu_pool.admission import Admission
+from gpu_pool.errors import InvalidRequest, KeyReused
+from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.model_size import ReplicaSize
+from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
+from gpu_pool.runner import Runner
+from gpu_pool.settings import PoolSettings
+from gpu_pool.store import Store
+from gpu_pool.transitions import JobEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Intake:
+    """Takes jobs in: new ones, those of the last run, and those whose model has changed meanwhile."""
+
+    def __init__(
+        self, settings: PoolSettings, store: Store, jobs: LiveJobs, admission: Admission, runner: Runner
+    ) -> None:
+        self._memo = settings.data_dir / "fingerprints.json"
+        self._store = store
+        self._jobs = jobs
+        self._admission = admission
+        self._runner = runner
+
+    async def recover(self) -> None:
+        """Unfinished jobs of the last run: those being cancelled are cancelled, the others wait again."""
+        alike: dict[bytes, list[Job]] = {}
+        for job in await self._store.unfinished():
+            self._jobs[job.id] = job
+            if job.state is JobState.CANCELLING:
+                await self._jobs.settle(job, JobEvent.RELEASED)
+                continue
+            if job.state is JobState.RUNNING:
+                job = await self._jobs.requeue(job, "the server ended")
+            model = msgspec.json.encode((job.evaluation.model, job.evaluation.model_args), order="sorted")
+            alike.setdefault(model, []).append(job)
+        for jobs in alike.values():  # thousands may wait for a few models: each is looked at once
+            self._runner.background(self._identify(*jobs))
+
+    async def submit(self, evaluation: Evaluation, request: dict[str, Any]) -> Job:
+        """As `Pool.submit`."""
+        if earlier := await self._store.by_key(evaluation.idempotency_key):
+            return await self._same(earlier, evaluation)
+        args = await self._admission.admit(evaluation)
+        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
+        stored = await self._store.add(job)
+        if stored.id != job.id:  # another request with the key was faster
+            return await self._same(stored, evaluation)
+        self._jobs[job.id] = job
+        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), args.pretrained)
+        self.take_up(job)
+        return job
+
+    async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
+        if earlier.evaluation != evaluation:
+            raise KeyReused(earlier.id)
+        return self._jobs.get(earlier.id) or await self._store.get(earlier.id)
+
+    def take_up(self, job: Job) -> None:
+        """Find the content of a queued job's model in the background, then let the scheduler have the job."""
+        self._runner.background(self._identify(job))
+
+    async def _identify(self, *jobs: Job) -> None:
+        """Find the content of the model that these jobs name, and let the scheduler have them."""
+        try:
+            args = await self._admission.model_args(jobs[0].evaluation)
+            digest = await asyncio.to_thread(fingerprint_model, args, self._memo)
+        except (InvalidRequest, OSError) as error:
+            for job in jobs:
+                await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
+            return
+        sizes: dict[str, ReplicaSize | None] = {}
+        for job in jobs:
+            await self._demand(job, args, digest, sizes)
+
+    async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
+        """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
+        try:
+            place = self._admission.place(job.evaluation, is_admitted=True)
+            if place.device not in sizes:
+                sizes[place.device] = await self._admission.size(job.evaluation, args, place)
+            plan = self._admission.plan(job.evaluation, sizes[place.device], place)
+        except (InvalidRequest, OSError) as error:
+            await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
+            return
+        spec = ModelSpec(kind="hf", args=args, fingerprint=digest, device=place.device)
+        demand = ev.Demand(
+            job_id=job.id,
+            spec=spec,
+            max_replicas=max(1, place.max_replicas // plan.gpus),
+            gpus=plan.gpus,
+            memory_bytes=plan.memory_bytes,
+            order=job.created_at.timestamp(),
+            slot_index=place.slot_index,
+            attempts=job.retries,
+            slot_id=place.slot_id,
+            priority=job.evaluation.priority,
+            timeout_s=job.evaluation.timeout_s,
+            max_retries=job.evaluation.max_retries,
+        )
+        logger.info("job %s: %s", job.id, plan.describe())
+        self._runner.submit(demand)

@@ -1,0 +1,50 @@
+"""What processes say becomes events: the fleet without any process, against real leases on the fake NVML library."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fake_nvml import FakeNvml, gpu_line, gpu_uuid
+
+from gpu_pool import events as ev
+from gpu_pool.fleet import Fleet, Processes
+from gpu_pool.gpus import Inventory
+from gpu_pool.leases import Leases
+from gpu_pool.messages import LoadFailed
+from gpu_pool.settings import PoolSettings
+
+
+async def none(*_: object) -> None:
+    """No process is started, and nobody hears."""
+
+
+@pytest.mark.parametrize("out_of_memory", [True, False])
+@pytest.mark.parametrize("stranger", [True, False])
+async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
+    tmp_path: Path,
+    fake_nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
+    stranger: bool,
+    out_of_memory: bool,
+) -> None:
+    fake_nvml.install_here(monkeypatch)
+    fake_nvml.write(gpu_line(), gpu_line())
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    leases = Leases(settings, Inventory(None))
+    happened: list[tuple[type[ev.Event], dict[str, object]]] = []
+    fleet = Fleet(
+        settings,
+        leases,
+        Processes(evaluator=none, worker=none, address=str),
+        put=lambda event, **fields: happened.append((event, fields)),
+        hear=none,
+        background=asyncio.ensure_future,
+    )
+    assert await leases.take("worker", [gpu_uuid(1)]) is None
+    fake_nvml.write(gpu_line(), gpu_line(), f"proc {int(stranger)} {2**22 + 77} 2048")
+    await fleet._on_worker_message("worker", LoadFailed(error="no room", out_of_memory=out_of_memory))
+    [(event, fields)] = happened
+    assert event is ev.WorkerLoadFailed
+    assert fields["crowded"] == (stranger and out_of_memory)
