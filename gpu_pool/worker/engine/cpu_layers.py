@@ -6,7 +6,8 @@ it to a slower kernel. What torch.compile does with frozen weights is done here 
 
 oneDNN sums a product's terms one after another. What that loses in fp32 would be most of what an answer differs by from
 other kernels', so these products are summed in slices. Where the usual call, which is MKL's, has the very bits of that,
-which of the two computes a product is a matter of speed alone.
+which of the two computes a product is a matter of speed alone: it is measured, because on one CPU the usual call is as
+fast for many rows and small weights, and on another it takes twice the time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from time import thread_time
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,11 +35,19 @@ _ROWS = 32
 _TERMS = 192
 """Most terms of a sum in fp32 that are added one after another: as exact as MKL."""
 _MANY_ROWS = 256
-"""From which on adding up slices takes longer than the usual call's layout."""
-_SMALL_BYTES = 4 << 20
-"""Of a weight that stays in the CPU's cache: the usual call lays it out in no time."""
+"""From which on the usual call's own layout costs little beside the product."""
+_MEASURED_OUTPUTS = 2048
+"""Of a weight, at most: more take as long each."""
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Usual(NamedTuple):
+    """Whether the usual call is to compute a product, which has the bits of slices and is not slower."""
+
+    few: bool
+    """For less than _MANY_ROWS rows."""
+    many: bool
 
 
 def lay_out_weights(model: nn.Module) -> int:
@@ -90,16 +100,17 @@ def _weight_of(module: nn.Module) -> Any:
 
 
 def _is_best_as_it_is(weight: torch.Tensor) -> bool:
-    small = weight.dtype is torch.float32 and weight.nbytes <= _SMALL_BYTES
-    return small and _usual_sums_are_alike(weight.shape[1])
+    return weight.dtype is torch.float32 and all(_usual_for(weight))
 
 
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """What computes x @ weight.T + bias, with a copy of `weight` [outputs, inputs]."""
     if weight.dtype is not torch.float32:
         return laid_out_for_one_sum(weight, bias)
-    usual = weight.detach() if _usual_sums_are_alike(weight.shape[1]) else None
-    return partial(_apply_slices, _slices(weight), bias, usual)
+    slices = partial(_apply_slices, _slices(weight), bias)
+    usual = partial(nn.functional.linear, weight=weight.detach(), bias=bias)
+    few, many = (usual if is_usual else slices for is_usual in _usual_for(weight))
+    return slices if few is many is slices else partial(_by_rows, few, many)
 
 
 def laid_out_for_one_sum(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -119,16 +130,23 @@ def _apply(copy: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -
     return torch.ops.mkldnn._linear_pointwise(input, copy, bias, "none", [], "")
 
 
-def _apply_slices(
-    copies: Sequence[torch.Tensor], bias: torch.Tensor | None, usual: torch.Tensor | None, input: torch.Tensor
-) -> torch.Tensor:
-    if usual is not None and input.numel() >= _MANY_ROWS * input.shape[-1]:
-        return nn.functional.linear(input, usual, bias)
+def _by_rows(few: Linear, many: Linear, input: torch.Tensor) -> torch.Tensor:
+    return (many if input.numel() >= _MANY_ROWS * input.shape[-1] else few)(input)
+
+
+def _apply_slices(copies: Sequence[torch.Tensor], bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
     first, *others = input.split(_TERMS, dim=-1)
     result = _apply(copies[0], bias, first)
     for copy, part in zip(copies[1:], others, strict=True):
         result = torch.ops.mkldnn._linear_pointwise.binary(part, result, copy, None, "add")
     return result
+
+
+def _usual_for(weight: torch.Tensor) -> _Usual:
+    """What products with `weight` [outputs, inputs] in fp32 are computed by."""
+    outputs, terms = weight.shape
+    alike = _usual_sums_are_alike(terms)
+    return _measure(min(outputs, _MEASURED_OUTPUTS), terms) if alike else _Usual(few=False, many=False)
 
 
 @cache
@@ -137,8 +155,29 @@ def _usual_sums_are_alike(terms: int) -> bool:
     """Whether the usual products have the bits of those in slices; MKL's have on some CPUs, but for a few rows."""
     generator = torch.Generator().manual_seed(0)
     weight, rows = (torch.randn(count, terms, generator=generator) for count in (64, _MANY_ROWS))
-    in_slices = partial(_apply_slices, _slices(weight), None, None)
+    in_slices = partial(_apply_slices, _slices(weight), None)
     return all(torch.equal(in_slices(some), nn.functional.linear(some, weight)) for some in (rows, rows[:8]))
+
+
+@cache
+@torch.inference_mode()
+def _measure(outputs: int, terms: int) -> _Usual:
+    """By the CPU time of either way on weights of this shape."""
+    generator = torch.Generator().manual_seed(0)
+    weight, few, many = (torch.randn(count, terms, generator=generator) for count in (outputs, _ROWS, _MANY_ROWS))
+    ways = (partial(nn.functional.linear, weight=weight), partial(_apply_slices, _slices(weight), None))
+    best: list[bool] = []
+    for rows in (few, many):
+        usual, slices = (min(_cpu_seconds(way, rows) for _ in range(3)) for way in ways)
+        best.append(usual <= slices)
+    return _Usual(*best)
+
+
+def _cpu_seconds(linear: Linear, rows: torch.Tensor) -> float:
+    """Of this thread, which waits for the others that compute."""
+    started = thread_time()
+    linear(rows)
+    return thread_time() - started
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from fresh_models import load_fresh
@@ -9,20 +11,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gpu_pool.worker.engine import cpu_layers
-from gpu_pool.worker.engine.cpu_layers import is_usable, laid_out, lay_out_weights, layers_for
+from gpu_pool.worker.engine.cpu_layers import _Usual, is_usable, laid_out, lay_out_weights, layers_for
 
 needs_bf16 = pytest.mark.skipif(not is_usable(torch.bfloat16), reason="oneDNN has no bf16 on this CPU")
 IDS = torch.arange(5, 19).view(2, 7)
 
 
 @pytest.fixture
-def alike(monkeypatch, request):
-    """Whether the usual sums are said to have the bits of those in slices, on whatever CPU this is."""
-    monkeypatch.setattr(cpu_layers, "_usual_sums_are_alike", lambda terms: request.param)
-    return request.param
-
-
-unlike = pytest.mark.parametrize("alike", [False], indirect=True)
+def never_usual(monkeypatch):
+    """All products in fp32 are computed in slices, on whatever CPU this is."""
+    monkeypatch.setattr(cpu_layers, "_usual_for", lambda weight: _Usual(few=False, many=False))
 
 
 def served(model: nn.Module) -> int:
@@ -43,9 +41,8 @@ def test_the_layout_is_to_be_had():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
-@unlike
 @torch.inference_mode()
-def test_logits_stay(name, layers, dtype, checkpoint, alike):
+def test_logits_stay(name, layers, dtype, checkpoint, never_usual):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=dtype).eval()
     for parameter in model.parameters():  # biases are made as zeros
         parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -58,9 +55,10 @@ def test_logits_stay(name, layers, dtype, checkpoint, alike):
 
 @pytest.mark.parametrize("inputs", [40, 700])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("alike", [True, False], indirect=True)
+@pytest.mark.parametrize("usual", list(itertools.product([True, False], repeat=2)))
 @torch.inference_mode()
-def test_rows_of_any_number_and_shape(inputs, bias, alike):
+def test_rows_of_any_number_and_shape(inputs, bias, usual, monkeypatch):
+    monkeypatch.setattr(cpu_layers, "_usual_for", lambda weight: _Usual(*usual))
     layer = nn.Linear(inputs, 24, bias=bias)
     linear = laid_out(layer.weight, layer.bias)
     for shape in ((), (1,), (0,), (3, 5), (1, 500)):
@@ -72,7 +70,7 @@ def test_rows_of_any_number_and_shape(inputs, bias, alike):
 
 
 @torch.inference_mode()
-def test_products_in_slices_and_usual_ones_are_told_apart():
+def test_products_in_slices_and_usual_ones_are_told_apart(never_usual):
     """By bits: what is said of one number of terms holds for larger weights and other rows of that many."""
     for terms in (40, 300, 576, 1536, 1600):
         if cpu_layers._usual_sums_are_alike(terms):
@@ -82,14 +80,25 @@ def test_products_in_slices_and_usual_ones_are_told_apart():
 
 
 @torch.inference_mode()
-def test_small_weights_stay_where_the_usual_sums_are_alike(monkeypatch):
-    for alike in (True, False):
-        monkeypatch.setattr(cpu_layers, "_usual_sums_are_alike", lambda terms, alike=alike: alike)
-        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 20_000))
-        assert lay_out_weights(model) == served(model) == (1 if alike else 2)
-        model = model.bfloat16()
-        if is_usable(torch.bfloat16):
-            assert lay_out_weights(model) == 2
+def test_weights_stay_as_they_are_where_the_usual_call_is_best(monkeypatch):
+    monkeypatch.setattr(cpu_layers, "_usual_for", lambda weight: _Usual(few=len(weight) < 100, many=True))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 200))
+    assert lay_out_weights(model) == served(model) == 1
+    model = model.bfloat16()
+    if is_usable(torch.bfloat16):
+        assert lay_out_weights(model) == 2
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)])
+def test_the_usual_call_is_taken_where_it_is_faster_and_has_the_same_bits(seconds, alike, monkeypatch):
+    cpu_layers._measure.cache_clear()
+    usual, slices = seconds
+    monkeypatch.setattr(cpu_layers, "_usual_sums_are_alike", lambda terms: alike)
+    is_usual = nn.functional.linear
+    monkeypatch.setattr(cpu_layers, "_cpu_seconds", lambda way, rows: usual if way.func is is_usual else slices)
+    assert cpu_layers._usual_for(torch.empty(5, 7)) == ((alike and usual < slices,) * 2)
+    cpu_layers._measure.cache_clear()
 
 
 @pytest.mark.parametrize("inputs", [576, 4096])
@@ -105,13 +114,11 @@ def test_products_in_fp32_are_as_exact_as_the_usual_ones(inputs):
     assert error(laid_out(layer.weight, layer.bias)) < 1.25 * error(layer)
 
 
-@unlike
-def test_models_for_the_cpu_are_loaded_so(checkpoint, alike):
+def test_models_for_the_cpu_are_loaded_so(checkpoint, never_usual):
     assert served(load_fresh(checkpoint("llama"), dtype="float32").model) == 15
 
 
-@unlike
-def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch, alike):
+def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch, never_usual):
     monkeypatch.setattr(cpu_layers, "free_bytes", lambda device: 100_000)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     assert lay_out_weights(model) == served(model) == 0
@@ -125,9 +132,8 @@ def test_other_layers_stay_as_they_are():
     assert lay_out_weights(model) == served(model) == 0
 
 
-@unlike
 @torch.inference_mode()
-def test_deterministic_requests_do_not_notice_the_layout(alike, monkeypatch):
+def test_deterministic_requests_do_not_notice_the_layout(never_usual, monkeypatch):
     """A worker that had no memory for it computes the same bits; here, what is laid out is wrong."""
     monkeypatch.setattr(cpu_layers, "is_usable", lambda dtype: True)
     monkeypatch.setattr(cpu_layers, "laid_out", lambda weight, bias: torch.zeros_like)
