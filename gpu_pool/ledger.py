@@ -73,7 +73,8 @@ class Ledger:
         self.running: dict[str, Running] = {}
         self.ending: dict[str, Ending] = {}
         self.evaluators: dict[str, str | None] = {}
-        """Evaluator -> its job; "" while it starts or is being killed; None while it is ready."""
+        """Evaluator -> its job; "" while it starts or is being killed; None while it is ready. Last those that have run
+        a job, in that order: the latest has its tasks, tokenizer and requests at hand, which the next job may want."""
         self.workers: dict[str, Worker] = {}
         self.reclaiming: dict[str, Worker] = {}
         self.killed: set[str] = set()

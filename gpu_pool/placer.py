@@ -152,7 +152,7 @@ class Placer(Moves):
         if choice is None:
             return False
         if isinstance(choice, Worker) or choice.readiness is Readiness.NOW:
-            self._begin(demand, self._ready.pop(0), choice)
+            self._begin(demand, self._ready.pop(), choice)
             return True
         self._starved.add(demand.spec.device)
         if choice.readiness is not Readiness.BUSY:

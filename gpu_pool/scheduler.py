@@ -146,8 +146,11 @@ class Scheduler(Placer):
     # ------------------------------------------------------------------ evaluators
 
     def _on_evaluator_ready(self, event: ev.EvaluatorIsReady) -> None:
-        if event.evaluator_id in self.evaluators:
-            self.evaluators[event.evaluator_id] = None
+        if event.evaluator_id not in self.evaluators:
+            return
+        if self.evaluators[event.evaluator_id]:  # it has run a job: it is the last in this order, and chosen first
+            del self.evaluators[event.evaluator_id]
+        self.evaluators[event.evaluator_id] = None
 
     def _on_evaluator_died(self, event: ev.EvaluatorDied) -> None:
         job_id = self.evaluators.pop(event.evaluator_id, None)

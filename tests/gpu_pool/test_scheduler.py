@@ -278,6 +278,22 @@ def test_evaluators_are_as_many_as_slots_gpus_and_memory_ask_for_and_few_are_sta
         assert len(box.of(ev.StartEvaluator)) == most
 
 
+def test_the_next_job_goes_to_the_evaluator_that_has_run_one_last() -> None:
+    box = Box(slots=2, evaluators=3)
+    box.submit("first")
+    box.submit("second")
+    used = {job_id: run.evaluator_id for job_id, run in box.scheduler.running.items()}
+    for start in box.of(ev.StartWorker):
+        box.load(start.worker_id)
+    for job_id in ("second", "first", "third", "fourth"):
+        if job_id in used:
+            box.end(job_id)
+        else:
+            box.submit(job_id)
+    chosen = [box.scheduler.running[job_id].evaluator_id for job_id in ("third", "fourth")]
+    assert chosen == [used["first"], used["second"]]
+
+
 def test_load_times_are_kept_of_the_models_that_were_loaded_last() -> None:
     box = Box(slots=1, evaluators=1)
     for number in [*range(LOADS_REMEMBERED + 1), 1, "new"]:
