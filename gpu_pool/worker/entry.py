@@ -42,6 +42,7 @@ def _environment(start: WorkerStart) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": start.visible_devices,
         "OMP_NUM_THREADS": str(start.threads_of_a_rank),
         "MKL_NUM_THREADS": str(start.threads_of_a_rank),
+        "MKL_CBWR": "AUTO,STRICT",  # or the bits of products with few rows depend on how many threads share them
         "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait slow every neighbour down tenfold
         "TOKENIZERS_PARALLELISM": "false",
     }

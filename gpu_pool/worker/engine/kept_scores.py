@@ -39,6 +39,10 @@ class Scores:
         """Of the tokens at positions start to end."""
         return list(zip(self.log_probs[start:end].tolist(), self.greedy[start:end].tolist(), strict=True))
 
+    def until(self, end: int) -> Scores:
+        """Of the first `end` tokens."""
+        return Scores(self.log_probs[:end], self.greedy[:end])
+
     def scored_until(self, start: int, end: int) -> int:
         """Where the scored tokens that begin at `start` end: at `end` at the latest."""
         return start + int(np.argmax(np.append(np.isnan(self.log_probs[start:end]), True)))

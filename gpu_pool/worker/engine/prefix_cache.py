@@ -68,11 +68,11 @@ class PrefixCache:
             found[begun] = _with_scores(found[begun], scores, comparable(same, self.grid))
         return list(found.values())
 
-    def reserve(self, layout: Layout, sequences: Sequence[Tokens]) -> list[Beginning]:
+    def reserve(self, layout: Layout, sequences: Sequence[Tokens], scores: Sequence[Scores] = ()) -> list[Beginning]:
         """Beginnings of `sequences` worth keeping: their blocks will be kept when they are computed.
 
-        They are some that many requests share, and the last sequence, where the next chunk goes on. Give them to
-        `keep` or `release_all` afterwards.
+        They are some that many requests share, and the last sequence, where the next chunk goes on, with the `scores`
+        that are known of each sequence. Give them to `keep` or `release_all` afterwards.
         """
         shared = [(index, length, MIN_SHARED) for index, length in layout.shared[:MOST_SHARED]]
         reserved: list[Beginning] = []
@@ -80,14 +80,16 @@ class PrefixCache:
             if length >= least:
                 path = layout.paths[index].until(length)
                 hold(path)
-                reserved.append(Beginning(sequences[index][:length], path, NO_SCORES))
+                beginning = Beginning(sequences[index][:length], path, NO_SCORES)
+                reserved.append(_with_scores(beginning, scores[index], length) if scores else beginning)
         return reserved
 
     def keep(self, reserved: Sequence[Beginning], computed: Computed | None = None) -> None:
         """Remember these, whose blocks are `computed` by now, with the scores; forget the oldest beyond the bound."""
         for beginning in reserved:
             if computed:
-                beginning = beginning._replace(scores=scores_along(beginning.path, beginning.tokens, computed))
+                own = scores_along(beginning.path, beginning.tokens, computed)
+                beginning = _with_scores(beginning, own, len(beginning.tokens))
             if (before := self._kept.pop(beginning.tokens, None)) is not None:
                 release(beginning.path.sources)
                 beginning = _with_scores(before, beginning.scores, len(before.tokens))

@@ -92,7 +92,7 @@ def _score_once(
         positions = len({target.index for target in targets.get(block, ())})
         return Room(len(block.tokens), positions, block.sequences)
 
-    reserved = cache.reserve(layout, sequences)
+    reserved = cache.reserve(layout, sequences, [scores.until(needed + 1) for needed, scores in kept])
     try:
         with packed_attention_in(loaded.model):
             for batch in pack(layout.blocks, cost, room, deterministic=deterministic):

@@ -77,6 +77,21 @@ def test_answers_both_kinds_of_chunk(worker):
     assert len(generated.texts) == 1
 
 
+def test_the_bits_of_deterministic_answers_do_not_depend_on_a_workers_threads(tiny_model, tmp_path, spawn_worker):
+    """Of matrix products with few rows, which threads deal out among themselves."""
+    requests = [([3 + length] * length, [5 + choice]) for length in range(4, 13) for choice in range(20)]
+    found = []
+    for threads in (1, 2):
+        folder = tmp_path / str(threads)
+        folder.mkdir()
+        process = spawn_worker(worker_start(folder, tiny_model, threads=threads))
+        assert isinstance(process.receive(), WorkerReady)
+        evaluator = process.connect()
+        evaluator.send(scoring(requests, deterministic=True))
+        found.append(evaluator.receive().answers)
+    assert found[0] == found[1]
+
+
 def test_evaluators_take_turns(worker):
     first, second = worker.connect("a"), worker.connect("b")
     for chunk_id in range(MANY):  # minutes of work

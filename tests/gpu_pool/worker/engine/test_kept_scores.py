@@ -59,6 +59,12 @@ def comb() -> list[Pair]:
     return [(context, (*line[:end], *some(60))) for end in range(2, 170, 2)]
 
 
+def growing() -> list[Pair]:
+    """A scored text that goes on a little in each request: a chunk asks for what several before it have scored."""
+    context, line = some(5), some(240)
+    return [(context, line[:end]) for end in range(2, 240, 2)]
+
+
 def shallow() -> list[Pair]:
     return [(some(2), some(40)) for _ in range(100)]
 
@@ -73,6 +79,7 @@ SHAPES: dict[str, Callable[[], list[Pair]]] = {
     "long shared scored part": long_shared_scored_part,
     "deep": deep,
     "comb": comb,
+    "growing": growing,
     "shallow": shallow,
     "several tasks": several_tasks,
 }
