@@ -15,7 +15,7 @@ from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, un
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.padding import pad_left
 from gpu_pool.worker.engine.prompts import Prompt
-from gpu_pool.worker.engine.rope import rope_boundary
+from gpu_pool.worker.engine.rope import forget_earlier_passes, rope_boundary
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 _COUNT_PADDING = (
@@ -41,6 +41,7 @@ def generate_rows(
     prompts = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.tokens))
 
     def run(batch: list[Prompt]) -> list[tuple[int, str]]:
+        forget_earlier_passes(loaded)
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
     def on_shortage(batch: list[Prompt]) -> None:

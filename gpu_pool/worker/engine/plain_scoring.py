@@ -13,7 +13,7 @@ from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.head import logits_in_pieces
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.padding import pad_right
-from gpu_pool.worker.engine.rope import rope_boundary
+from gpu_pool.worker.engine.rope import forget_earlier_passes, rope_boundary
 from gpu_pool.worker.engine.rows import Answer, Row
 from gpu_pool.worker.engine.token_scores import TokenScores
 
@@ -40,6 +40,7 @@ def score_rows(
     def run(batch: list[Row]) -> list[tuple[int, Answer]]:
         if should_stop():
             raise Cancelled
+        forget_earlier_passes(loaded)
         return _score_rows(loaded, batch, most_logits)
 
     def on_shortage(batch: list[Row]) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _CHANGING = {"dynamic", "longrope"}
 """Rotary embeddings whose frequencies depend on the longest sequence of a forward pass."""
 _ORIGINAL = "original_max_position_embeddings"
+_FIRST_FREQUENCIES = "original_inv_freq"
+"""What transformers keeps the frequencies in that a model begins with; before it the kind of layers, if any."""
 
 
 def rope_boundary(loaded: LoadedModel) -> int | None:
@@ -29,6 +31,21 @@ def rope_boundary(loaded: LoadedModel) -> int | None:
 def stays_changed(loaded: LoadedModel) -> bool:
     """Whether frequencies depend on sequences of earlier forward passes too."""
     return any(_kind(scaling) == "dynamic" for scaling in _settings(loaded.text_config))
+
+
+def forget_earlier_passes(loaded: LoadedModel) -> None:
+    """Let a forward pass use the frequencies that it would use as the first one.
+
+    transformers keeps those of the longest sequence so far for all that are longer than what the model was trained on,
+    so that answers would depend on what was asked before.
+    """
+    if not stays_changed(loaded):
+        return
+    for module in loaded.model.modules():
+        for name in [name for name, _ in module.named_buffers(recurse=False) if name.endswith(_FIRST_FREQUENCIES)]:
+            layers = name.removesuffix(_FIRST_FREQUENCIES)
+            setattr(module, f"{layers}inv_freq", getattr(module, name).clone())
+            setattr(module, f"{layers}max_seq_len_cached", module.original_max_seq_len)
 
 
 def scaled_from(loaded: LoadedModel) -> list[int]:

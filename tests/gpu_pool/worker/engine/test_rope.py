@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from architectures import TREE
-from engine_probes import watched
+from chunks import generating, scoring
+from engine_probes import never, watched
 from fresh_models import random_model
 
+from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.rope import scaled_from
 from gpu_pool.worker.engine.routes import Route, choose_route
 
@@ -47,3 +50,23 @@ def test_far_positions_cost_little(make):
     with watched(loaded) as passes:
         assert choose_route(loaded)[0] is Route.TREE
     assert sum([*passes.plain, *passes.read, *passes.continued]) < 1000
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_answers_do_not_depend_on_what_was_asked_before(length, make):
+    """Frequencies that grow with the longest sequence of all forward passes so far."""
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}
+    loaded = make("llama", 256, **dynamic, max_position_embeddings=32, initializer_range=0.2)
+    assert loaded.route[0] is Route.PLAIN
+    request, prompt = (list(range(3, 43)), [7, 8, 9]), list(range(3, 43))
+    options = {"max_gen_toks": 20}
+
+    def answers() -> tuple[object, object]:
+        return score(loaded, scoring([request]), never)[0], generate(loaded, generating([prompt], **options), never)[0]
+
+    before = answers()
+    longer = [5 + place % 50 for place in range(length)]
+    others = [(longer, [4]), request, ([6], [3])]
+    together = score(loaded, scoring(others), never)[1]
+    texts = generate(loaded, generating([longer, prompt, [6]], **options), never)[1]
+    assert (together, texts) == answers() == before
