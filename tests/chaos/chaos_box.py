@@ -43,6 +43,7 @@ class Box:
         self.control = Control(folder / "control")
         self.model = model
         self._workers = workers
+        self._ranks = ranks
         config = folder / "evalpool.toml"
         config.write_text(f"evaluators = {evaluators}\n{settings}")
         self._arguments = ("--config", config, "--include-path", write_chaos_tasks(folder / "tasks"))
@@ -96,9 +97,21 @@ class Box:
         """Until processes of each kind wait for work, the workers with the model."""
         until(lambda: self.service and all(map(self.control.alive, ("server", "desk", "evaluator"))), "they live")
         self.control.arm(None)
-        while self._states().count("idle") < self._workers:
+        while not self._are_loaded():
             self.completed(self.submit(num_gpus=self._workers))
             until(lambda: "starting" not in self._states(), "the workers have loaded")
+
+    def _are_loaded(self) -> bool:
+        """Whether all workers hold the model; those that were killed just now are waited for until they are gone."""
+        workers = self.service.client.workers()["workers"]
+        idle = {worker["pid"] for worker in workers if worker["state"] == "idle"}
+        until(lambda: self._is_whole(idle) or self._states().count("idle") < len(idle), "a killed worker has ended")
+        return self._states().count("idle") >= self._workers
+
+    def _is_whole(self, workers: set[int]) -> bool:
+        """Whether these live, and so do their other ranks."""
+        others = (self._ranks - 1) * len(workers)
+        return workers <= {*self.control.alive("worker")} and len(self.control.alive("rank")) >= others
 
     def forget(self) -> None:
         """Empty the response cache and the memo of fingerprints."""
