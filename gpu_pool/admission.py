@@ -133,7 +133,8 @@ class Admission:
         if device == "cpu":
             return "this server was started without CPU workers; use 'cuda' or leave it out"
         if not slots:
-            return "this box has no GPU; use 'cpu' or leave it out"
+            why = (self._leases.problem() or "").removeprefix("No GPU can be used: ").rstrip(".")
+            return f"this box shows no GPU{why and f': {why}'}; use 'cpu' or leave it out"
         there = [f"cuda:{slot.index}" if uuid is None else f"{slot.id} (cuda:{slot.index})" for slot in slots]
         return f"there is no GPU {uuid or index}; this box has {', '.join(there)}"
 

@@ -26,6 +26,7 @@ class Gpus(Inventory):
     def __init__(self, count: int) -> None:
         super().__init__(visible_devices="")
         self.count = count
+        self.reason = None if count else "No GPU can be used: the driver is away."
 
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(
@@ -109,7 +110,7 @@ async def test_a_server_that_may_hold_no_gpu_uses_its_cpu(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("gpus", "fields", "field", "words"),
     [
-        (0, {"device": "cuda"}, "device", "no GPU"),
+        (0, {"device": "cuda"}, "device", "no GPU: the driver is away; use 'cpu'"),
         (0, {"num_gpus": 3}, "num_gpus", "at most 2.*2 CPU workers"),
         (2, {"num_gpus": 3}, "num_gpus", "at most 2.*2 GPUs"),
         (2, {"device": "cuda:7"}, "device", "cuda:0, cuda:1"),
