@@ -14,7 +14,7 @@ from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.model_size import ReplicaSize, replica_size
 from gpu_pool.models import is_kind, resolve_hub_revision, resolve_model
 from gpu_pool.records import Evaluation, ModelArgs, Record
-from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus
+from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
 
@@ -65,8 +65,13 @@ class Admission:
         except (OSError, ValueError) as error:
             raise InvalidRequest(_model_field(evaluation), f"its size cannot be told: {error}") from error
 
-    def plan(self, evaluation: Evaluation, size: ReplicaSize | None, place: Placement) -> ReplicaPlan:
-        """How many GPUs a replica of that size needs; raises InvalidRequest where it can never fit."""
+    def plan(
+        self, evaluation: Evaluation, size: ReplicaSize | None, place: Placement, *, is_admitted: bool = False
+    ) -> ReplicaPlan:
+        """How many GPUs a replica of that size needs; raises InvalidRequest where it can never fit.
+
+        A job that was admitted earlier waits for what is not there now.
+        """
         field = _model_field(evaluation)
         if place.device == "cpu":
             return plan_on_cpu(size, machine_bytes(), field=field)
@@ -77,23 +82,24 @@ class Admission:
             for gpu in self._leases.gpus()
             if place.slot_index in (None, gpu.index) and place.slot_id in (None, gpu.uuid)
         ]
-        return plan_on_gpus(
-            size,
-            gpus,
-            cap=max(1, evaluation.num_gpus),
-            max_gpus=self._settings.max_gpus,
-            free_fraction=self._settings.gpu_free_fraction,
-            field=field,
-        )
+        cap, free_fraction = max(1, evaluation.num_gpus), self._settings.gpu_free_fraction
+        try:
+            return plan_on_gpus(
+                size, gpus, cap=cap, max_gpus=self._settings.max_gpus, free_fraction=free_fraction, field=field
+            )
+        except InvalidRequest:
+            if not is_admitted or size is None:
+                raise
+            return plan_to_wait(size, gpus, cap=cap, free_fraction=free_fraction)
 
     def place(self, evaluation: Evaluation, *, is_admitted: bool = False) -> Placement:
         """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`.
 
-        A job that was admitted earlier makes do with what the box has now.
+        A job that was admitted earlier waits for what is not there now.
         """
         device, index, uuid = self._device(evaluation)
         slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index) and uuid in (None, slot.id)]
-        if not slots:
+        if not slots and not is_admitted:
             raise InvalidRequest("device", self._no_such_device(device, index, uuid))
         if (index or uuid) is not None and evaluation.num_gpus > 1:
             raise InvalidRequest(
@@ -106,7 +112,7 @@ class Admission:
         cap = self._settings.max_gpus
         if device == "cuda" and cap is not None and wanted > cap and not is_admitted:
             raise InvalidRequest("num_gpus", f"must be at most {cap}: no more GPUs are held (setting max_gpus)")
-        return Placement(device=device, max_replicas=min(wanted, len(slots)), slot_index=index, slot_id=uuid)
+        return Placement(device=device, max_replicas=wanted, slot_index=index, slot_id=uuid)
 
     def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None, str | None]:
         """Kind of device, and the one GPU that is asked for: by its position, or by its UUID."""
@@ -127,7 +133,8 @@ class Admission:
         if device == "cpu":
             return "this server was started without CPU workers; use 'cuda' or leave it out"
         if not slots:
-            return "this box has no GPU; use 'cpu' or leave it out"
+            why = (self._leases.problem() or "").removeprefix("No GPU can be used: ").rstrip(".")
+            return f"this box shows no GPU{why and f': {why}'}; use 'cpu' or leave it out"
         there = [f"cuda:{slot.index}" if uuid is None else f"{slot.id} (cuda:{slot.index})" for slot in slots]
         return f"there is no GPU {uuid or index}; this box has {', '.join(there)}"
 

@@ -76,8 +76,12 @@ class Desk:
 
     async def _keep_alive(self) -> None:
         while True:
-            self._child = await self._spawn("desk")
-            await asyncio.shield(self._child.watch(self._on_message, self._on_death))
+            try:
+                self._child = await self._spawn("desk")
+            except OSError as error:  # no memory, no descriptors: later there may be
+                logger.warning("the desk process cannot be started: %s", error)
+            else:
+                await asyncio.shield(self._child.watch(self._on_message, self._on_death))
             await asyncio.sleep(RESTART_SECONDS)
 
     async def _on_message(self, message: msg.FromEvaluator) -> None:

@@ -97,8 +97,9 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     unusable = [f"{_name(slot)}: {_why(slot, ledger)}" for slot in suited if not ledger.usable(slot.id)]
     if unusable:
         said.append(f"Not usable: {'; '.join(unusable)}.")
-    if ledger.max_gpus is not None and demand.spec.device == "cuda" and ledger.gpus_held() >= ledger.max_gpus:
-        most = "1 GPU" if ledger.max_gpus == 1 else f"{ledger.max_gpus} GPUs"
+    cap = ledger.max_gpus if demand.spec.device == "cuda" else None
+    if cap is not None and ledger.gpus_held() + demand.gpus > cap:
+        most = "1 GPU" if cap == 1 else f"{cap} GPUs"
         said.append(f"No more than {most} may be held (setting max_gpus).")
     return " ".join(said)
 

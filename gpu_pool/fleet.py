@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, assert_never
@@ -77,7 +78,7 @@ class Fleet:
     async def start_evaluator(self, evaluator_id: str) -> None:
         """Return when its process runs, or has not come to be."""
         if self._failed_starts:
-            await asyncio.sleep(min(MAX_RESTART_PAUSE_SECONDS, 2.0**self._failed_starts))
+            await asyncio.sleep(restart_pause(self._failed_starts))
         try:
             child = await self._processes.evaluator(evaluator_id)
         except OSError as error:  # no memory, no descriptors: later there may be
@@ -85,13 +86,16 @@ class Fleet:
             self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=str(error))
             return
         self.evaluators[evaluator_id] = child
+        was_ready = False
 
         async def on_message(message: msg.FromEvaluator) -> None:
+            nonlocal was_ready
+            was_ready = was_ready or isinstance(message, msg.EvaluatorReady)
             await self._on_evaluator_message(evaluator_id, message)
 
         async def on_death(cause: str) -> None:
             del self.evaluators[evaluator_id]
-            self._failed_starts += not child.killed
+            self._failed_starts += not child.killed and not was_ready
             self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause)
 
         child.watch(on_message, on_death)
@@ -247,3 +251,9 @@ class Fleet:
         if child and self._stalls.awaited(worker_id, time.monotonic()) >= limit:
             logger.error("%s has made no progress for %g s and is killed", worker_id, limit)
             child.kill(f"it made no progress for {limit:g} s (worker_stall_s) and was killed")
+
+
+def restart_pause(failed_starts: int) -> float:
+    """Seconds before the next evaluator is started, when so many in a row died before they were ready."""
+    doublings = min(failed_starts, math.ceil(math.log2(MAX_RESTART_PAUSE_SECONDS)))  # a night of failures has thousands
+    return min(MAX_RESTART_PAUSE_SECONDS, 2.0**doublings)

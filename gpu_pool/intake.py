@@ -94,7 +94,7 @@ class Intake:
             place = self._admission.place(job.evaluation, is_admitted=True)
             if place.device not in sizes:
                 sizes[place.device] = await self._admission.size(job.evaluation, args, place)
-            plan = self._admission.plan(job.evaluation, sizes[place.device], place)
+            plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=True)
         except (InvalidRequest, OSError) as error:
             await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
             return

@@ -71,6 +71,15 @@ def plan_on_gpus(
     return ReplicaPlan(gpus=count, memory_bytes=size.bytes_on_each(count), size=size)
 
 
+def plan_to_wait(size: ReplicaSize, gpus: Collection[Gpu], *, cap: int, free_fraction: float) -> ReplicaPlan:
+    """For a job that had room once: the fewest that would hold it if those that are missing were as large as the
+    largest there; all that it may use where even they would not."""
+    usable = usable_bytes([gpu for gpu in gpus if not gpu.is_mig], free_fraction)
+    missing = [max(usable, default=0)] * max(0, cap - len(usable))
+    count = min(cap, fewest_gpus(size, [*usable, *missing]) or cap)
+    return ReplicaPlan(gpus=count, memory_bytes=size.bytes_on_each(count), size=size)
+
+
 def plan_on_cpu(size: ReplicaSize | None, machine_bytes: int, *, field: str) -> ReplicaPlan:
     """A replica in the machine's memory.
 

@@ -19,7 +19,8 @@ from gpu_pool.records import WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 MAX_FAILED_STARTS = 5
-"""Workers in a row that may die while they load before their job fails; chance kills some, a bad model kills all."""
+"""Workers in a row that may die while they load before their job fails, or more where it may have more attempts;
+chance kills some, a bad model kills all."""
 MAX_LOSSES = 30
 """Workers that may die under a job without any progress in between. Its evaluator needs about log2(requests in a chunk)
 of them to find one request that kills, and reports by itself what it cannot go on from."""
@@ -135,13 +136,15 @@ class Scheduler(Placer):
         del self.running[run.demand.job_id]
         self._release_all(run)
         demand = msgspec.structs.replace(run.demand, attempts=run.demand.attempts + 1)
-        limit = self._max_attempts if demand.max_retries is None else demand.max_retries + 1
-        if demand.attempts >= limit:
+        if demand.attempts >= self._most_attempts(demand):
             times = "once" if demand.attempts == 1 else f"{demand.attempts} times"
             self._do(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({times})"))
         else:
             self.waiting.add(demand)
             self._do(ev.RequeueJob(job_id=demand.job_id, cause=cause))
+
+    def _most_attempts(self, demand: ev.Demand) -> int:
+        return self._max_attempts if demand.max_retries is None else demand.max_retries + 1
 
     # ------------------------------------------------------------------ evaluators
 
@@ -230,7 +233,7 @@ class Scheduler(Placer):
         if run.failed_starts >= MAX_FAILED_STARTS:
             if run.workers:
                 run.may_grow = False
-            else:
+            elif run.failed_starts >= self._most_attempts(run.demand):
                 error = f"its worker process ended while it loaded the model: {cause} ({run.failed_starts} times)"
                 self._end(run, "failed", error)
 

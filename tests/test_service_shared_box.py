@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from fake_nvml import FakeNvml, gpu_line
+from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 from gpu_box import STRANGER, gpu_box, with_weights
 from gpu_worker import USED_MIB
 
@@ -49,6 +49,33 @@ def test_a_restart_while_the_driver_hangs_or_is_away_loses_no_job(
         fake_nvml.write(PLAIN)
         for job in jobs:
             assert box.finished(job)["model"]["device"] == "cuda"
+
+
+def test_a_restart_while_gpus_are_gone_loses_no_job(fake_nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
+    strangers = [f"proc {n} {STRANGER + n} 2048" for n in range(2)]
+    fake_nvml.write(PLAIN, PLAIN, *strangers)
+    large = with_weights(tiny_model, tmp_path / "large", gib=100)
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        jobs = [box.job_on(tiny_model, device) for device in ("cuda:1", gpu_uuid(1))]
+        jobs.append(box.job_on(large, num_gpus=2))
+        for job in jobs:
+            box.waits(job, "Other processes use it")
+    fake_nvml.write(PLAIN, strangers[0])
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        for job in jobs:
+            box.waits(job, "No GPU that would do is there." if job != jobs[-1] else "The only GPU that would do")
+        fake_nvml.write(PLAIN, PLAIN)
+        for job in jobs:
+            box.finished(job)
+    fake_nvml.write(PLAIN, *strangers[:1])
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        job = box.job_on(tiny_model)
+        box.waits(job, "Other processes use it")
+    fake_nvml.write()
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        box.waits(job, "No GPU that would do is there.")
+        fake_nvml.write(PLAIN)
+        box.finished(job)
 
 
 def test_a_container_that_shows_the_host_s_process_ids(

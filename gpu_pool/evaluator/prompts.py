@@ -187,8 +187,7 @@ class EncoderPool:
 
     def _is_current(self, model: ModelSpec) -> bool:
         """Asked after loading, so that whatever was written before or meanwhile shows."""
-        of_a_commit = model.fingerprint.startswith("hub:")  # which does not change
-        return of_a_commit or fingerprint_model(model.args, self._memo) == model.fingerprint
+        return fingerprint_model(model.args, self._memo) == model.fingerprint
 
 
 def import_model_code() -> None:

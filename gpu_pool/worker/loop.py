@@ -71,6 +71,9 @@ def _load(start: WorkerStart, control: Control) -> Replica:
         control.fail(_load_failed(start, reason, out_of_memory=out_of_memory), reason)
 
     spec, allow_remote_code = start.spec, start.allow_remote_code
+    is_of_hub = spec.fingerprint.startswith("hub:")
+    if not is_of_hub and not Path(spec.args.pretrained).exists():  # transformers would take the path for a hub id
+        raise FileNotFoundError("it is not there any more")
     count = choose_ranks(spec, start.tensor_parallel, allow_remote_code=allow_remote_code)
     if count == 1:
         loaded = load_model(spec, allow_remote_code=allow_remote_code, budget=start.memory_bytes)
@@ -92,8 +95,6 @@ def _load_failed(start: WorkerStart, reason: str, **why: bool) -> LoadFailed:
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:
     """After loading: whatever was written before or meanwhile shows in the fingerprint."""
-    if spec.fingerprint.startswith("hub:"):  # a commit of the hub does not change
-        return
     if fingerprint_model(spec.args, data_dir / "fingerprints.json") != spec.fingerprint:
         raise ContentChanged("its files have changed since it was asked for")
 

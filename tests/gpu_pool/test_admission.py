@@ -14,7 +14,9 @@ from gpu_pool.errors import InvalidRequest
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.messages import TaskProblem
+from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import Evaluation, Gpu
+from gpu_pool.replica_plan import ReplicaPlan
 from gpu_pool.settings import PoolSettings
 
 
@@ -24,6 +26,7 @@ class Gpus(Inventory):
     def __init__(self, count: int) -> None:
         super().__init__(visible_devices="")
         self.count = count
+        self.reason = None if count else "No GPU can be used: the driver is away."
 
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(
@@ -52,11 +55,31 @@ def evaluation(**fields: object) -> Evaluation:
     return msgspec.structs.replace(Evaluation(model="hf", tasks=("arc_easy",)), **fields)
 
 
-async def test_a_job_from_before_makes_do_with_what_is_left(tmp_path: Path) -> None:
-    admission = await box(tmp_path, 1)
+@pytest.mark.parametrize(
+    ("gpus", "fields", "expected"),
+    [
+        (1, {"num_gpus": 4}, Placement(device="cuda", max_replicas=4)),
+        (1, {"device": "cuda:1"}, Placement(device="cuda", max_replicas=1, slot_index="1")),
+        (1, {"device": "GPU-1"}, Placement(device="cuda", max_replicas=1, slot_id="GPU-1")),
+        (0, {"device": "cuda"}, Placement(device="cuda", max_replicas=1)),
+    ],
+)
+async def test_a_job_from_before_waits_for_what_is_not_there(
+    tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement
+) -> None:
+    admission = await box(tmp_path, gpus)
     with pytest.raises(InvalidRequest):
-        admission.place(evaluation(num_gpus=4))
-    assert admission.place(evaluation(num_gpus=4), is_admitted=True) == Placement(device="cuda", max_replicas=1)
+        admission.place(evaluation(**fields))
+    assert admission.place(evaluation(**fields), is_admitted=True) == expected
+
+
+async def test_a_job_from_before_whose_model_is_too_large_for_what_is_left_waits(tmp_path: Path) -> None:
+    admission = await box(tmp_path, 1)  # GPUs of one byte
+    large, place = ReplicaSize(weights_bytes=10, room_bytes=1), Placement(device="cuda", max_replicas=2)
+    with pytest.raises(InvalidRequest):
+        admission.plan(evaluation(num_gpus=2), large, place)
+    plan = admission.plan(evaluation(num_gpus=2), large, place, is_admitted=True)
+    assert plan == ReplicaPlan(gpus=2, memory_bytes=large.bytes_on_each(2), size=large)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +110,7 @@ async def test_a_server_that_may_hold_no_gpu_uses_its_cpu(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("gpus", "fields", "field", "words"),
     [
-        (0, {"device": "cuda"}, "device", "no GPU"),
+        (0, {"device": "cuda"}, "device", "no GPU: the driver is away; use 'cpu'"),
         (0, {"num_gpus": 3}, "num_gpus", "at most 2.*2 CPU workers"),
         (2, {"num_gpus": 3}, "num_gpus", "at most 2.*2 GPUs"),
         (2, {"device": "cuda:7"}, "device", "cuda:0, cuda:1"),

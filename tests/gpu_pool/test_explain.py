@@ -81,6 +81,15 @@ def test_free_gpus_above_the_cap_are_not_counted() -> None:
     assert starts(box, j=42.0) == {"k": 42.0, "elsewhere": None}
 
 
+def test_a_job_that_needs_more_gpus_than_may_be_held_is_told_so() -> None:
+    box = box_of(2, max_gpus=1)
+    box.submit("large", spec=GPU["a"], gpus=2)  # from before the cap
+    [large] = explain(box.scheduler, {}, 10)
+    assert large.reason.endswith(
+        "2 of the 2 GPUs that would do are free. No more than 1 GPU may be held (setting max_gpus)."
+    )
+
+
 def test_an_evaluator_that_starts_is_waited_for_a_moment() -> None:
     box = Box(slots=0, gpus=1, evaluators=1)
     (evaluator,) = box.scheduler.evaluators

@@ -9,7 +9,7 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
-from gpu_pool.fleet import Fleet, Processes
+from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, Fleet, Processes, restart_pause
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.messages import LoadFailed
@@ -48,3 +48,11 @@ async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
     [(event, fields)] = happened
     assert event is ev.WorkerLoadFailed
     assert fields["crowded"] == (stranger and out_of_memory)
+
+
+@pytest.mark.parametrize(
+    ("failed_starts", "seconds"),
+    [(1, 2.0), (4, 16.0), (5, MAX_RESTART_PAUSE_SECONDS), (5000, MAX_RESTART_PAUSE_SECONDS)],
+)
+def test_the_pause_before_a_restart_grows_to_a_limit(failed_starts: int, seconds: float) -> None:
+    assert restart_pause(failed_starts) == seconds

@@ -208,6 +208,15 @@ def test_workers_that_die_while_they_load_are_counted_and_those_under_progress_a
     assert box.scheduler.ending["j"].outcome == "failed"
 
 
+def test_a_job_that_may_have_many_attempts_may_lose_as_many_workers_that_load() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"], max_retries=2 * MAX_FAILED_STARTS))
+    for _ in range(2 * MAX_FAILED_STARTS):
+        (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
+    box.gone(start.worker_id)
+    assert box.scheduler.ending["j"].outcome == "failed"
+
+
 def test_a_job_whose_workers_die_without_any_progress_ends() -> None:
     box = box_of(1)
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))

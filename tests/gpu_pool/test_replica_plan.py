@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import Gpu
-from gpu_pool.replica_plan import ReplicaPlan, fewest_gpus, plan_on_cpu, plan_on_gpus
+from gpu_pool.replica_plan import ReplicaPlan, fewest_gpus, plan_on_cpu, plan_on_gpus, plan_to_wait
 
 GIB = 1024**3
 
@@ -157,3 +157,20 @@ def test_mig_instances_hold_a_replica_each_but_never_one_together() -> None:
     assert plan(size(90), [*instances, *whole], cap=4).gpus == 2
     with pytest.raises(InvalidRequest, match=r"2 GPUs of 36.0 GiB \(a model cannot be spread over MIG instances\)"):
         plan(size(60), instances, cap=2)
+
+
+@pytest.mark.parametrize(
+    ("needed", "there", "cap", "expected"),
+    [
+        (100, (80,), 2, 2),  # the other one is missing
+        (100, (80,), 4, 2),  # two like the one that is there would do
+        (40, (24,), 1, 1),  # the large one is missing
+        (1000, (80, 80), 4, 4),
+        (40, (), 1, 1),
+    ],
+)
+def test_what_had_room_once_waits_for_as_many_as_it_may_need(
+    needed: float, there: tuple[float, ...], cap: int, expected: int
+) -> None:
+    wanted = plan_to_wait(size(needed), gpus(*there), cap=cap, free_fraction=0.9)
+    assert wanted == ReplicaPlan(gpus=expected, memory_bytes=size(needed).bytes_on_each(expected), size=size(needed))

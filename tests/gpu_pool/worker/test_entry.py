@@ -20,7 +20,9 @@ from chunks import generating, scoring
 from worker_process import ENDLESS, SCORE, Process, WorkerProcess, received, worker_start
 
 from gpu_pool.chunk_messages import ChunkFailed, GenerationDone, LoglikelihoodDone, Welcome, decode_from_worker_data
+from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.messages import DropJob, Dropped, LoadFailed, Shutdown, WorkerReady, encode
+from gpu_pool.records import ModelArgs, ModelSpec
 
 MANY = 1000
 
@@ -186,7 +188,7 @@ def test_missing_model_is_reported(checkpoint, tmp_path, spawn_worker):
     failed = process.receive()
     assert isinstance(failed, LoadFailed)
     assert not failed.content_changed
-    assert str(tmp_path / "nothing") in failed.error
+    assert failed.error == f"{tmp_path / 'nothing'} cannot be served: FileNotFoundError: it is not there any more"
     assert process.exit_code() == 1
 
 
@@ -207,6 +209,23 @@ def test_weights_overwritten_before_loading_are_noticed(checkpoint, tmp_path, sp
     assert isinstance(failed, LoadFailed)
     assert failed.content_changed
     assert process.exit_code() == 1
+
+
+def test_a_local_tokenizer_of_a_hub_model_that_is_overwritten_is_noticed(
+    checkpoint, tmp_path, spawn_worker, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    shutil.copytree(checkpoint("llama"), tmp_path / "models--org--name" / "snapshots" / commit)
+    tokenizer = shutil.copytree(checkpoint("llama"), tmp_path / "tokenizer")
+    args = ModelArgs(pretrained="org/name", revision=commit, tokenizer=str(tokenizer))
+    spec = ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, tmp_path / "fingerprints.json"))
+    start = msgspec.structs.replace(worker_start(tmp_path, tokenizer), spec=spec)
+    config = tokenizer / "tokenizer_config.json"
+    config.write_text(config.read_text() + " ")
+    failed = spawn_worker(start).receive()
+    assert isinstance(failed, LoadFailed)
+    assert failed.content_changed
 
 
 PARENT = """
