@@ -80,13 +80,21 @@ class Intake:
         try:
             args = await self._admission.model_args(jobs[0].evaluation)
             digest = await asyncio.to_thread(fingerprint_model, args, self._memo)
-        except (InvalidRequest, OSError) as error:
+        except Exception as error:
             for job in jobs:
-                await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
+                await self._refuse(job, error)
             return
         sizes: dict[str, ReplicaSize | None] = {}
         for job in jobs:
             await self._demand(job, args, digest, sizes)
+
+    async def _refuse(self, job: Job, error: Exception) -> None:
+        """Whatever is wrong with a job's model, the job must not wait for ever."""
+        said = str(error)
+        if not isinstance(error, InvalidRequest | OSError):
+            logger.error("job %s: its model cannot be looked at", job.id, exc_info=error)
+            said = f"its model cannot be looked at: {error!r}"
+        await self._runner.settle_queued(job.id, JobEvent.FAIL, said)
 
     async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
         """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
@@ -95,8 +103,8 @@ class Intake:
             if place.device not in sizes:
                 sizes[place.device] = await self._admission.size(job.evaluation, args, place)
             plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=True)
-        except (InvalidRequest, OSError) as error:
-            await self._runner.settle_queued(job.id, JobEvent.FAIL, str(error))
+        except Exception as error:
+            await self._refuse(job, error)
             return
         spec = ModelSpec(kind="hf", args=args, fingerprint=digest, device=place.device)
         demand = ev.Demand(

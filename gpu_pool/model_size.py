@@ -12,7 +12,6 @@ room is what the engine needs to work at a sensible pace, not the most that it c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -192,7 +191,7 @@ def _shape(config: dict[str, Any]) -> Shape:
         experts=max(1, number("num_experts_per_tok")),
         query_heads=query_heads,
         key_value_heads=key_value_heads,
-        kept_width=sum(_kept_width(layer) for layer in _layers(text, layers)),
+        kept_width=_kept_width_of_all(text, layers),
         vocabulary=number("vocab_size"),
     )
 
@@ -208,12 +207,15 @@ def _heads(config: dict[str, Any]) -> tuple[int, int]:
     return queries, _number(config, "num_key_value_heads") or queries
 
 
-def _layers(config: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """The configuration of each layer, which may differ from the others in its heads."""
-    own = config.get("per_layer_config")
-    for layer in range(count):
-        different = cast("dict[str, Any]", own).get(str(layer)) if isinstance(own, dict) else None
-        yield config | cast("dict[str, Any]", different) if isinstance(different, dict) else config
+def _kept_width_of_all(config: dict[str, Any], layers: int) -> int:
+    """Elements of a token's keys and values in all layers, of which some may differ in their heads."""
+    usual, own = _kept_width(config), config.get("per_layer_config")
+    different = cast("dict[str, Any]", own) if isinstance(own, dict) else {}
+    kept = layers * usual  # without a loop: the number is whatever a file says
+    for layer, settings in different.items():
+        if isinstance(settings, dict) and layer.isdecimal() and int(layer) < layers:
+            kept += _kept_width(config | cast("dict[str, Any]", settings)) - usual
+    return kept
 
 
 def _kept_width(config: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
-from gpu_pool.errors import DatabaseUnavailable
+from gpu_pool.errors import DatabaseUnavailable, ShuttingDown
 from gpu_pool.fingerprint import changed_models
 from gpu_pool.fleet import Fleet, JobMessage, Processes
 from gpu_pool.leases import Leases
@@ -84,7 +84,9 @@ class Runner:
         self._events.put_nowait((event(now=time.monotonic(), **fields), None))
 
     async def handle(self, event: type[ev.Event], **fields: Any) -> None:
-        """Queue an event that happened now, and return when what follows from it is done."""
+        """Queue an event that happened now, and return when what follows from it is done. Raises ShuttingDown."""
+        if self._stopping:
+            raise ShuttingDown
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._events.put_nowait((event(now=time.monotonic(), **fields), done))
         await done
@@ -137,6 +139,10 @@ class Runner:
         self.put(ev.Tick)
         if self._loop:
             await asyncio.gather(self._loop, return_exceptions=True)
+        while not self._events.empty():  # whoever waits for one would wait for ever
+            _, done = self._events.get_nowait()
+            if done is not None and not done.done():
+                done.set_exception(ShuttingDown())
         await self.fleet.stop()
         for task in list(self._tasks):
             task.cancel()

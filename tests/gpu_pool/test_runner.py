@@ -10,6 +10,7 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
+from gpu_pool.errors import ShuttingDown
 from gpu_pool.fleet import Processes
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
@@ -82,3 +83,14 @@ async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
     await runner.handle(ev.Tick)
     assert runner.scheduler.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)
+
+
+async def test_whoever_waits_for_an_event_hears_of_the_end(store: Store, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    runner = make_runner(settings, LiveJobs(store, {}), Leases(settings, Inventory(visible_devices="")))
+    cancelling = asyncio.create_task(runner.handle(ev.CancelRequested, job_id="j"))
+    await asyncio.sleep(0)  # it has queued its event
+    await asyncio.wait_for(runner.stop(), 30)
+    for waiting in (cancelling, runner.handle(ev.CancelRequested, job_id="j")):
+        with pytest.raises(ShuttingDown):
+            await asyncio.wait_for(waiting, 30)

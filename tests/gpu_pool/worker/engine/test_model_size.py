@@ -169,6 +169,13 @@ def test_widths_of_layers_count_as_the_widest(checkpoint: Checkpoint, tmp_path: 
     assert expected(folder).room_bytes < wide
 
 
+def test_an_absurd_number_of_layers_is_a_size_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """To be told at once, whatever a configuration says: nobody can hold such a model."""
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    change_json(folder / "config.json", num_hidden_layers=10**30)
+    assert expected(folder).room_bytes > 10**30
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     for file in source.glob("tokenizer*"):
         shutil.copy(file, target)
