@@ -7,9 +7,12 @@ import io
 import os
 import signal
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import tqdm
 
 _PR_SET_PDEATHSIG = 1
 
@@ -76,3 +79,9 @@ def enter_child(parent_pid: int, log_path: str | os.PathLike[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     forgive_output()
     redirect_output(log_path)
+    _lock_progress_bars_by_threads()
+
+
+def _lock_progress_bars_by_threads() -> None:
+    """tqdm would make a semaphore, for bars that processes share: who is killed leaves it, and the server complains."""
+    tqdm.tqdm.set_lock(threading.RLock())

@@ -93,6 +93,7 @@ def test_a_polite_end_puts_running_jobs_back(serve: Serve, tiny_model: Path, tmp
         before.client.cancel_job(cancelled)
         before.answering(running)
         before.server.stop()  # asserts the exit status, the time and that no process is left
+        assert "leaked" not in before.server.log.read_text()  # what multiprocessing says of semaphores
 
     with Service(serve(*flags, data_dir=data_dir)) as after:
         assert after.job(running)["completed_at"] is None
