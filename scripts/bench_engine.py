@@ -11,7 +11,9 @@ measured peaks of this machine: arithmetic, and in decoding the bytes to be read
 HF's batch size is the fastest of --hf-batch-sizes on its documents. Its cost per document depends on
 their length and not on their number, so it runs a part of them, which are about as long in the mean (less
 so with a small --share); differences are counted on that part. In half precision the same differences between lm-eval's
-backend at two batch sizes stand beside them: those that a batch size alone makes.
+backend at two batch sizes stand beside them: those that a batch size alone makes. And what log-probabilities of either
+side differ by from those of lm-eval's backend in fp32: rounding errors that have nothing to do with each other make two
+answers differ by more than either of them is wrong.
 
 With --generate-batch, transformers' own continuous batching answers some of the prompts to be continued in the same
 turns. Its ratio is its CPU time beside ours on just these prompts; its texts are compared with lm-eval's.
@@ -24,6 +26,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="passive")
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import fetch_real_data
+import msgspec
 import torch
 import transformers
 from engine_limit import FORMULA, Costs, measure_peaks, work_of
@@ -56,6 +60,8 @@ class Bench:
 
     ours: Ours
     hf: HuggingFace
+    exact: HuggingFace | None
+    """In fp32, where `hf` is not."""
     generate_batch: GenerateBatch
     meter: Meter
     rounds: int
@@ -84,10 +90,14 @@ class Bench:
             if third:
                 extra.append(self._beside_generate_batch(third, _by_key(few, theirs)))
         notes = differences(few, theirs, _by_key(many, found))
-        if self.ours.loaded.model.dtype != torch.float32:  # what lm-eval's own batch size changes
+        if self.exact is not None:  # what lm-eval's own batch size changes, and half precision
             other = ask(self.hf.backend(1 if size > 1 else 4), few)
             alone = differences(few, theirs, _by_key(few, other))
             notes |= {f"HF alone: {name}": value for name, value in alone.items()}
+            if not generating:
+                exact = ask(self.exact.backend(1), few)
+                notes["HF: rms Δ to fp32"] = root_mean_square(few, exact, _by_key(few, theirs))
+                notes["ours: rms Δ to fp32"] = root_mean_square(few, exact, _by_key(many, found))
         if self.deterministic:
             notes["deterministic costs"] = self._deterministic_cost(few)
         return {
@@ -160,11 +170,11 @@ def _median(rows: Sequence[Row]) -> Row:
 
 def differences(requests: Sequence[Instance], theirs: Sequence[Any], ours: dict[Any, Any]) -> Row:
     """How far the answers to `requests` are apart."""
-    pairs = [(their, ours[_key(request)]) for request, their in zip(requests, theirs, strict=True)]
     if requests[0].request_type == "generate_until":
-        return {"texts differ": f"{sum(a != b for a, b in pairs)} of {len(pairs)}"}
-    values = [(a, b) if isinstance(a, float) else (a[0], b[0]) for a, b in pairs]
-    found: Row = {"max Δ logp": max(abs(a - b) / max(1.0, abs(a)) for a, b in values)}
+        other = sum(their != ours[_key(request)] for request, their in zip(requests, theirs, strict=True))
+        return {"texts differ": f"{other} of {len(requests)}"}
+    values = _log_probs(requests, theirs, ours)
+    found: Row = {"max Δ logp": max(map(_relative, values))}
     if requests[0].request_type == "loglikelihood":
         choices: dict[Any, list[tuple[float, float]]] = {}
         for request, pair in zip(requests, values, strict=True):
@@ -172,6 +182,20 @@ def differences(requests: Sequence[Instance], theirs: Sequence[Any], ours: dict[
         other = sum(_best(0, some) != _best(1, some) for some in choices.values())
         found["picks differ"] = f"{other} of {len(choices)}"
     return found
+
+
+def root_mean_square(requests: Sequence[Instance], exact: Sequence[Any], found: dict[Any, Any]) -> float:
+    """Of what log-probabilities differ by from the `exact` ones."""
+    return math.sqrt(statistics.fmean(_relative(pair) ** 2 for pair in _log_probs(requests, exact, found)))
+
+
+def _relative(pair: tuple[float, float]) -> float:
+    return abs(pair[0] - pair[1]) / max(1.0, abs(pair[0]))
+
+
+def _log_probs(requests: Sequence[Instance], theirs: Sequence[Any], ours: dict[Any, Any]) -> list[tuple[float, float]]:
+    pairs = [(their, ours[_key(request)]) for request, their in zip(requests, theirs, strict=True)]
+    return [(a, b) if isinstance(a, float) else (a[0], b[0]) for a, b in pairs]
 
 
 def _key(request: Instance) -> tuple[Any, ...]:
@@ -199,6 +223,7 @@ def main() -> int:
     bench = Bench(
         ours,
         HuggingFace(stock, arguments.hf_batch_sizes),
+        None if loaded.model.dtype == torch.float32 else HuggingFace(in_fp32(args, loaded.max_length), [1]),
         GenerateBatch(stock, ours),
         Meter(loaded.model, stock.model),
         arguments.rounds,
@@ -223,6 +248,11 @@ def main() -> int:
         rows = [bench.run(workload, library) for workload in wanted(arguments.workloads, arguments.selection)]
     print_report("Engine", describe_machine(), rows, facts, as_json=arguments.json)
     return 0
+
+
+def in_fp32(args: ModelArgs, max_length: int) -> Stock:
+    """The same checkpoint in full precision."""
+    return Stock.load(msgspec.structs.replace(args, dtype="float32"), max_length)
 
 
 def wanted(names: Sequence[str], selection: str) -> list[Workload]:

@@ -48,3 +48,10 @@ def test_generation_without_generate_batch(tiny_model: Path, benchmark_data: Pat
     assert row["texts differ"].startswith("0")
     assert "ratio to generate_batch" not in row
     assert "generate_batch" not in report["facts"]
+
+
+@pytest.mark.slow
+def test_half_precision_is_compared_with_full(tiny_model: Path, benchmark_data: Path) -> None:
+    [row] = bench(tiny_model, "--max-length", 2048, "--dtype", "bfloat16", "--workloads", "mmlu 5-shot")["rows"]
+    assert 0 < row["ours: rms Δ to fp32"] < 2 * row["HF: rms Δ to fp32"]
+    assert row["HF alone: max Δ logp"] >= 0
