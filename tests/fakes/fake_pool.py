@@ -16,6 +16,7 @@ from gpu_pool.errors import (
     InvalidRequest,
     JobAlreadyFinished,
     JobNotFound,
+    KeyReused,
     ShuttingDown,
 )
 from gpu_pool.messages import TaskEntry
@@ -72,7 +73,9 @@ class FakePool(Pool):
         if key := evaluation.idempotency_key:
             for earlier in self._jobs.values():
                 if earlier.evaluation.idempotency_key == key:
-                    return await self._same(earlier, evaluation)
+                    if earlier.evaluation != evaluation:
+                        raise KeyReused(earlier.id)
+                    return earlier
         job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
         self._jobs[job.id] = job
         self._history[job.id] = [_entry("submitted", job)]
