@@ -103,6 +103,11 @@ class Service:
         with contextlib.closing(sqlite3.connect(cache_path(self._folder / "data"))) as cache:
             owners = {owner for (owner,) in cache.execute("SELECT DISTINCT owner FROM claims")}
             self.until(lambda: not any(map(is_alive, owners)))
+        return self.kept()
+
+    def kept(self) -> tuple[int, int]:
+        """Requests with a durable answer, and those in flight."""
+        with contextlib.closing(sqlite3.connect(cache_path(self._folder / "data"))) as cache:
             query = "SELECT (SELECT count(*) FROM responses), (SELECT count(*) FROM claims)"
             return cache.execute(query).fetchone()
 
@@ -199,6 +204,7 @@ def crash(service: Service) -> Crash:
     service.client.prune_cache(older_than_days=0)
     job_id = service.submit()
     service.until(lambda: service.answered(job_id), SELDOM_SECONDS)
+    service.until(lambda: service.kept()[1])  # a fast worker waits for what is still being prepared
     durable, in_flight = service.kill()
     started = time.perf_counter()
     service.restart()

@@ -6,14 +6,16 @@ job must complete, once, with the bits of the undisturbed run, and leave no othe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
-from chaos_box import Box
+from chaos_box import Box, NotPassed
 from conftest import OpenBox
 from kill_points import Plan, Point
 from outcomes import Outcome
 
+ATTEMPTS = 5
 VICTIMS = ("server", "desk", "evaluator", "worker")
 FEW = {
     "server": ("after insert jobs", "after answers", "in the bootstrap", "before update jobs to completed"),
@@ -69,4 +71,12 @@ def test_kills_at_every_step(victim: str, box: Box, quiet: tuple[Outcome, list[P
 def kill_at(points: Sequence[Point], victim: str, box: Box, left: Outcome, subtests: pytest.Subtests) -> None:
     for point in points:
         with subtests.test(f"the {victim} dies {point}"):
-            assert box.run(Plan(point, victim)) == left
+            assert kill(box, Plan(point, victim)) == left
+
+
+def kill(box: Box, plan: Plan) -> Outcome:
+    """What a run leaves in which the plan was carried out: not every one passes a step for a third time."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(NotPassed):
+            return box.run(plan)
+    return box.run(plan)
