@@ -12,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 _PR_SET_PDEATHSIG = 1
 
 
@@ -84,4 +82,6 @@ def enter_child(parent_pid: int, log_path: str | os.PathLike[str]) -> None:
 
 def _lock_progress_bars_by_threads() -> None:
     """tqdm would make a semaphore, for bars that processes share: who is killed leaves it, and the server complains."""
+    import tqdm  # the server imports this file, and needs none
+
     tqdm.tqdm.set_lock(threading.RLock())
