@@ -26,6 +26,7 @@ from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
 from gpu_pool.evaluator.shared_answers import SharedAnswers
+from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
@@ -172,8 +173,7 @@ class JobRun:
         for unit in errored:
             self._count_errors({name: uses[unit]}, unit.error or "")
             _log.warning(_ERRORED, name, unit.error)
-        misses = [unit for unit in new if unit.answer is None]
-        misses.sort(key=lambda unit: unit.order)
+        misses = in_trie_order(unit for unit in new if unit.answer is None)
         for unit in misses:
             unit.asked = True
         self.dispatcher.submit(misses)

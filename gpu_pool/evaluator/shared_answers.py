@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gpu_pool.cache import Answer, CachedModel, ResponseCache
+from gpu_pool.evaluator.trie_order import in_trie_order
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
@@ -141,4 +142,4 @@ class SharedAnswers:
         if answered := self._take([unit for unit, _ in waiting.values()], answers):
             self._on_answers(answered)
         if again:
-            self._ask(sorted((waiting[key][0] for key in again), key=lambda unit: unit.order))
+            self._ask(in_trie_order(waiting[key][0] for key in again))

@@ -68,15 +68,17 @@ class PrefixCache:
             found[begun] = _with_scores(found[begun], scores, comparable(same, self.grid))
         return list(found.values())
 
-    def reserve(self, layout: Layout, sequences: Sequence[Tokens], scores: Sequence[Scores] = ()) -> list[Beginning]:
+    def reserve(
+        self, layout: Layout, sequences: Sequence[Tokens], last: int, scores: Sequence[Scores] = ()
+    ) -> list[Beginning]:
         """Beginnings of `sequences` worth keeping: their blocks will be kept when they are computed.
 
-        They are some that many requests share, and the last sequence, where the next chunk goes on, with the `scores`
+        They are some that many requests share, and sequence `last`, where the next chunk goes on, with the `scores`
         that are known of each sequence. Give them to `keep` or `release_all` afterwards.
         """
         shared = [(index, length, MIN_SHARED) for index, length in layout.shared[:MOST_SHARED]]
         reserved: list[Beginning] = []
-        for index, length, least in (*shared, (len(sequences) - 1, len(sequences[-1]), MIN_TOKENS)):
+        for index, length, least in (*shared, (last, len(sequences[last]), MIN_TOKENS)):
             if length >= least:
                 path = layout.paths[index].until(length)
                 hold(path)

@@ -141,7 +141,7 @@ class _ContinuousBatch:
         last = [len(tokens) - 1 for tokens in sequences]
         known = [(tokens, path) for tokens, path, _ in self._cache.find(sequences)]
         layout = plan(sequences, last, self._loaded.room(self._free), known, deterministic=self._deterministic)
-        self._reserved = self._cache.reserve(layout, sequences)
+        self._reserved = self._cache.reserve(layout, sequences, sequences.index(prompts[-1].tokens))
         for beginning in self._reserved:
             self._holdings.hold(beginning.path)
         self._blocks.extend(layout.blocks)

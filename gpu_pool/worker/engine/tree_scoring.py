@@ -40,6 +40,8 @@ def score_rows(
 ) -> dict[int, Answer]:
     """The answer of each request; `rows` are distinct and `should_stop` is asked before each forward pass.
 
+    The next chunk goes on where the last one of `rows` ends.
+
     `deterministic`: each block of a fixed grid is run alone, so that the bits of an answer depend on its request only.
     Where even one block is too much for the GPU's memory, all is laid out anew in smaller ones.
 
@@ -47,12 +49,13 @@ def score_rows(
         Cancelled: `should_stop` said so.
         torch.OutOfMemoryError: even the smallest blocks are too much.
     """
+    last = rows[-1]
     rows = sorted(rows, key=lambda row: row.tokens)
     largest = max(len(row.tokens) for row in rows)
     while True:
         largest = min(largest, loaded.limits.scored_tokens)
         try:
-            return _score_once(loaded, rows, batch_size, should_stop, deterministic=deterministic)
+            return _score_once(loaded, rows, last, batch_size, should_stop, deterministic=deterministic)
         except torch.OutOfMemoryError:
             if deterministic or not loaded.limits.shrink_block(largest):
                 raise
@@ -62,12 +65,13 @@ def score_rows(
 def _score_once(
     loaded: LoadedModel,
     rows: Sequence[Row],
+    last: Row,
     batch_size: int | None,
     should_stop: Callable[[], bool],
     *,
     deterministic: bool,
 ) -> dict[int, Answer]:
-    """The answers for sorted `rows`."""
+    """The answers for sorted `rows`, of which the next chunk goes on after `last`."""
     sequences = [row.tokens for row in rows]
     cache = loaded.grid_cache if deterministic else loaded.prefix_cache
     known = cache.find(sequences)
@@ -92,7 +96,7 @@ def _score_once(
         positions = len({target.index for target in targets.get(block, ())})
         return Room(len(block.tokens), positions, block.sequences)
 
-    reserved = cache.reserve(layout, sequences, [scores.until(needed + 1) for needed, scores in kept])
+    reserved = cache.reserve(layout, sequences, rows.index(last), [scores.until(needed + 1) for needed, scores in kept])
     try:
         with packed_attention_in(loaded.model):
             for batch in pack(layout.blocks, cost, room, deterministic=deterministic):

@@ -19,6 +19,7 @@ from token_trees import distinct, needs, trees
 from gpu_pool.evaluator.chunking import MIN_COST
 from gpu_pool.evaluator.prefix_line import Line
 from gpu_pool.evaluator.requests import Unit
+from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.worker.engine.blocks import Tokens, common_prefix
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.kept_scores import Scores, comparable, find_scores
@@ -98,6 +99,19 @@ def every_place() -> list[Pair]:
     return [(line[:end], some(1)) for end in range(1, 200) for _ in range(4)]
 
 
+def branches() -> list[Pair]:
+    """Two tokens of their own at every place of a text that is longer than a chunk: half of them sort after it."""
+    line = some(240)
+    return [(line[:end], some(3)) for end in range(1, 240)]
+
+
+def nested_branches() -> list[Pair]:
+    """The same, where what leaves the text is another one that is left everywhere."""
+    line = some(120)
+    others = [(*line[:end], *some(60)) for end in range(10, 120, 10)]
+    return [(other[:end], some(3)) for other in [line, *others] for end in range(1, len(other))]
+
+
 def short_prefixes() -> list[Pair]:
     """Hundreds of them, distinct, with choices of one token and of two."""
     return [(context, (choice, *some(choice % 2))) for context in map(some, [3] * 150) for choice in (3, 4, 5)]
@@ -107,6 +121,8 @@ SHORT: dict[str, Callable[[], list[Pair]]] = {
     "short prefix": short_prefix,
     "every place": every_place,
     "short prefixes": short_prefixes,
+    "branches": branches,
+    "nested branches": nested_branches,
     "empty contexts": lambda: [((0,), some(1 + number % 5)) for number in range(300)],
     "repeats": lambda: [pair for pair in short_prefixes() for _ in range(3)],
 }
@@ -116,7 +132,7 @@ def as_sent(pairs: Sequence[Pair], cost: float) -> list[list[Pair]]:
     """Chunks of so much cost, in the order and by the cuts of an evaluator."""
     units = [Unit(prompt=np.array(context), continuation=np.array(more)) for context, more in pairs]
     line = Line("loglikelihood")
-    line.add(sorted(units, key=lambda unit: unit.order))
+    line.add(in_trie_order(units))
     chunks: list[list[Pair]] = []
     while chunk := line.take("worker", cost):
         chunks.append([(tuple(unit.prompt.tolist()), tuple(unit.continuation.tolist())) for unit in chunk.units])

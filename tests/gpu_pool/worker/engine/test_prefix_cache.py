@@ -29,7 +29,7 @@ def compute(cache: PrefixCache, sequences: Sequence[Tokens], *, shared_by: int =
     needed_from = [len(tokens) - 1 for tokens in sequences]
     known = [(tokens, path) for tokens, path, _ in cache.find(sequences)]
     layout = lay_out(sequences, needed_from, longest_block=200, known=known, shared_by=shared_by)
-    reserved = cache.reserve(layout, sequences)
+    reserved = cache.reserve(layout, sequences, len(sequences) - 1)
     for block in layout.blocks:
         if block.users:
             block.keys_values = {0: (torch.zeros(1, block.reach, 4), torch.zeros(1, block.reach, 4))}
