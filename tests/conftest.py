@@ -35,9 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--all"):
-        for item in items:
-            if "exhaustive" in item.keywords:
+    for item in items:
+        if "exhaustive" in item.keywords:
+            item.add_marker(pytest.mark.timeout(7200))
+            if not config.getoption("--all"):
                 item.add_marker(pytest.mark.skip(reason="exhaustive: runs with --all"))
 
 

@@ -56,9 +56,10 @@ def locked(database: Path | str):
             yield
 
 
-async def troubled(store: Store) -> str:
-    """What the store says once something waits for it."""
+async def troubled(store: Store, change: asyncio.Task[bool]) -> str:
+    """What the store says once `change` waits for it."""
     while store.trouble is None:
+        assert not change.done(), "nothing was in the way"
         await asyncio.sleep(0.01)
     return store.trouble
 
@@ -83,7 +84,7 @@ async def test_a_change_of_state_outlasts_a_lock(store: Store, database: Path | 
     with locked(database):
         change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=1))
         holder = "it locked" if isinstance(database, str) else f"{database} locked; end what holds it"
-        assert f"another process has {holder}" in await troubled(store)
+        assert f"another process has {holder}" in await troubled(store, change)
         assert (await store.get("1")).state is JobState.QUEUED
     assert await change
     assert store.trouble is None
@@ -94,7 +95,7 @@ async def test_a_change_of_state_ends_with_the_server(store: Store, database: Pa
     await store.add(make_job("1"))
     with locked(database):
         change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
-        await troubled(store)
+        await troubled(store, change)
         store.give_up()
         with pytest.raises(DatabaseUnavailable):
             await change
@@ -133,7 +134,7 @@ async def test_a_postgresql_that_restarts_is_waited_for() -> None:
         await store.add(make_job("1"))
         server.stop()
         change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
-        assert await troubled(store)
+        assert await troubled(store, change)
         server.start()
         assert await change
         assert (await store.get("1")).state is JobState.RUNNING
@@ -146,16 +147,27 @@ async def test_a_postgresql_that_takes_no_writes_for_a_time_is_waited_for() -> N
         store = await Store.open(url)
         await store.add(make_job("1"))
         configure(url, "SET default_transaction_read_only = on")
+        while not await read_only(store):  # a session takes a setting up when it next hears of it
+            await asyncio.sleep(0.01)
         change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
-        assert await troubled(store) == "it takes no writes"
+        assert await troubled(store, change) == "it takes no writes"
         assert (await store.get("1")).state is JobState.QUEUED
         configure(url, "RESET default_transaction_read_only")
         assert await change
         await store.close()
 
 
+async def read_only(store: Store) -> bool:
+    """Whether the store's own session would refuse to write."""
+
+    def setting(connection: sa.Connection) -> str:
+        return connection.exec_driver_sql("SHOW default_transaction_read_only").scalar_one()
+
+    return await store._database.read(setting) == "on"
+
+
 def configure(url: str, setting: str) -> None:
-    """Change a setting of a PostgreSQL server, for the sessions that there are too."""
+    """Change a setting of a PostgreSQL server, for the sessions that there are, too, before long."""
     engine = sa.create_engine(database_url(url), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as opened:
         opened.exec_driver_sql(f"ALTER SYSTEM {setting}")
