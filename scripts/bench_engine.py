@@ -11,9 +11,10 @@ measured peaks of this machine: arithmetic, and in decoding the bytes to be read
 HF's batch size is the fastest of --hf-batch-sizes on its documents. Its cost per document depends on
 their length and not on their number, so it runs a part of them, which are about as long in the mean (less
 so with a small --share); differences are counted on that part. In half precision the same differences between lm-eval's
-backend at two batch sizes stand beside them: those that a batch size alone makes. And what log-probabilities of either
-side differ by from those of lm-eval's backend in fp32: rounding errors that have nothing to do with each other make two
-answers differ by more than either of them is wrong.
+backend at two batch sizes stand beside them: those that a batch size alone makes. Both are counted with the backend's
+softmax in fp32, as ours is: by itself it rounds log-probabilities to the model's dtype, so coarsely that the layers'
+differences are lost in it. And what log-probabilities of either side, the backend's as it is, differ by from those in
+fp32: rounding errors that have nothing to do with each other make two answers differ by more than either is wrong.
 
 With --generate-batch, transformers' own continuous batching answers some of the prompts to be continued in the same
 turns. Its ratio is its CPU time beside ours on just these prompts; its texts are compared with lm-eval's.
@@ -89,15 +90,10 @@ class Bench:
             costs.append((hf_cost, our_cost))
             if third:
                 extra.append(self._beside_generate_batch(third, _by_key(few, theirs)))
-        notes = differences(few, theirs, _by_key(many, found))
-        if self.exact is not None:  # what lm-eval's own batch size changes, and half precision
-            other = ask(self.hf.backend(1 if size > 1 else 4), few)
-            alone = differences(few, theirs, _by_key(few, other))
-            notes |= {f"HF alone: {name}": value for name, value in alone.items()}
-            if not generating:
-                exact = ask(self.exact.backend(1), few)
-                notes["HF: rms Δ to fp32"] = root_mean_square(few, exact, _by_key(few, theirs))
-                notes["ours: rms Δ to fp32"] = root_mean_square(few, exact, _by_key(many, found))
+        if self.exact is None:
+            notes = differences(few, theirs, _by_key(many, found))
+        else:
+            notes = self._half_precision(self.exact, few, size, theirs, _by_key(many, found))
         if self.deterministic:
             notes["deterministic costs"] = self._deterministic_cost(few)
         return {
@@ -108,6 +104,22 @@ class Bench:
             **notes,
             **_median(extra),
         }
+
+    def _half_precision(
+        self, exact: HuggingFace, few: Sequence[Instance], size: int, theirs: Sequence[Any], found: dict[Any, Any]
+    ) -> Row:
+        """How far the answers are apart, those of two of lm-eval's batch sizes, and either side's from fp32."""
+        generating = few[0].request_type == "generate_until"
+        unrounded = theirs if generating else ask(self.hf.backend(size, torch.float32), few)
+        other = ask(self.hf.backend(1 if size > 1 else 4, torch.float32), few)
+        notes = differences(few, unrounded, found)
+        alone = differences(few, unrounded, _by_key(few, other))
+        notes |= {f"HF alone: {name}": value for name, value in alone.items()}
+        if not generating:
+            true = ask(exact.backend(1), few)
+            notes["HF: rms Δ to fp32"] = root_mean_square(few, true, _by_key(few, theirs))
+            notes["ours: rms Δ to fp32"] = root_mean_square(few, true, found)
+        return notes
 
     def _documents(self, number: int) -> int:
         return max(1, round(self.share * number))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from engine_limit import Tokens, tokens_of
 from engine_workloads import document_of
 from lm_eval.api.instance import Instance
@@ -129,10 +130,11 @@ class HuggingFace:
     def __init__(self, stock: Stock, sizes: Sequence[int]) -> None:
         self._stock, self._sizes = stock, sizes
 
-    def backend(self, batch_size: int) -> Any:
-        stock = self._stock
+    def backend(self, batch_size: int, softmax_dtype: torch.dtype | None = None) -> Any:
+        """lm-eval's backend; its softmax is of the model's dtype by itself."""
+        stock, sizes = self._stock, {"batch_size": batch_size, "max_length": self._stock.max_length}
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return HFLM(stock.model, tokenizer=stock.tokenizer, batch_size=batch_size, max_length=stock.max_length)
+            return HFLM(stock.model, tokenizer=stock.tokenizer, softmax_dtype=softmax_dtype, **sizes)
 
     def best(self, requests: Sequence[Instance], meter: Meter) -> tuple[int, Any]:
         """(batch size, backend) that answers `requests` in the least CPU time."""
