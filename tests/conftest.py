@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of a bus
 
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -24,6 +25,10 @@ from postgres_server import PostgresServer
 __all__ = ["fake_nvml", "fake_nvml_library"]
 
 ROOT = Path(__file__).parents[1]
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # its fake GPUs are not those of the others: neither are the locks
+    os.environ["TMPDIR"] = tempfile.tempdir = os.path.join(tempfile.gettempdir(), f"evalpool-tests-{worker}")
+    os.makedirs(tempfile.tempdir, exist_ok=True)
 
 # a busy machine says nothing about an example
 settings.register_profile("evalpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
