@@ -13,7 +13,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool.admission import Admission
 from gpu_pool.errors import InvalidRequest, KeyReused
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
@@ -31,7 +31,7 @@ class Intake:
     def __init__(
         self, settings: PoolSettings, store: Store, jobs: LiveJobs, admission: Admission, runner: Runner
     ) -> None:
-        self._memo = settings.data_dir / "fingerprints.json"
+        self._memo = memo_path(settings.data_dir)
         self._store = store
         self._jobs = jobs
         self._admission = admission

@@ -12,7 +12,7 @@ from typing import Any, assert_never
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable, ShuttingDown
-from gpu_pool.fingerprint import changed_models
+from gpu_pool.fingerprint import changed_models, memo_path
 from gpu_pool.fleet import Fleet, JobMessage, Processes
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
@@ -95,7 +95,7 @@ class Runner:
         """Let the scheduler know what the hardware shows now, and the models' files where jobs may have to pause."""
         running = list(self.scheduler.running.values())
         if self.scheduler.heads or any(not run.workers for run in running):
-            specs, memo = [run.demand.spec for run in running], self._settings.data_dir / "fingerprints.json"
+            specs, memo = [run.demand.spec for run in running], memo_path(self._settings.data_dir)
             self.put(ev.ModelsSeen, changed=await asyncio.to_thread(changed_models, specs, memo))
         slots = await self._leases.look()
         contested = self._leases.contested() if self._settings.yield_to_foreign else frozenset[str]()
