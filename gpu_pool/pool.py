@@ -146,7 +146,7 @@ class Pool:
         await self._runner.look()
         for sentence, worker_ids in self._leases.news():
             logger.warning("%s (beside %s)", sentence, ", ".join(worker_ids))
-            workers = self._runner.scheduler.workers
+            workers = self._runner.scheduler.ledger.workers
             for job_id in {job for worker_id in worker_ids if worker_id in workers for job in workers[worker_id].jobs}:
                 _append_to_log(self.job_dir(job_id) / "job.log", sentence)
 
@@ -230,12 +230,12 @@ class Pool:
 
     def waiting(self, limit: int) -> list[WaitingView]:
         """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
-        scheduler = self._runner.scheduler
-        known = ((job_id, self.eta_seconds(job_id)) for job_id in scheduler.running)
+        ledger = self._runner.scheduler.ledger
+        known = ((job_id, self.eta_seconds(job_id)) for job_id in ledger.running)
         left = {job_id: seconds for job_id, seconds in known if seconds is not None}
-        explained = {wait.job_id: wait for wait in explain(scheduler, left, limit)}
+        explained = {wait.job_id: wait for wait in explain(ledger, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
-        stuck = [wait for job_id, wait in explained.items() if job_id in scheduler.running]
+        stuck = [wait for job_id, wait in explained.items() if job_id in ledger.running]
         return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
 
     def eta_seconds(self, job_id: str) -> float | None:
@@ -252,7 +252,7 @@ class Pool:
         """Worker processes, oldest first."""
         views: list[WorkerView] = []
         fleet = self._runner.fleet
-        for worker in self._runner.scheduler.workers.values():
+        for worker in self._runner.scheduler.ledger.workers.values():
             child, loaded = fleet.workers.get(worker.id), fleet.loaded.get(worker.id)
             views.append(
                 WorkerView(
