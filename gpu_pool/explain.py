@@ -126,14 +126,15 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
         return "gone, its memory is not back yet"
     if worker.state is WorkerState.STOPPING:
         return "ending"
+    loads = worker.state is WorkerState.STARTING
     if not worker.jobs:
-        return "without a job"
+        return "loading, without a job" if loads else "without a job"
     jobs = [
         f"job {job_id}, about {seconds_left[job_id]:.0f} s left" if job_id in seconds_left else f"job {job_id}"
         for job_id in sorted(worker.jobs)
     ]
     verb = "is given back by " if readiness_of(worker, ledger) is Readiness.LEAVING else ""
-    return verb + ", ".join(jobs)
+    return ("loading for " if loads else verb) + ", ".join(jobs)
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:

@@ -137,6 +137,11 @@ class Ledger:
             return False
         return not any(worker_id in ending.holders for ending in self.ending.values())
 
+    def what_is_lost(self, slot_id: str) -> str:
+        """A slot that cannot compute any more, and why, for people."""
+        reason = self.unusable.get(slot_id, "it is not there any more").rstrip(".")
+        return f"GPU {self.slots[slot_id].index}, which is lost: {reason}"
+
     def gpus_held(self) -> int:
         """GPUs on which workers of ours are, or whose memory is not back yet."""
         return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")

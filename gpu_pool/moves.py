@@ -91,6 +91,10 @@ class Moves:
         job_id, evaluator_id = run.demand.job_id, run.evaluator_id
         self.ask(ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id, at_once=at_once, cause=cause))
 
+    def note_loss(self, run: Running, worker_id: str, how: str) -> None:
+        """Have it in a job's history that one of its workers is gone."""
+        self.ask(ev.NoteLoss(job_id=run.demand.job_id, cause=f"{worker_id} {how}"))
+
     def stop(self, worker_id: str) -> None:
         """Ask a worker without jobs to end, if it was not asked before."""
         worker = self._ledger.workers[worker_id]
@@ -98,7 +102,7 @@ class Moves:
             self._ledger.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.STOP))
             self.ask(ev.StopWorker(worker_id=worker_id))
 
-    def kill(self, worker_id: str) -> None:
+    def kill(self, worker_id: str, why: str) -> None:
         """End a worker whose GPU is lost, at once; its jobs go on elsewhere."""
         worker = self._ledger.workers[worker_id]
         for job_id in sorted(worker.jobs):
@@ -106,6 +110,7 @@ class Moves:
             self._ledger.release(run, worker_id)
             if worker.state is not WorkerState.STARTING:
                 self.detach(run, worker_id, at_once=True)
+            self.note_loss(run, worker_id, f"was on {why}")
         if worker_id not in self._ledger.killed:
             self._ledger.killed.add(worker_id)
             if self._ledger.workers[worker_id].state is not WorkerState.STOPPING:

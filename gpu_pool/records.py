@@ -234,7 +234,7 @@ class HistoryEntry(Record, frozen=True, kw_only=True):
 
     at: datetime
     event: str
-    """"submitted", "started", "requeued", or the name of the state that followed."""
+    """"submitted", "started", "worker_lost", "requeued", or the name of the state that followed."""
     state: JobState
     """The state that followed."""
     attempt: int

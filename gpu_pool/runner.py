@@ -181,6 +181,9 @@ class Runner:
                 self.fleet.attach(action)
             case ev.Detach():
                 self.fleet.detach(action)
+            case ev.NoteLoss(job_id=job_id, cause=cause):
+                if job := self.jobs.get(job_id):  # beside the loop: a database that is away keeps nobody from working
+                    self.background(self.jobs.note_loss(job, cause))
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self.fleet.drop(worker_id, job_id)
             case ev.BeginCancel(job_id=job_id):

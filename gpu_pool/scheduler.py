@@ -210,9 +210,10 @@ class Scheduler:
         for job_id in sorted(worker.jobs):
             run = self.ledger.running[job_id]
             self.ledger.release(run, worker.id)
-            if event.crowded:
-                continue  # it gets another worker where others leave room
-            if run.workers:
+            if event.crowded:  # it gets another worker where others leave room
+                self._moves.note_loss(run, worker.id, f"did not load the model: {event.error}")
+            elif run.workers:
+                self._moves.note_loss(run, worker.id, f"did not load the model: {event.error}")
                 run.may_grow = False
             elif event.content_changed:
                 self._moves.abandon(run)
@@ -233,9 +234,11 @@ class Scheduler:
             run = self.ledger.running[job_id]
             self.ledger.release(run, worker.id)
             if worker.state is WorkerState.STARTING:
+                self._moves.note_loss(run, worker.id, f"ended while it loaded the model: {event.cause}")
                 self._count_failed_start(run, event.cause)
             else:
                 self._moves.detach(run, worker.id, at_once=True, cause=event.cause)
+                self._moves.note_loss(run, worker.id, f"ended: {event.cause}")
                 self._count_loss(run, event.cause)
 
     def _count_failed_start(self, run: Running, cause: str) -> None:
@@ -275,8 +278,8 @@ class Scheduler:
     def _on_slots_seen(self, event: ev.SlotsSeen) -> None:
         self.ledger.see(event.slots, closed=event.lost | event.contested)
         for worker in list(self.ledger.workers.values()):
-            if not event.lost.isdisjoint(worker.slots):
-                self._moves.kill(worker.id)
+            if lost := event.lost.intersection(worker.slots):
+                self._moves.kill(worker.id, self.ledger.what_is_lost(min(lost)))
             elif not event.contested.isdisjoint(worker.slots) and not worker.jobs:
                 self._moves.stop(worker.id)
 

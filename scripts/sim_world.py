@@ -216,6 +216,8 @@ class World:
                     self._computing.attach(self.jobs[job_id], worker_id)
             case ev.Detach(job_id=job_id, worker_id=worker_id, at_once=at_once):
                 self._computing.detach(self.jobs[job_id], worker_id, at_once=at_once)
+            case ev.NoteLoss():
+                pass  # for people
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self._computing.detach(self.jobs[job_id], worker_id)
                 self._clock.after(self.costs.drop_s, self._dropped, worker_id, job_id)

@@ -49,6 +49,20 @@ def test_a_job_that_would_share_a_replica_waits_for_the_one_that_its_gpu_is_kept
     assert k.reason.endswith("Kept for others: GPU 0 (job head).")
 
 
+def test_a_worker_that_loads_is_not_said_to_compute() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    box.submit("k", spec=GPU["b"])
+
+    def held() -> str:
+        [k] = explain(box.ledger, {"j": 42.0}, 10)
+        return k.reason.partition("Held: ")[2]
+
+    assert held() == f"GPU 0 by {start.worker_id} (loading for job j, about 42 s left)."
+    box.load(start.worker_id)
+    assert held() == f"GPU 0 by {start.worker_id} (job j, about 42 s left)."
+
+
 def test_a_job_on_a_gpu_that_is_gone_waits_for_it() -> None:
     box = box_of(2)
     run_on(box, "j", "a")

@@ -137,6 +137,49 @@ def test_what_an_evaluator_said_before_it_was_killed_gets_it_no_further_job() ->
     assert not box.of(ev.RequeueJob)
 
 
+def test_jobs_are_told_of_each_worker_that_they_lose() -> None:
+    def losses(actions: list[ev.Action]) -> list[tuple[str, str]]:
+        return [(note.job_id, note.cause) for note in box.of(ev.NoteLoss, actions)]
+
+    box = Box(slots=0, gpus=2, evaluators=2)
+    box.submit("j", spec=spec("a", "cuda"))
+    box.submit("k", spec=spec("a", "cuda"))
+    first, second = (start.worker_id for start in box.of(ev.StartWorker))
+    assert losses(box.do(ev.WorkerDied, worker_id=second, cause="killed by SIGSEGV")) == [
+        ("k", f"{second} ended while it loaded the model: killed by SIGSEGV")
+    ]
+    box.load(first)
+    assert losses(box.do(ev.WorkerDied, worker_id=first, cause="killed by SIGKILL")) == [
+        ("j", f"{first} ended: killed by SIGKILL"),
+        ("k", f"{first} ended: killed by SIGKILL"),
+    ]
+    box.do(ev.SlotsReturned, worker_id=second)
+    third = box.of(ev.StartWorker)[-1].worker_id
+    assert losses(box.see({"GPU-1": "NVML cannot read it."}, lost=frozenset({"GPU-1"}))) == [
+        (job_id, f"{third} was on GPU 1, which is lost: NVML cannot read it") for job_id in "jk"
+    ]
+    assert not losses(box.do(ev.WorkerDied, worker_id=third, cause="killed by SIGKILL"))
+    box.do(ev.SlotsReturned, worker_id=first)
+    fourth = box.of(ev.StartWorker)[-1].worker_id
+    box.load(fourth)
+    box.end("j")
+    box.end("k")
+    assert not losses(box.do(ev.WorkerDied, worker_id=fourth, cause="killed by SIGKILL"))
+
+
+def test_a_worker_that_fails_to_load_is_lost_to_a_job_that_goes_on() -> None:
+    box = Box()
+    box.submit("j")
+    box.load("worker-4")
+    box.submit("k", "b")
+    actions = box.do(ev.WorkerLoadFailed, worker_id="worker-5", error="no room", crowded=True)
+    assert [note.cause for note in box.of(ev.NoteLoss, actions)] == ["worker-5 did not load the model: no room"]
+    box.gone("worker-5")
+    actions = box.do(ev.WorkerLoadFailed, worker_id="worker-6", error="no such file")
+    assert not box.of(ev.NoteLoss, actions)  # the job's end says why
+    assert box.ledger.ending["k"].error == "no such file"
+
+
 def test_a_worker_is_at_rest_when_it_has_no_job_and_has_let_go_of_the_last() -> None:
     box = Box()
     box.submit("j")
