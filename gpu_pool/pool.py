@@ -102,6 +102,8 @@ class Pool:
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner)
         await self._intake.recover()
         await self._look_once()
+        if self._leases.gpus_unknown:
+            logger.warning("%s Jobs wait for the driver unless they are for the CPU.", self._leases.problem())
         self._watch(self._desk.start())
         self._watch(self._runner.start())
         self._watch(asyncio.create_task(self._tick(), name="tick"))
@@ -236,7 +238,7 @@ class Pool:
         explained = {wait.job_id: wait for wait in explain(ledger, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
         stuck = [wait for job_id, wait in explained.items() if job_id in ledger.running]
-        return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
+        return [*stuck, *(explained.get(job_id) or self._intake.waiting(job_id) for job_id in queued)]
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""
@@ -302,11 +304,6 @@ def _append_to_log(path: Path, sentence: str) -> None:
     """A line in a job's log, in the format of its evaluator, which appends to the file too."""
     with contextlib.suppress(OSError), path.open("a") as log:
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S},000 WARNING gpu_pool.pool: {sentence}\n")
-
-
-def _being_identified(job_id: str) -> WaitingView:
-    reason = "The files of its model are being read, to know the model by its content."
-    return WaitingView(job_id=job_id, needs="a look at its model", reason=reason, starts_in=None)
 
 
 def _lock_folder(folder: Path) -> int:
