@@ -95,18 +95,19 @@ class Admission:
     def place(self, evaluation: Evaluation, *, is_admitted: bool = False) -> Placement:
         """The kind of device, how many replicas, and which GPU; raises InvalidRequest on `device` and `num_gpus`.
 
-        A job that was admitted earlier waits for what is not there now.
+        A job that was admitted earlier waits for what is not there now, and any for GPUs while nobody knows of them.
         """
         device, index, uuid = self._device(evaluation)
+        may_wait = is_admitted or self.awaits_driver(evaluation)
         slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index) and uuid in (None, slot.id)]
-        if not slots and not is_admitted:
+        if not slots and not may_wait:
             raise InvalidRequest("device", self._no_such_device(device, index, uuid))
         if (index or uuid) is not None and evaluation.num_gpus > 1:
             raise InvalidRequest(
                 "num_gpus", f"must be 1 with device {evaluation.device!r}, which is one GPU; or use 'cuda'"
             )
         wanted = max(1, evaluation.num_gpus)
-        if wanted > len(slots) and not is_admitted:
+        if wanted > len(slots) and not may_wait:
             noun = "GPUs" if device == "cuda" else "CPU workers"
             raise InvalidRequest("num_gpus", f"must be at most {len(slots)}: this box has {len(slots)} {noun}")
         cap = self._settings.max_gpus
@@ -114,11 +115,25 @@ class Admission:
             raise InvalidRequest("num_gpus", f"must be at most {cap}: no more GPUs are held (setting max_gpus)")
         return Placement(device=device, max_replicas=wanted, slot_index=index, slot_id=uuid)
 
+    def awaits_driver(self, evaluation: Evaluation) -> bool:
+        """Whether the job needs GPUs, or may, of which nobody can say yet which there are."""
+        return self._leases.gpus_unknown and self._device(evaluation)[0] == "cuda"
+
+    @property
+    def no_driver(self) -> str:
+        """Why that is so, a sentence."""
+        return self._leases.problem() or "The driver has not been asked yet."
+
+    async def driver_answers(self) -> None:
+        """Return once it is known which GPUs there are."""
+        await self._leases.gpus_known()
+
     def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None, str | None]:
         """Kind of device, and the one GPU that is asked for: by its position, or by its UUID."""
         match evaluation.device:
             case None:
-                use_gpu = self._leases.has_gpus and evaluation.num_gpus > 0 and self._settings.max_gpus != 0
+                may_have_gpus = self._leases.has_gpus or self._leases.gpus_unknown
+                use_gpu = may_have_gpus and evaluation.num_gpus > 0 and self._settings.max_gpus != 0
                 return ("cuda" if use_gpu else "cpu"), None, None
             case "cpu":
                 return "cpu", None, None

@@ -236,6 +236,14 @@ class Detach(Record, frozen=True, kw_only=True):
     """How its process ended; None when it lives and is wanted elsewhere."""
 
 
+class NoteLoss(Record, frozen=True, kw_only=True):
+    """The job lost a worker and goes on, for now: part of its history."""
+
+    job_id: str
+    cause: str
+    """Which worker, and why."""
+
+
 class DropJob(Record, frozen=True, kw_only=True):
     """Tell a worker to forget the job, and see that it answers in time."""
 
@@ -287,6 +295,7 @@ Action = (
     | StartJob
     | Attach
     | Detach
+    | NoteLoss
     | DropJob
     | ConcludeJob
     | SettleJob

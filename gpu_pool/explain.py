@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 
 from gpu_pool.events import Demand
-from gpu_pool.ledger import Ledger
+from gpu_pool.ledger import Evaluator, Ledger
 from gpu_pool.order import Shape, shape_of
 from gpu_pool.placement import Readiness, readiness_of, replicas_for
-from gpu_pool.records import Slot, WaitingView, WorkerState
+from gpu_pool.records import EvaluatorState, Slot, WaitingView, WorkerState
 
 _GIB = 1 << 30
 
@@ -71,9 +71,9 @@ def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
     """What has nothing to do with slots."""
     if run := ledger.running.get(demand.job_id):
         return f"It has paused for job {run.paused_for}. " if run.paused_for else "It has no workers now. "
-    if any(job is None for job in ledger.evaluators.values()):
+    if ledger.evaluators_that_are(EvaluatorState.READY):
         return ""
-    if all(job in ledger.running for job in ledger.evaluators.values()):
+    if len(ledger.running) == len(ledger.evaluators):
         return f"All {len(ledger.evaluators)} evaluators run jobs. "
     return "An evaluator is starting. "
 
@@ -126,14 +126,15 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
         return "gone, its memory is not back yet"
     if worker.state is WorkerState.STOPPING:
         return "ending"
+    loads = worker.state is WorkerState.STARTING
     if not worker.jobs:
-        return "without a job"
+        return "loading, without a job" if loads else "without a job"
     jobs = [
         f"job {job_id}, about {seconds_left[job_id]:.0f} s left" if job_id in seconds_left else f"job {job_id}"
         for job_id in sorted(worker.jobs)
     ]
     verb = "is given back by " if readiness_of(worker, ledger) is Readiness.LEAVING else ""
-    return verb + ", ".join(jobs)
+    return ("loading for " if loads else verb) + ", ".join(jobs)
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:
@@ -155,13 +156,13 @@ class _Forecast:
         self._held = {slot_id for slot_id, workers in ledger.holders.items() if workers}
         self._gpus_left = math.inf if ledger.max_gpus is None else ledger.max_gpus - ledger.gpus_held()
         """How many more the cap allows."""
-        self._evaluators = [self._ready_in(job_id) for job_id in ledger.evaluators.values()]
+        self._evaluators = [self._ready_in(evaluator) for evaluator in ledger.evaluators.values()]
         heapq.heapify(self._evaluators)
-        self._one_is_ready = None in ledger.evaluators.values()
+        self._one_is_ready = bool(ledger.evaluators_that_are(EvaluatorState.READY))
 
-    def _ready_in(self, job_id: str | None) -> float:
-        """Seconds until the evaluator of that job could be ready."""
-        return self._seconds_left.get(job_id, math.inf) if job_id and job_id in self._ledger.running else 0.0
+    def _ready_in(self, evaluator: Evaluator) -> float:
+        """Seconds until it could be ready."""
+        return 0.0 if evaluator.job_id is None else self._seconds_left.get(evaluator.job_id, math.inf)
 
     def _free(self, slot_id: str) -> float:
         """Seconds until the slot could be free; infinite where that is not known."""

@@ -34,6 +34,9 @@ _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".mlmodel")
 _TRAINING_FILES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", "events.out.")
 _DOCUMENT_SUFFIXES = (".md", ".log", ".png", ".jpg", ".pdf", ".lock", ".tmp", ".incomplete")
 
+_HUB = "hub:"
+"""What identities of models begin with whose weights are known by hub id and commit."""
+
 FileState = tuple[int, int, int, int, int]
 """(device, inode, size, mtime_ns, ctime_ns)"""
 
@@ -46,12 +49,22 @@ class _Known(msgspec.Struct, frozen=True, array_like=True):
     used: int
 
 
-def changed_models(specs: Iterable[ModelSpec], memo_path: Path) -> frozenset[str]:
+def memo_path(data_dir: Path) -> Path:
+    """The file in a data folder that keeps the digests of files that were read."""
+    return data_dir / "fingerprints.json"
+
+
+def is_of_hub(fingerprint: str) -> bool:
+    """Whether the weights are known by hub id and commit: their files need not be where `pretrained` says."""
+    return fingerprint.startswith(_HUB)
+
+
+def changed_models(specs: Iterable[ModelSpec], memo: Path) -> frozenset[str]:
     """Replica keys of the models whose files are not what they were. Nothing is read: the unknown counts as such."""
     changed: set[str] = set()
     for spec in {spec.replica_key: spec for spec in specs}.values():
         try:
-            unchanged = fingerprint_model(spec.args, memo_path, read=False) == spec.fingerprint
+            unchanged = fingerprint_model(spec.args, memo, read=False) == spec.fingerprint
         except (InvalidRequest, OSError):
             unchanged = False
         if not unchanged:
@@ -59,7 +72,7 @@ def changed_models(specs: Iterable[ModelSpec], memo_path: Path) -> frozenset[str
     return frozenset(changed)
 
 
-def fingerprint_model(args: ModelArgs, memo_path: Path, *, read: bool = True) -> str:
+def fingerprint_model(args: ModelArgs, memo: Path, *, read: bool = True) -> str:
     """The identity of the model that `args` names, by content (or by hub id and commit: then nothing is read).
 
     `args.revision` of a hub id must already be a commit, and adapter and tokenizer local
@@ -82,7 +95,7 @@ def fingerprint_model(args: ModelArgs, memo_path: Path, *, read: bool = True) ->
         parts |= {f"tokenizer/{name}": path for name, path in tokenizer.items()}
     if not parts:
         return hub
-    content = _digest_files(parts, _Memo(memo_path, read=read))
+    content = _digest_files(parts, _Memo(memo, read=read))
     return f"{hub}+{content}" if hub else content
 
 
@@ -108,7 +121,7 @@ def _existing(key: str, path: str) -> Path:
 
 def _hub_identity(args: ModelArgs) -> str:
     inside = "/".join(part for part in (args.subfolder, args.gguf_file) if part)
-    return f"hub:{args.pretrained}@{args.revision}" + (f":{inside}" if inside else "")
+    return f"{_HUB}{args.pretrained}@{args.revision}" + (f":{inside}" if inside else "")
 
 
 def _folder_files(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, assert_never
+from typing import Any, Literal, NamedTuple, Protocol, assert_never
 
 import msgspec
 
@@ -40,6 +40,16 @@ class Processes(msgspec.Struct, kw_only=True):
     """Where the worker of that id listens for evaluators."""
 
 
+class Deadline(NamedTuple):
+    """Something that is awaited of a worker for a limited time."""
+
+    worker_id: str
+    awaited: Literal["its model", "letting go", "last answers"]
+    """Of these, a worker that is late with the first two is killed; last answers are computed by others."""
+    job_id: str | None = None
+    """The job that it is to let go of, or to answer."""
+
+
 class Put(Protocol):
     """Queues an event that happened now."""
 
@@ -69,7 +79,7 @@ class Fleet:
         self._put = put
         self._hear = hear
         self._background = background
-        self._timers: dict[tuple[str, str], asyncio.TimerHandle] = {}
+        self._timers: dict[Deadline, asyncio.TimerHandle] = {}
         self._stalls = Stalls()
         self._failed_starts = 0
 
@@ -114,7 +124,8 @@ class Fleet:
             return
         self.workers[worker_id] = child
         self._leases.started(worker_id, child.pid)
-        self._arm((worker_id, "load"), self._settings.worker_load_timeout_s, child, "did not load its model in time")
+        limit_s = self._settings.worker_load_timeout_s
+        self._kill_after(Deadline(worker_id, "its model"), limit_s, child, "did not load its model in time")
 
         async def on_message(message: msg.FromWorker) -> None:
             await self._on_worker_message(worker_id, message)
@@ -123,8 +134,9 @@ class Fleet:
             del self.workers[worker_id]
             self.loaded.pop(worker_id, None)
             self._stalls.forget(worker_id)
-            for key in [key for key in self._timers if key[0] == worker_id]:
-                self._disarm(key)
+            for deadline in [each for each in self._timers if each.worker_id == worker_id]:
+                if deadline.awaited != "last answers":  # its evaluator is to stop waiting for them all the same
+                    self._disarm(deadline)
             self._put(ev.WorkerDied, worker_id=worker_id, cause=cause)
 
         child.watch(on_message, on_death)
@@ -164,7 +176,7 @@ class Fleet:
         """Let an evaluator use a worker."""
         job_id, worker_id = action.job_id, action.worker_id
         address = self._processes.address(worker_id)
-        self._disarm((job_id, worker_id))  # of an earlier use, which was to be cut off if it took too long
+        self._disarm(Deadline(worker_id, "last answers", job_id))  # of an earlier use
         self.tell(action.evaluator_id, msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address))
 
     def detach(self, action: ev.Detach) -> None:
@@ -175,27 +187,30 @@ class Fleet:
         self.tell(action.evaluator_id, message)
         if not message.at_once:
             again = msgspec.structs.replace(message, at_once=True)
-            later = asyncio.get_running_loop().call_later
-            self._disarm((message.job_id, message.worker_id))
-            self._timers[message.job_id, message.worker_id] = later(
-                self._settings.drop_timeout_s, self.tell, action.evaluator_id, again
-            )
+            deadline = Deadline(action.worker_id, "last answers", action.job_id)
+            self._arm(deadline, self._settings.drop_timeout_s, lambda: self.tell(action.evaluator_id, again))
 
     def drop(self, worker_id: str, job_id: str) -> None:
         """Let a worker forget a job's requests; one that does not is killed."""
         if child := self.workers.get(worker_id):
             child.send(msg.DropJob(job_id=job_id))
-            self._arm((worker_id, job_id), self._settings.drop_timeout_s, child, f"did not let go of job {job_id}")
+            deadline = Deadline(worker_id, "letting go", job_id)
+            self._kill_after(deadline, self._settings.drop_timeout_s, child, f"did not let go of job {job_id}")
 
-    def _arm(self, key: tuple[str, str], seconds: float, child: WorkerChild, why: str) -> None:
+    def _kill_after(self, deadline: Deadline, seconds: float, child: WorkerChild, why: str) -> None:
         def kill() -> None:
             logger.error("%s %s and is killed", child.name, why)
             child.kill(f"it {why} and was killed")
 
-        self._timers[key] = asyncio.get_running_loop().call_later(seconds, kill)
+        self._arm(deadline, seconds, kill)
 
-    def _disarm(self, key: tuple[str, str]) -> None:
-        if timer := self._timers.pop(key, None):
+    def _arm(self, deadline: Deadline, seconds: float, late: Callable[[], None]) -> None:
+        """Do something when that time is over, in place of what was to be done before."""
+        self._disarm(deadline)
+        self._timers[deadline] = asyncio.get_running_loop().call_later(seconds, late)
+
+    def _disarm(self, deadline: Deadline) -> None:
+        if timer := self._timers.pop(deadline, None):
             timer.cancel()
 
     # ------------------------------------------------------------------ hearing
@@ -210,7 +225,7 @@ class Fleet:
                 else:
                     self._put(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
             case msg.WorkerDetached(job_id=job_id, worker_id=worker_id):
-                self._disarm((job_id, worker_id))
+                self._disarm(Deadline(worker_id, "last answers", job_id))
                 self._put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.AwaitingWorker(worker_id=worker_id):
                 self._look_for_stall(worker_id)
@@ -224,12 +239,12 @@ class Fleet:
     async def _on_worker_message(self, worker_id: str, message: msg.FromWorker) -> None:
         match message:
             case msg.WorkerReady():
-                self._disarm((worker_id, "load"))
+                self._disarm(Deadline(worker_id, "its model"))
                 self._leases.loaded(worker_id, message.memory_bytes)
                 self.loaded[worker_id] = message
                 self._put(ev.WorkerLoaded, worker_id=worker_id)
             case msg.LoadFailed(error=error, content_changed=changed):
-                self._disarm((worker_id, "load"))
+                self._disarm(Deadline(worker_id, "its model"))
                 crowded = await self._leases.crowded(worker_id) if message.out_of_memory else None
                 if crowded:
                     logger.warning("%s lacks memory beside other processes (%s): %s", worker_id, crowded, error)
@@ -240,7 +255,7 @@ class Fleet:
             case msg.WorkerFailed(error=error):
                 self.workers[worker_id].why = error
             case msg.Dropped(job_id=job_id):
-                self._disarm((worker_id, job_id))
+                self._disarm(Deadline(worker_id, "letting go", job_id))
                 self._put(ev.WorkerDroppedJob, worker_id=worker_id, job_id=job_id)
             case _:
                 assert_never(message)

@@ -39,6 +39,11 @@ class GpuChoice(Record, frozen=True, kw_only=True):
         visible = _visible(found, self.visible_devices)
         return tuple(each.gpu for each in visible if self._may_use(each))
 
+    @property
+    def may_be_any(self) -> bool:
+        """Whether there could be a GPU that may be used: CUDA_VISIBLE_DEVICES names one, as far as names go."""
+        return self.visible_devices is None or _NAME.match(self.visible_devices.strip()) is not None
+
     def _may_use(self, found: FoundGpu) -> bool:
         allowed = not self.allow or any(_means(name, found) for name in self.allow)
         return allowed and not any(_means(name, found) for name in self.deny)

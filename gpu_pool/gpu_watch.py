@@ -39,6 +39,11 @@ class GpuWatch:
         self.unknown: list[str] = []
         """What is wrong with the allow- and deny-lists, a sentence an entry."""
 
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether no GPU is known, not even from earlier, although there may be some: NVML has never answered."""
+        return not self.known and self._inventory.may_have_any
+
     async def look(self) -> tuple[Gpu, ...]:
         """All GPUs now. While NVML answers nothing, or shows no GPU at all, those last seen, with that as `problem`."""
         gpus = await self._ask()

@@ -78,6 +78,11 @@ class Inventory:
         look.join(OPEN_SECONDS)
         return inventory
 
+    @property
+    def may_have_any(self) -> bool:
+        """Whether there may be GPUs although none is seen: NVML is installed, and has not answered the last look."""
+        return self.has_library and not self.answers and self._choice.may_be_any
+
     def gpus(self) -> tuple[Gpu, ...]:
         """A fresh look: usable GPUs in PCI order, MIG instances in place of the GPU that they divide.
 

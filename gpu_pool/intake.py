@@ -13,15 +13,16 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool.admission import Admission
 from gpu_pool.errors import InvalidRequest, KeyReused
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
+from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec, WaitingView
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
 
+_HOW_TO_USE_THE_CPU = "Jobs with device 'cpu' do not wait for it, nor do any with the setting max_gpus = 0."
 logger = logging.getLogger(__name__)
 
 
@@ -31,11 +32,13 @@ class Intake:
     def __init__(
         self, settings: PoolSettings, store: Store, jobs: LiveJobs, admission: Admission, runner: Runner
     ) -> None:
-        self._memo = settings.data_dir / "fingerprints.json"
+        self._memo = memo_path(settings.data_dir)
         self._store = store
         self._jobs = jobs
         self._admission = admission
         self._runner = runner
+        self._unplaced: set[str] = set()
+        """Jobs that wait for the driver to say which GPUs there are."""
 
     async def recover(self) -> None:
         """Unfinished jobs of the last run: those being cancelled are cancelled, the others wait again."""
@@ -85,8 +88,25 @@ class Intake:
                 await self._refuse(job, error)
             return
         sizes: dict[str, ReplicaSize | None] = {}
+        waiting = [job for job in jobs if self._admission.awaits_driver(job.evaluation)]
         for job in jobs:
+            if job not in waiting:
+                await self._demand(job, args, digest, sizes)
+        if waiting:
+            self._unplaced.update(job.id for job in waiting)
+            await self._admission.driver_answers()
+            self._unplaced.difference_update(job.id for job in waiting)
+        for job in waiting:
             await self._demand(job, args, digest, sizes)
+
+    def waiting(self, job_id: str) -> WaitingView:
+        """Why a job waits that the scheduler has not been given yet."""
+        if job_id in self._unplaced:
+            needs, reason = "a GPU", f"{self._admission.no_driver} {_HOW_TO_USE_THE_CPU}"
+        else:
+            needs = "a look at its model"
+            reason = "The files of its model are being read, to know the model by its content."
+        return WaitingView(job_id=job_id, needs=needs, reason=reason, starts_in=None)
 
     async def _refuse(self, job: Job, error: Exception) -> None:
         """Whatever is wrong with a job's model, the job must not wait for ever."""

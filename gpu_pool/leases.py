@@ -46,6 +46,7 @@ class Leases:
         self._processes = processes or ProcessTable()
         self._gpus = {gpu.uuid: gpu for gpu in self._watch.known}
         self._seen_gpus = bool(self._gpus)
+        self._known = asyncio.Event()
         self._leases: dict[str, list[Lease]] = {}
         self._locks: dict[str, GpuLock] = {}
         self.at_rest: Callable[[str, float], bool] = lambda worker_id, since: False
@@ -64,6 +65,16 @@ class Leases:
     def has_gpus(self) -> bool:
         """Whether any look so far found a GPU, if need be one of an earlier server (a driver may come back)."""
         return self._seen_gpus
+
+    @property
+    def gpus_unknown(self) -> bool:
+        """Whether nobody can say yet which GPUs there are, because the driver has not answered since it was needed."""
+        return self._watch.tells_nothing
+
+    async def gpus_known(self) -> None:
+        """Return once that is known, be it that there are none."""
+        if self.gpus_unknown:
+            await self._known.wait()
 
     def slots(self, device: str) -> list[Slot]:
         """All slots of a kind of device, usable or not."""
@@ -87,6 +98,8 @@ class Leases:
         gpus = await self._watch.look()
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
         self._seen_gpus |= bool(gpus)
+        if not self.gpus_unknown:
+            self._known.set()
         for lock in self._locks.values():
             lock.keep()
         for gpu in gpus:

@@ -1,4 +1,4 @@
-"""Who holds what: jobs, evaluators, workers and slots. Pure bookkeeping; decisions are the scheduler's.
+"""Who holds what: jobs, evaluators, workers and slots. Pure bookkeeping; decisions are made elsewhere.
 
 Every job is in exactly one of three places: `waiting`, `running` or `ending`. Every worker is live (`workers`) or gone
 while its memory is not back yet (`reclaiming`); both hold their slots. `check` states these invariants; the tests call
@@ -13,11 +13,19 @@ import msgspec
 
 from gpu_pool.events import Demand
 from gpu_pool.order import WaitingJobs, rank
-from gpu_pool.records import Slot, Worker, WorkerState
+from gpu_pool.records import EvaluatorState, Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 LOADS_REMEMBERED = 1000
 """Models of which it is known how long they take to load: those that were loaded last."""
+
+
+class Evaluator(msgspec.Struct, frozen=True):
+    """An evaluator process, and the job that it runs."""
+
+    state: EvaluatorState = EvaluatorState.STARTING
+    job_id: str | None = None
+    """Set while it is RUNNING, and only then."""
 
 
 class Running(msgspec.Struct, kw_only=True):
@@ -72,9 +80,9 @@ class Ledger:
         self.waiting = WaitingJobs()
         self.running: dict[str, Running] = {}
         self.ending: dict[str, Ending] = {}
-        self.evaluators: dict[str, str | None] = {}
-        """Evaluator -> its job; "" while it starts or is being killed; None while it is ready. Last those that have run
-        a job, in that order: the latest has its tasks, tokenizer and requests at hand, which the next job may want."""
+        self.evaluators: dict[str, Evaluator] = {}
+        """Those that live. Last those that have run a job, in the order in which they became ready again: the latest
+        has its tasks, tokenizer and requests at hand, which the next job may want."""
         self.workers: dict[str, Worker] = {}
         self.reclaiming: dict[str, Worker] = {}
         self.killed: set[str] = set()
@@ -129,15 +137,45 @@ class Ledger:
             return False
         return not any(worker_id in ending.holders for ending in self.ending.values())
 
+    def what_is_lost(self, slot_id: str) -> str:
+        """A slot that cannot compute any more, and why, for people."""
+        reason = self.unusable.get(slot_id, "it is not there any more").rstrip(".")
+        return f"GPU {self.slots[slot_id].index}, which is lost: {reason}"
+
     def gpus_held(self) -> int:
         """GPUs on which workers of ours are, or whose memory is not back yet."""
         return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")
+
+    def evaluators_that_are(self, *states: EvaluatorState) -> list[str]:
+        """Evaluators in one of these states, the one that has run a job last at the end."""
+        return [name for name, evaluator in self.evaluators.items() if evaluator.state in states]
 
     def sharing_for(self, run: Running) -> float:
         """Seconds for which others have used every worker of the job; 0 when one is its own."""
         return min((self.now - self.shared_since.get(worker_id, self.now) for worker_id in run.workers), default=0.0)
 
     # ------------------------------------------------------------------ writing things down
+
+    def start_job(self, demand: Demand, evaluator_id: str) -> Running:
+        """A waiting job runs from now on."""
+        self.waiting.pop(demand.job_id)
+        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.RUNNING, demand.job_id)
+        run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id)
+        return run
+
+    def leave_job(self, run: Running, state: EvaluatorState) -> None:
+        """The job is in the hands of its evaluator no more, which clears up or ends."""
+        del self.running[run.demand.job_id]
+        self.evaluators[run.evaluator_id] = Evaluator(state)
+
+    def evaluator_is_ready(self, evaluator_id: str) -> None:
+        """It has nothing to do, unless it is being killed, or is gone."""
+        evaluator = self.evaluators.get(evaluator_id)
+        if evaluator is None or evaluator.state is EvaluatorState.ENDING:
+            return
+        if evaluator.state is EvaluatorState.CLEARING:
+            del self.evaluators[evaluator_id]  # the last one in this order is chosen first
+        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.READY)
 
     def add_worker(self, worker: Worker) -> None:
         """A worker that starts to load."""
@@ -147,9 +185,18 @@ class Ledger:
         for slot_id in worker.slots:
             self.holders.setdefault(slot_id, []).append(worker.id)
 
+    def note_run(self, seconds: float) -> None:
+        """A job has ended, for which workers worked so long."""
+        self.run_seconds = seconds if self.run_seconds is None else 0.9 * self.run_seconds + 0.1 * seconds
+
     def note_load(self, worker_id: str) -> None:
-        """A worker has loaded."""
-        replica_key = self.workers[worker_id].spec.replica_key
+        """A worker has loaded: it serves its jobs, or rests."""
+        worker = self.workers[worker_id]
+        state = advance_worker(worker.state, WorkerEvent.LOADED)
+        if worker.jobs:
+            state = advance_worker(state, WorkerEvent.ATTACH)
+        self.update_worker(worker_id, state=state, idle_since=self.now)
+        replica_key = worker.spec.replica_key
         self.load_seconds.pop(replica_key, None)  # the latest ones are last
         self.load_seconds[replica_key] = self.now - self.loading_since.pop(worker_id)
         if len(self.load_seconds) > LOADS_REMEMBERED:
@@ -232,8 +279,11 @@ class Ledger:
         """Raise AssertionError when an invariant is broken."""
         places = [*self.waiting, *self.running, *self.ending]
         assert len(places) == len(set(places)), "a job is in two places"
+        at_work = {name: each.job_id for name, each in self.evaluators.items() if each.job_id is not None}
+        runs = {run.evaluator_id: job_id for job_id, run in self.running.items()}
+        assert at_work == runs, "a job and its evaluator disagree"
+        assert [*at_work] == self.evaluators_that_are(EvaluatorState.RUNNING), "an evaluator runs, but no job"
         for job_id, run in self.running.items():
-            assert self.evaluators.get(run.evaluator_id) == job_id, "a running job has lost its evaluator"
             assert len(run.workers) == len(set(run.workers)), "a job holds a worker twice"
             assert run.returning <= set(run.workers), "a job gives back what it does not hold"
             assert run.workers or run.working_since is None, "the clock of a job runs without a worker"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from gpu_pool.order import Line, rank
-from gpu_pool.records import Attempt, Job, JobState, ModelSpec, Progress
+from gpu_pool.records import Attempt, HistoryEntry, Job, JobState, ModelSpec, Progress
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent, advance_job
 
@@ -75,6 +75,12 @@ class LiveJobs(dict[str, Job]):
         """Change fields without a change of state."""
         self[job.id] = msgspec.structs.replace(job, **fields)
         await self._store.update(job.id, **fields)
+
+    async def note_loss(self, job: Job, cause: str) -> None:
+        """The job lost a worker, which is part of its history and changes nothing else. Raises DatabaseUnavailable."""
+        at = datetime.now(UTC)
+        lost = HistoryEntry(at=at, event="worker_lost", state=job.state, attempt=job.attempt, cause=cause)
+        await self._store.note(job.id, lost)
 
     async def start(self, job: Job) -> Job:
         """The job's next attempt begins: what the last one left is gone."""

@@ -22,17 +22,19 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.candidates import Candidates
-from gpu_pool.ledger import Running
+from gpu_pool.ledger import Ledger, Running
 from gpu_pool.moves import Moves
 from gpu_pool.order import AGEING_SECONDS, NoRoom, rank
 from gpu_pool.placement import Plan, Readiness, find_plan, replicas_for
-from gpu_pool.records import Worker, WorkerState
+from gpu_pool.records import EvaluatorState, Worker, WorkerState
 
 PATIENCE_SECONDS = 300.0
 """How long the first job in line is passed by others, how long a job that has paused works, once it has loaded again,
 before it may pause once more, and how much earlier and later jobs go whose model is loaded (see Candidates)."""
 UNKNOWN_LOAD_SECONDS = 10.0
 """Assumed cost of loading a model that has never been loaded here."""
+SOON_READY = (EvaluatorState.STARTING, EvaluatorState.CLEARING, EvaluatorState.ENDING)
+"""Evaluators that will take a job in a moment, or are replaced by one that will."""
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -42,41 +44,41 @@ class Head(msgspec.Struct, frozen=True):
     since: float
 
 
-class Placer(Moves):
-    """Hands out workers."""
+class Placer:
+    """Hands out workers: `place` is one pass."""
 
-    def __init__(
-        self, *, max_workers_per_gpu: int = 1, max_gpus: int | None = None, patience_s: float = PATIENCE_SECONDS
-    ) -> None:
-        super().__init__(max_workers_per_gpu=max_workers_per_gpu, max_gpus=max_gpus)
-        self.patience_s = patience_s
+    def __init__(self, ledger: Ledger, moves: Moves, patience_s: float = PATIENCE_SECONDS) -> None:
+        self._ledger = ledger
+        self._moves = moves
+        self._patience_s = patience_s
         self.heads: dict[str, Head] = {}
         """By kind of device."""
+        self.evaluators_left: list[str] = []
+        """Evaluators that are ready and not spoken for in this pass, the one that has run a job last at the end."""
         self._starved: set[str] = set()
         """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
         self._full = NoRoom()
         """Jobs for which no slots are free in this pass."""
         self._served: set[str] = set()
         """Waiting jobs that were prepared for in this pass before all others."""
-        self._ready: list[str] = []
-        """Evaluators that are ready and not spoken for in this pass."""
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        for marks in (self.promised, self._starved, self._full, self._served):
+        ledger = self._ledger
+        for marks in (ledger.promised, self._starved, self._full, self._served):
             marks.clear()
-        self._ready = [name for name, job in self.evaluators.items() if job is None]
-        stuck = sorted((run for run in self.running.values() if not run.workers), key=lambda run: run.rank)
+        self.evaluators_left = ledger.evaluators_that_are(EvaluatorState.READY)
+        stuck = sorted((run for run in ledger.running.values() if not run.workers), key=lambda run: run.rank)
         self._resupply([run for run in stuck if self._is_over(run.interrupted)])
         self._serve_heads()
         self._resupply([run for run in stuck if not self._is_over(run.interrupted)])
-        if self._ready:
-            candidates = Candidates(self, self.promised, self._served, bonus=self.patience_s)
-            while self._ready and (demand := candidates.next()):
+        if self.evaluators_left:
+            candidates = Candidates(ledger, ledger.promised, self._served, bonus=self._patience_s)
+            while self.evaluators_left and (demand := candidates.next()):
                 if not self._serve(demand):
                     candidates.close()
-        if any(job is not None and job not in self.running for job in self.evaluators.values()):  # soon to be ready
-            self._starved.update(device for device, *_ in self.waiting.firsts)
+        if ledger.evaluators_that_are(*SOON_READY):
+            self._starved.update(device for device, *_ in ledger.waiting.firsts)
         self._grow()
 
     # ------------------------------------------------------------------ first workers
@@ -87,10 +89,10 @@ class Placer(Moves):
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
         that outlives the loading time is spread when it grows.
         """
-        replicas = replicas_for(demand, self, self.promised)
+        replicas = replicas_for(demand, self._ledger, self._ledger.promised)
         if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
-        plan = find_plan(demand, self, self.promised)
+        plan = find_plan(demand, self._ledger, self._ledger.promised)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
         self._full.add(demand)
@@ -98,7 +100,7 @@ class Placer(Moves):
 
     def _is_over(self, since: float | None) -> bool:
         """Whether patience is over with what began then."""
-        return since is not None and self.now - since >= self.patience_s
+        return since is not None and self._ledger.now - since >= self._patience_s
 
     def _resupply(self, runs: list[Running]) -> None:
         """Get running jobs without workers one each, rather one that others share, or what is needed for one.
@@ -108,10 +110,10 @@ class Placer(Moves):
         hopeless = NoRoom()
         for run in runs:
             demand = run.demand
-            replicas = replicas_for(demand, self, self.promised)
+            replicas = replicas_for(demand, self._ledger, self._ledger.promised)
             choice = replicas[0] if replicas else None
             if choice is None and demand not in hopeless:
-                choice = find_plan(demand, self, self.promised)
+                choice = find_plan(demand, self._ledger, self._ledger.promised)
             if choice is None:
                 hopeless.add(demand)
             elif not self._take(run, choice):
@@ -126,7 +128,8 @@ class Placer(Moves):
 
     def _are_wanted(self, worker_ids: tuple[str, ...]) -> bool:
         """Whether jobs on the models of some of these workers wait, which an evaluator will soon be ready for."""
-        return any(self.workers[worker_id].spec.replica_key in self.waiting.by_model for worker_id in worker_ids)
+        models = [self._ledger.workers[worker_id].spec.replica_key for worker_id in worker_ids]
+        return any(model in self._ledger.waiting.by_model for model in models)
 
     def _serve_heads(self) -> None:
         """The first in line whose patience is at its end go before all others, if there is an evaluator for them.
@@ -134,50 +137,63 @@ class Placer(Moves):
         (Evaluators of jobs that have paused are not free: slots held for a job without one could be idle for long.)
         """
         for device, head in list(self.heads.items()):
-            demand = self.waiting.get(head.job_id)
+            demand = self._ledger.waiting.get(head.job_id)
             if demand is None:
                 del self.heads[device]
-            elif self._ready and self._is_over(head.since):
+            elif self.evaluators_left and self._is_over(head.since):
                 self._served.add(head.job_id)
-                if not self._serve(demand, passed_since=head.since):
-                    del self.heads[device]
+                self._serve_head(demand, head)
 
-    def _serve(self, demand: ev.Demand, *, passed_since: float | None = None) -> bool:
-        """Start a waiting job with a ready evaluator, or make room for it and keep the evaluator for it.
+    def _serve_head(self, demand: ev.Demand, head: Head) -> None:
+        """Start it, or make room for it; for it slots are held, too, that others must first be done with."""
+        choice = self._first_choice(demand)
+        if choice is None:
+            del self.heads[demand.spec.device]  # there are no such slots: others need not wait for them
+        elif not self._begin(demand, choice):
+            assert isinstance(choice, Plan)
+            self._starved.add(demand.spec.device)
+            if choice.readiness is not Readiness.BUSY:
+                self._make_room(choice, demand)
+                self._reserve_evaluator()
+            elif self._hold(choice, demand, head.since):
+                self._reserve_evaluator()
 
-        False: nothing can be done for it now, nor for others alike. Only for one that others have passed for long,
-        since then, slots are held that others must first be done with.
+    def _serve(self, demand: ev.Demand) -> bool:
+        """Start a waiting job, or make room for it without anyone's job having to end.
+
+        False: neither can be done, for it or for any job that needs as much.
         """
         choice = self._first_choice(demand)
         if choice is None:
             return False
-        if isinstance(choice, Worker) or choice.readiness is Readiness.NOW:
-            self._begin(demand, self._ready.pop(), choice)
+        if self._begin(demand, choice):
             return True
+        assert isinstance(choice, Plan)
         self._starved.add(demand.spec.device)
-        if choice.readiness is not Readiness.BUSY:
-            self._make_room(choice, demand)
-        elif passed_since is None:
+        if choice.readiness is Readiness.BUSY:
             self._note_head(demand)
             return False
-        elif not self._hold(choice, demand, passed_since):
-            return True
-        self._ready.pop(0)  # it will be wanted in a moment
+        self._make_room(choice, demand)
+        self._reserve_evaluator()
         return True
+
+    def _reserve_evaluator(self) -> None:
+        """Leave one to a job that room is being made for: it will start in a moment. Not the one with most at hand."""
+        self.evaluators_left.pop(0)
 
     def _note_head(self, demand: ev.Demand) -> None:
         """This job has to wait for others to end: is it the first in line on its kind of device?"""
         head = self.heads.get(demand.spec.device)
-        first = self.waiting.get(head.job_id) if head else None
+        first = self._ledger.waiting.get(head.job_id) if head else None
         if first is None or rank(demand.order, demand.priority) < rank(first.order, first.priority):
-            self.heads[demand.spec.device] = Head(demand.job_id, self.now)
+            self.heads[demand.spec.device] = Head(demand.job_id, self._ledger.now)
 
-    def _begin(self, demand: ev.Demand, evaluator_id: str, choice: Worker | Plan) -> None:
-        self.waiting.pop(demand.job_id)
-        run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id)
-        self.evaluators[evaluator_id] = demand.job_id
-        self._do(ev.StartJob(job_id=demand.job_id, evaluator_id=evaluator_id))
-        self._take(run, choice)
+    def _begin(self, demand: ev.Demand, choice: Worker | Plan) -> bool:
+        """Start a waiting job with the evaluator that ran a job last, and this worker; False when its slots are not
+        free."""
+        if isinstance(choice, Plan) and choice.readiness is not Readiness.NOW:
+            return False
+        return self._take(self._moves.start_job(demand, self.evaluators_left.pop()), choice)
 
     # ------------------------------------------------------------------ further workers
 
@@ -185,12 +201,13 @@ class Placer(Moves):
         """One worker at a time to the job that has fewest, until nobody can use what is left."""
         if not self._anything_is_left():
             return
-        line = [(len(run.workers), run.rank, job_id) for job_id, run in self.running.items() if self._may_grow(run)]
+        running = self._ledger.running
+        line = [(len(run.workers), run.rank, job_id) for job_id, run in running.items() if self._may_grow(run)]
         heapq.heapify(line)
         hopeless = NoRoom()
         while line:
             count, its_rank, job_id = heapq.heappop(line)
-            run = self.running[job_id]
+            run = running[job_id]
             choice = self._next_choice(run, count, hopeless)
             if choice is not None:
                 if not self._take(run, choice):
@@ -200,8 +217,9 @@ class Placer(Moves):
 
     def _anything_is_left(self) -> bool:
         """Whether any slot could get a worker soon, or any worker a job; mostly not, and there is no more to do."""
-        unused = any(not worker.jobs for worker in self.workers.values())
-        return unused or self.max_workers_per_gpu > 1 or any(not self.holders.get(slot_id) for slot_id in self.slots)
+        ledger = self._ledger
+        unused = any(not worker.jobs for worker in ledger.workers.values())
+        return unused or ledger.max_workers_per_gpu > 1 or any(not ledger.holders.get(slot) for slot in ledger.slots)
 
     def _may_grow(self, run: Running) -> bool:
         return bool(run.workers) and run.may_grow and run.demand.spec.device not in self._starved
@@ -214,23 +232,23 @@ class Placer(Moves):
         in `hopeless` have found no slots in this pass; this one may join them.
         """
         demand = run.demand
-        sharing = all(len(self.workers[worker_id].jobs) > 1 for worker_id in run.workers)
+        sharing = all(len(self._ledger.workers[worker_id].jobs) > 1 for worker_id in run.workers)
         if count >= demand.max_replicas and (count > len(run.workers) or not sharing):
             return None
-        for worker in replicas_for(demand, self, self.promised):
+        for worker in replicas_for(demand, self._ledger, self._ledger.promised):
             if not worker.jobs and worker.id not in run.workers:
                 return worker
         if demand in hopeless:
             return None
-        plan = find_plan(demand, self, self.promised, apart=run.workers)
+        plan = find_plan(demand, self._ledger, self._ledger.promised, apart=run.workers)
         if plan is None or plan.readiness > Readiness.UNUSED:
-            if self.max_workers_per_gpu == 1:  # else another job may find room beside others, where this one is already
-                hopeless.add(demand)
+            if self._ledger.max_workers_per_gpu == 1:
+                hopeless.add(demand)  # else another job may find room beside others, where this one is already
             return None
         if count < demand.max_replicas:
             return plan
-        patience = self.load_seconds.get(demand.spec.replica_key, UNKNOWN_LOAD_SECONDS)
-        return plan if plan.readiness is Readiness.NOW and self.sharing_for(run) > patience else None
+        patience = self._ledger.load_seconds.get(demand.spec.replica_key, UNKNOWN_LOAD_SECONDS)
+        return plan if plan.readiness is Readiness.NOW and self._ledger.sharing_for(run) > patience else None
 
     # ------------------------------------------------------------------ carrying it out
 
@@ -239,24 +257,24 @@ class Placer(Moves):
         if isinstance(choice, Plan):
             if choice.readiness is not Readiness.NOW:
                 return False
-            self.attach(run, self._start_worker(run.demand, choice.slots))
+            self._ledger.attach(run, self._moves.start_worker(run.demand, choice.slots))
             return True
-        self.attach(run, choice.id)
+        self._ledger.attach(run, choice.id)
         if choice.state is not WorkerState.STARTING:
-            self._do(ev.Attach(job_id=run.demand.job_id, evaluator_id=run.evaluator_id, worker_id=choice.id))
-            self._trim(run)
+            self._moves.attach(run, choice.id)
+            self._moves.trim(run)
         return True
 
     def _make_room(self, plan: Plan, demand: ev.Demand) -> None:
         """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
         self._keep(plan.slots, demand)
         for worker_id in plan.stop:
-            self._stop(worker_id)
+            self._moves.stop(worker_id)
         for worker_id in plan.give_back:
-            self._give_back(worker_id)
+            self._moves.give_back(worker_id)
 
     def _keep(self, slot_ids: Iterable[str], demand: ev.Demand) -> None:
-        self.promised.update(dict.fromkeys(slot_ids, demand.job_id))
+        self._ledger.promised.update(dict.fromkeys(slot_ids, demand.job_id))
 
     def _hold(self, plan: Plan, demand: ev.Demand, since: float) -> bool:
         """Make room for a job that has waited since then, and keep from others what jobs have to leave first: they end,
@@ -265,25 +283,25 @@ class Placer(Moves):
         False: the slots would not become free together, and a job there must not pause, or a slot cannot be used at all
         for now; they are left alone.
         """
-        busy = [self.workers[worker_id] for worker_id in plan.busy]
+        busy = [self._ledger.workers[worker_id] for worker_id in plan.busy]
         if wide := next((worker for worker in busy if len(worker.slots) >= len(plan.slots)), None):
             self._keep(wide.slots, demand)  # when its jobs end there is room: nothing is gained by a pause
             return True
-        weight = demand.priority + (self.now - since) / AGEING_SECONDS
-        if not all(self._may_pause(self.running[job_id], weight) for worker in busy for job_id in worker.jobs):
+        weight = demand.priority + (self._ledger.now - since) / AGEING_SECONDS
+        if not all(self._may_pause(self._ledger.running[job_id], weight) for worker in busy for job_id in worker.jobs):
             return False
-        if any(slot_id in self.unusable for slot_id in plan.slots):
+        if any(slot_id in self._ledger.unusable for slot_id in plan.slots):
             return False
         drained = {slot_id for worker in busy for slot_id in worker.slots}
         some_are_idle = any(self._is_idle(slot_id) for slot_id in plan.slots)
-        all_can_load_again = not any(worker.spec.replica_key in self.changed for worker in busy)
+        all_can_load_again = not any(worker.spec.replica_key in self._ledger.changed for worker in busy)
         self._make_room(plan, demand)
         self._keep(drained, demand)
         if some_are_idle and all_can_load_again:
             for worker in busy:
                 for job_id in worker.jobs:
-                    self.running[job_id].paused_for = demand.job_id
-                self._take_back(worker.id)
+                    self._ledger.running[job_id].paused_for = demand.job_id
+                self._moves.take_back(worker.id)
         return True
 
     def _may_pause(self, run: Running, weight: float) -> bool:
@@ -293,5 +311,5 @@ class Placer(Moves):
 
     def _is_idle(self, slot_id: str) -> bool:
         """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""
-        holders = [self.workers.get(worker_id) for worker_id in self.holders.get(slot_id, ())]
+        holders = [self._ledger.workers.get(worker_id) for worker_id in self._ledger.holders.get(slot_id, ())]
         return all(worker and not worker.jobs and worker.state is not WorkerState.STOPPING for worker in holders)

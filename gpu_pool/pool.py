@@ -102,6 +102,8 @@ class Pool:
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner)
         await self._intake.recover()
         await self._look_once()
+        if self._leases.gpus_unknown:
+            logger.warning("%s Jobs wait for the driver unless they are for the CPU.", self._leases.problem())
         self._watch(self._desk.start())
         self._watch(self._runner.start())
         self._watch(asyncio.create_task(self._tick(), name="tick"))
@@ -146,7 +148,7 @@ class Pool:
         await self._runner.look()
         for sentence, worker_ids in self._leases.news():
             logger.warning("%s (beside %s)", sentence, ", ".join(worker_ids))
-            workers = self._runner.scheduler.workers
+            workers = self._runner.scheduler.ledger.workers
             for job_id in {job for worker_id in worker_ids if worker_id in workers for job in workers[worker_id].jobs}:
                 _append_to_log(self.job_dir(job_id) / "job.log", sentence)
 
@@ -230,13 +232,13 @@ class Pool:
 
     def waiting(self, limit: int) -> list[WaitingView]:
         """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
-        scheduler = self._runner.scheduler
-        known = ((job_id, self.eta_seconds(job_id)) for job_id in scheduler.running)
+        ledger = self._runner.scheduler.ledger
+        known = ((job_id, self.eta_seconds(job_id)) for job_id in ledger.running)
         left = {job_id: seconds for job_id, seconds in known if seconds is not None}
-        explained = {wait.job_id: wait for wait in explain(scheduler, left, limit)}
+        explained = {wait.job_id: wait for wait in explain(ledger, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
-        stuck = [wait for job_id, wait in explained.items() if job_id in scheduler.running]
-        return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
+        stuck = [wait for job_id, wait in explained.items() if job_id in ledger.running]
+        return [*stuck, *(explained.get(job_id) or self._intake.waiting(job_id) for job_id in queued)]
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""
@@ -252,7 +254,7 @@ class Pool:
         """Worker processes, oldest first."""
         views: list[WorkerView] = []
         fleet = self._runner.fleet
-        for worker in self._runner.scheduler.workers.values():
+        for worker in self._runner.scheduler.ledger.workers.values():
             child, loaded = fleet.workers.get(worker.id), fleet.loaded.get(worker.id)
             views.append(
                 WorkerView(
@@ -302,11 +304,6 @@ def _append_to_log(path: Path, sentence: str) -> None:
     """A line in a job's log, in the format of its evaluator, which appends to the file too."""
     with contextlib.suppress(OSError), path.open("a") as log:
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S},000 WARNING gpu_pool.pool: {sentence}\n")
-
-
-def _being_identified(job_id: str) -> WaitingView:
-    reason = "The files of its model are being read, to know the model by its content."
-    return WaitingView(job_id=job_id, needs="a look at its model", reason=reason, starts_in=None)
 
 
 def _lock_folder(folder: Path) -> int:

@@ -47,6 +47,17 @@ class WorkerState(enum.StrEnum):
     DEAD = "dead"  # its process is gone
 
 
+class EvaluatorState(enum.StrEnum):
+    """Where an evaluator process is in its life, as far as handing out jobs goes. One whose process is gone is struck
+    out."""
+
+    STARTING = "starting"  # spawned; it has not said yet that it is ready
+    READY = "ready"  # it has nothing to do
+    RUNNING = "running"  # it has a job
+    CLEARING = "clearing"  # its job has ended; it has not said yet that it is ready for another
+    ENDING = "ending"  # it is being killed: whatever it still says does not count
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the values below: immutable, strict when decoded. (Type checkers want the keywords repeated in each.)"""
 
@@ -223,7 +234,7 @@ class HistoryEntry(Record, frozen=True, kw_only=True):
 
     at: datetime
     event: str
-    """"submitted", "started", "requeued", or the name of the state that followed."""
+    """"submitted", "started", "worker_lost", "requeued", or the name of the state that followed."""
     state: JobState
     """The state that followed."""
     attempt: int

@@ -12,7 +12,7 @@ from typing import Any, assert_never
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.errors import DatabaseUnavailable, ShuttingDown
-from gpu_pool.fingerprint import changed_models
+from gpu_pool.fingerprint import changed_models, memo_path
 from gpu_pool.fleet import Fleet, JobMessage, Processes
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
@@ -50,7 +50,7 @@ class Runner:
         )
         self._settings = settings
         self._leases = leases
-        leases.at_rest = self.scheduler.at_rest
+        leases.at_rest = self.scheduler.ledger.at_rest
         self._job_dir = job_dir
         self._refresh = refresh
         self._events: asyncio.Queue[tuple[ev.Event, asyncio.Future[None] | None]] = asyncio.Queue()
@@ -93,9 +93,9 @@ class Runner:
 
     async def look(self) -> None:
         """Let the scheduler know what the hardware shows now, and the models' files where jobs may have to pause."""
-        running = list(self.scheduler.running.values())
-        if self.scheduler.heads or any(not run.workers for run in running):
-            specs, memo = [run.demand.spec for run in running], self._settings.data_dir / "fingerprints.json"
+        running = list(self.scheduler.ledger.running.values())
+        if self.scheduler.placer.heads or any(not run.workers for run in running):
+            specs, memo = [run.demand.spec for run in running], memo_path(self._settings.data_dir)
             self.put(ev.ModelsSeen, changed=await asyncio.to_thread(changed_models, specs, memo))
         slots = await self._leases.look()
         contested = self._leases.contested() if self._settings.yield_to_foreign else frozenset[str]()
@@ -119,7 +119,7 @@ class Runner:
 
     def ran_seconds(self, job_id: str) -> float | None:
         """How long a running job has had a worker; None while it has none."""
-        run = self.scheduler.running.get(job_id)
+        run = self.scheduler.ledger.running.get(job_id)
         return run.ran(time.monotonic()) if run and run.working_since is not None else None
 
     def background(self, work: Awaitable[Any]) -> None:
@@ -168,7 +168,7 @@ class Runner:
             case ev.KillEvaluator(evaluator_id=evaluator_id):
                 self.fleet.kill_evaluator(evaluator_id)
             case ev.StartWorker(slot_ids=slot_ids):
-                await self.fleet.start_worker(action, [self.scheduler.slots[slot_id] for slot_id in slot_ids])
+                await self.fleet.start_worker(action, [self.scheduler.ledger.slots[slot_id] for slot_id in slot_ids])
             case ev.StopWorker(worker_id=worker_id):
                 self.fleet.stop_worker(worker_id)
             case ev.KillWorker(worker_id=worker_id):
@@ -181,6 +181,9 @@ class Runner:
                 self.fleet.attach(action)
             case ev.Detach():
                 self.fleet.detach(action)
+            case ev.NoteLoss(job_id=job_id, cause=cause):
+                if job := self.jobs.get(job_id):  # beside the loop: a database that is away keeps nobody from working
+                    self.background(self.jobs.note_loss(job, cause))
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self.fleet.drop(worker_id, job_id)
             case ev.BeginCancel(job_id=job_id):

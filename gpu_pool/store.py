@@ -234,6 +234,16 @@ class Store:
         if not await self._database.transaction(change, patience_s=None):
             raise JobNotFound(job_id)
 
+    async def note(self, job_id: str, entry: HistoryEntry) -> None:
+        """Add to a job's history what did not change its state. Nothing is written when there is no such job."""
+
+        def note(connection: sa.Connection) -> None:
+            known = [history_entry_from(row) for row in connection.execute(_HISTORY, {"job": job_id})]
+            if known and entry not in known:  # it is there after a commit that was lost sight of
+                _write_event(connection, job_id, entry)
+
+        await self._database.transaction(note, patience_s=None)
+
     async def expired(self, before: datetime | None, most: int | None, limit: int) -> list[str]:
         """At most `limit` ids of the jobs that ended longest ago: before `before`, or more than `most` ended since."""
 

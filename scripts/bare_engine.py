@@ -24,7 +24,7 @@ from gpu_pool import messages as msg
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.harness_lm_eval import memoise_templates
 from gpu_pool.evaluator.job import JobRun, Workshop
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.token_sequences import TokenSequences
 from gpu_pool.worker.engine.generation import generate
@@ -43,7 +43,7 @@ def main(request: Json, folder: Path) -> Json:
     The first is computed twice, so that what happens only once does not count.
     """
     args = ModelArgs(pretrained=request["model"], dtype=request["dtype"])
-    fingerprint = fingerprint_model(args, folder / "fingerprints.json")
+    fingerprint = fingerprint_model(args, memo_path(folder))
     spec = ModelSpec(kind="hf", args=args, fingerprint=fingerprint, device=request["device"])
     roots = load_settings({}, Path(request["config"]), {}).pool.dataset_roots
     memoise_templates()

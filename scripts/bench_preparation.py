@@ -138,7 +138,7 @@ def prepare(options: Options) -> Json:
         from gpu_pool.evaluator.job import JobRun
         from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
         from gpu_pool.evaluator.requests import RequestBuilder
-        from gpu_pool.fingerprint import fingerprint_model
+        from gpu_pool.fingerprint import fingerprint_model, memo_path
         from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
         from gpu_pool.results import ResultFiles
 
@@ -146,7 +146,7 @@ def prepare(options: Options) -> Json:
         open_job = entry._prepare_for_jobs(start, library)
         args = ModelArgs(pretrained=options.model)
         # at submission, by the server
-        fingerprint = fingerprint_model(args, Path(folder) / "fingerprints.json")
+        fingerprint = fingerprint_model(args, memo_path(Path(folder)))
         job = RunJob(
             job_id="bench",
             evaluation=Evaluation(model=options.model, **options.evaluation),

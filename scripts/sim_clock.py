@@ -1,9 +1,10 @@
-"""A virtual clock, and the GPU seconds that pass on it."""
+"""A virtual clock, the GPU seconds that pass on it, and the true seconds that decisions take."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -60,3 +61,26 @@ class Meter:
             usage.usable += seconds * self.usable
             usage.computing += seconds * self.computing
             usage.loading += seconds * self.loading
+
+
+class Decisions:
+    """What each step of the scheduler took, and how many jobs were queued then."""
+
+    def __init__(self) -> None:
+        self._queued = array("q")
+        self._cpu_ns = array("q")
+
+    def note(self, queued: int, cpu_ns: int) -> None:
+        """One more step."""
+        self._queued.append(queued)
+        self._cpu_ns.append(cpu_ns)
+
+    @property
+    def most_queued(self) -> int:
+        """Jobs in the longest queue."""
+        return max(self._queued, default=0)
+
+    def seconds(self, at_least_queued: int = 0) -> list[float]:
+        """CPU seconds of the steps that were taken with so many jobs queued, ascending."""
+        chosen = (ns for queued, ns in zip(self._queued, self._cpu_ns, strict=True) if queued >= at_least_queued)
+        return sorted(ns / 1e9 for ns in chosen)

@@ -1,22 +1,22 @@
 """A box under a virtual clock: it does what a scheduler asks and tells it what happens, as `gpu_pool.runner` does.
 
 Evaluators take a time to start, prepare a job, hand its chunks to the workers that they are told to use, and score.
-Workers load, then compute (`sim_computing`). GPUs come back some time after a worker's end.
+Workers load, then compute (`sim_computing`). GPUs (`sim_gpus`) come back some time after a worker's end.
 """
 
 from __future__ import annotations
 
 import time
-from array import array
 from typing import Any, Protocol, assert_never
 
 import msgspec
-from sim_clock import Clock, Meter
+from sim_clock import Clock, Decisions, Meter
 from sim_computing import Computing, JobRecord, Place, Replica
+from sim_gpus import Gpus
 from sim_traces import Trace
 
 from gpu_pool import events as ev
-from gpu_pool.records import ModelArgs, ModelSpec, Slot
+from gpu_pool.records import ModelArgs, ModelSpec
 
 
 class Steps(Protocol):
@@ -54,29 +54,6 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     lost_s: float = 0.0
 
 
-class Decisions:
-    """What each step of the scheduler took, and how many jobs were queued then."""
-
-    def __init__(self) -> None:
-        self._queued = array("q")
-        self._cpu_ns = array("q")
-
-    def note(self, queued: int, cpu_ns: int) -> None:
-        """One more step."""
-        self._queued.append(queued)
-        self._cpu_ns.append(cpu_ns)
-
-    @property
-    def most_queued(self) -> int:
-        """Jobs in the longest queue."""
-        return max(self._queued, default=0)
-
-    def seconds(self, at_least_queued: int = 0) -> list[float]:
-        """CPU seconds of the steps that were taken with so many jobs queued, ascending."""
-        chosen = (ns for queued, ns in zip(self._queued, self._cpu_ns, strict=True) if queued >= at_least_queued)
-        return sorted(ns / 1e9 for ns in chosen)
-
-
 class World:
     """One run of a trace. `run` it once; then read `jobs`, `meter` and `decisions`."""
 
@@ -90,13 +67,10 @@ class World:
         self.meter = Meter(gpus)
         self.decisions = Decisions()
         self._trace = trace
-        self._gpus = gpus
+        self._gpu_count = gpus
         self._scheduler = scheduler
         self._specs = {name: _spec(name) for name in trace.models}
-        self._slots = [Slot(id=f"GPU-{n}", device="cuda", index=str(n)) for n in range(gpus)]
-        self._holders: dict[str, str] = {}
-        """Slot -> worker, from its start until the slot is given back."""
-        self._lost: set[str] = set()
+        self._gpus = Gpus(self.meter)
         self._evaluators: dict[str, str | None] = {}
         """Evaluator -> its job."""
         self._unfinished = len(self.jobs)
@@ -142,8 +116,7 @@ class World:
         self._clock.after(self.costs.look_s, self._look)
 
     def _see(self) -> None:
-        seen = tuple((slot, "the GPU is lost" if slot.id in self._lost else None) for slot in self._slots)
-        self._tell(ev.SlotsSeen, slots=seen, lost=frozenset(self._lost))
+        self._tell(ev.SlotsSeen, **self._gpus.seen())
 
     def _tick(self) -> None:
         if self.meter.queued or any(self._evaluators.values()):
@@ -159,7 +132,7 @@ class World:
         demand = ev.Demand(
             job_id=job_id,
             spec=self.spec(job.model),
-            max_replicas=self._trace.replicas(job, self._gpus),
+            max_replicas=self._trace.replicas(job, self._gpu_count),
             order=job.arrival_s,
             priority=job.priority,
             gpus=self._trace.models[job.model].gpus,
@@ -171,12 +144,9 @@ class World:
             self._tell(ev.CancelRequested, job_id=job_id)
 
     def _fail(self, fault: Fault) -> None:
-        slot_id = self._slots[fault.gpu].id
-        if fault.lost_s and slot_id not in self._lost:
-            self._lost.add(slot_id)
-            self.meter.usable -= 1
-            self._clock.after(fault.lost_s, self._find, slot_id)
-        holder = self._holders.get(slot_id)
+        if fault.lost_s and self._gpus.lose(fault.gpu):
+            self._clock.after(fault.lost_s, self._find, fault.gpu)
+        holder = self._gpus.holder(fault.gpu)
         if holder in self._computing.replicas:
             if fault.lost_s:
                 self._computing.hang(holder)
@@ -185,9 +155,8 @@ class World:
         if fault.lost_s:
             self._see()
 
-    def _find(self, slot_id: str) -> None:
-        self._lost.discard(slot_id)
-        self.meter.usable += 1
+    def _find(self, gpu: int) -> None:
+        self._gpus.find(gpu)
         self._see()
 
     # ------------------------------------------------------------------ actions
@@ -216,6 +185,8 @@ class World:
                     self._computing.attach(self.jobs[job_id], worker_id)
             case ev.Detach(job_id=job_id, worker_id=worker_id, at_once=at_once):
                 self._computing.detach(self.jobs[job_id], worker_id, at_once=at_once)
+            case ev.NoteLoss():
+                pass  # for people
             case ev.DropJob(worker_id=worker_id, job_id=job_id):
                 self._computing.detach(self.jobs[job_id], worker_id)
                 self._clock.after(self.costs.drop_s, self._dropped, worker_id, job_id)
@@ -313,11 +284,9 @@ class World:
         worker_id, slot_ids = action.worker_id, action.slot_ids
         model = self._trace.models[action.spec.args.pretrained]
         assert len(set(slot_ids)) == model.gpus, f"a replica of {model.name} gets {slot_ids}"
-        assert self._holders.keys().isdisjoint(slot_ids), f"one of {slot_ids} is leased twice"
-        if not self._lost.isdisjoint(slot_ids):
+        if not self._gpus.take(worker_id, slot_ids):
             self._clock.after(0.0, self._refuse, worker_id)
             return
-        self._holders.update(dict.fromkeys(slot_ids, worker_id))
         self._computing.start(worker_id, Replica(model=model, slots=slot_ids))
         self._clock.after(model.load_s, self._loaded, worker_id)
 
@@ -333,8 +302,7 @@ class World:
             self._tell(ev.WorkerDied, worker_id=worker_id, cause=cause)
 
     def _return(self, worker_id: str, slot_ids: tuple[str, ...]) -> None:
-        for slot_id in slot_ids:
-            del self._holders[slot_id]
+        self._gpus.give_back(slot_ids)
         self._tell(ev.SlotsReturned, worker_id=worker_id)
 
     def _given_back(self, record: JobRecord, worker_id: str) -> None:

@@ -168,7 +168,8 @@ def jobs(
 
 @app.command()
 def events(job: JobId, url: Url = DEFAULT_URL) -> None:
-    """Show what happened to a job: when it was submitted, started, requeued and why, and how it ended."""
+    """Show what happened to a job: when it was submitted and started, lost a worker or was requeued and why, and how it
+    ended."""
     with _client(url) as client:
         output.print(event_table(client.events(job)["events"]))
 

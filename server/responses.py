@@ -95,10 +95,14 @@ class JobInfo(Response, frozen=True, kw_only=True):
 
 
 class JobEventInfo(Response, frozen=True, kw_only=True):
-    """One thing that happened to a job, and the state that followed."""
+    """One thing that happened to a job, and the state that followed.
+
+    `worker_lost`: a worker of the job ended, could not load its model, or was on a GPU that is lost. Others compute
+    what it had; what comes of it otherwise is an event of its own.
+    """
 
     at: datetime
-    event: Literal["submitted", "started", "requeued", "cancelling", "completed", "failed", "cancelled"]
+    event: Literal["submitted", "started", "worker_lost", "requeued", "cancelling", "completed", "failed", "cancelled"]
     status: JobStatus
     attempt: int
     cause: str | None

@@ -138,4 +138,13 @@ def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Pa
     os.kill(worker["pid"], signal.SIGSTOP)
     await_end(worker["pid"])
     assert box.finished(job_id)["progress"]["done"] == 100
-    assert f"{worker['worker_id']} has made no progress for {STALL_SECONDS:g} s and is killed" in box.log()
+    why = f"made no progress for {STALL_SECONDS:g} s"
+    assert f"{worker['worker_id']} has {why} and is killed" in box.log()
+    events = [(event["event"], event["status"], event["cause"]) for event in box.client.events(job_id)["events"]]
+    lost = f"{worker['worker_id']} ended: it {why} (worker_stall_s) and was killed"
+    assert events == [
+        ("submitted", "queued", None),
+        ("started", "running", None),
+        ("worker_lost", "running", lost),
+        ("completed", "completed", None),
+    ]

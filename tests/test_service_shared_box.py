@@ -51,6 +51,22 @@ def test_a_restart_while_the_driver_hangs_or_is_away_loses_no_job(
             assert box.finished(job)["model"]["device"] == "cuda"
 
 
+def test_at_the_first_start_without_the_driver_jobs_wait_for_it(fake_nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
+    fake_nvml.write(PLAIN, "error * 9")
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        jobs = [box.job_on(tiny_model, device) for device in (None, "cuda", "cuda:0")]
+        for job in jobs:
+            box.waits(job, "No GPU can be used: Driver Not Loaded (NVML error 9).", "device 'cpu'", "max_gpus = 0")
+        assert "Jobs wait for the driver unless they are for the CPU." in box.log()
+        assert box.finished(box.job_on(tiny_model, "cpu"))["model"]["device"] == "cpu"
+    with gpu_box(tmp_path / "box", fake_nvml) as box:
+        for job in jobs:
+            box.waits(job, "Driver Not Loaded")
+        fake_nvml.write(PLAIN)
+        for job in jobs:
+            assert box.finished(job)["model"]["device"] == "cuda"
+
+
 def test_a_restart_while_gpus_are_gone_loses_no_job(fake_nvml: FakeNvml, tiny_model: Path, tmp_path: Path):
     strangers = [f"proc {n} {STRANGER + n} 2048" for n in range(2)]
     fake_nvml.write(PLAIN, PLAIN, *strangers)

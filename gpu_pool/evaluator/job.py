@@ -27,6 +27,7 @@ from gpu_pool.evaluator.report import Report, model_name
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
 from gpu_pool.evaluator.shared_answers import SharedAnswers
 from gpu_pool.evaluator.trie_order import in_trie_order
+from gpu_pool.fingerprint import memo_path
 from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
@@ -44,7 +45,7 @@ class Workshop:
     ) -> None:
         self.library = library
         self.cache = ResponseCache(cache_path(data_dir), cache_max_bytes)
-        self.encoders = EncoderPool(data_dir / "fingerprints.json")
+        self.encoders = EncoderPool(memo_path(data_dir))
         self.paces = Paces()
         self.allow_code = allow_code
 

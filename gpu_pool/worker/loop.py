@@ -15,7 +15,7 @@ import torch
 
 from gpu_pool.child import say
 from gpu_pool.chunk_messages import ChunkBegun, ChunkFailed, GenerationChunk, Welcome
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
 from gpu_pool.messages import Dropped, LoadFailed, WorkerReady, WorkerStart
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
@@ -71,9 +71,8 @@ def _load(start: WorkerStart, control: Control) -> Replica:
         control.fail(_load_failed(start, reason, out_of_memory=out_of_memory), reason)
 
     spec, allow_remote_code = start.spec, start.allow_remote_code
-    is_of_hub = spec.fingerprint.startswith("hub:")
-    if not is_of_hub and not Path(spec.args.pretrained).exists():  # transformers would take the path for a hub id
-        raise FileNotFoundError("it is not there any more")
+    if not is_of_hub(spec.fingerprint) and not Path(spec.args.pretrained).exists():
+        raise FileNotFoundError("it is not there any more")  # transformers would take the path for a hub id
     count = choose_ranks(spec, start.tensor_parallel, allow_remote_code=allow_remote_code)
     if count == 1:
         loaded = load_model(spec, allow_remote_code=allow_remote_code, budget=start.memory_bytes)
@@ -95,7 +94,7 @@ def _load_failed(start: WorkerStart, reason: str, **why: bool) -> LoadFailed:
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:
     """After loading: whatever was written before or meanwhile shows in the fingerprint."""
-    if fingerprint_model(spec.args, data_dir / "fingerprints.json") != spec.fingerprint:
+    if fingerprint_model(spec.args, memo_path(data_dir)) != spec.fingerprint:
         raise ContentChanged("its files have changed since it was asked for")
 
 

@@ -46,7 +46,8 @@ async def cancel_job(job_id: FromPath[str], pool: NamedDependency[Pool]) -> Mess
 
 @get("/jobs/{job_id:str}/events", tags=["jobs"], responses=problems(400, 404, 503))
 async def get_events(job_id: FromPath[str], pool: NamedDependency[Pool]) -> JobHistory:
-    """What happened to a job so far: each change of its state with the time, the attempt and the cause."""
+    """What happened to a job so far, with the time, the attempt and the cause: each change of its state, and each
+    worker that it lost."""
     return views.job_history(job_id, await pool.history(job_id))
 
 

@@ -16,6 +16,8 @@ from kill_points import FOLDER_VARIABLE, RANKS_VARIABLE, Control, Plan
 from outcomes import Outcome, assert_sound, attempts, outcome
 from service import PATIENCE_SECONDS, Service, until
 
+from gpu_pool.fingerprint import memo_path
+
 Json = dict[str, Any]
 T = TypeVar("T")
 PROGRAM = (Path(__file__).with_name("chaos_server.py"),)
@@ -123,7 +125,7 @@ class Box:
 
     def forget(self) -> None:
         """Empty the response cache and the memo of fingerprints."""
-        (self.data_dir / "fingerprints.json").unlink(missing_ok=True)
+        memo_path(self.data_dir).unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(self.data_dir / "cache" / "responses.sqlite", timeout=30)) as cache:
             tables = cache.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
             for (table,) in tables.fetchall():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import pynvml
 import pytest
+from fake_nvml import FakeNvml, gpu_line
 
 from gpu_pool.admission import Admission, Placement
 from gpu_pool.desk import Desk
@@ -98,6 +101,60 @@ async def test_a_job_from_before_whose_model_is_too_large_for_what_is_left_waits
 )
 async def test_where_a_job_may_run(tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement) -> None:
     assert (await box(tmp_path, gpus)).place(evaluation(**fields)) == expected
+
+
+async def test_jobs_wait_for_a_driver_that_has_never_answered(
+    tmp_path: Path, fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvml.install_here(monkeypatch)
+    fake_nvml.write(gpu_line(), "error * 9")
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=2, max_gpus=4)
+    leases = Leases(settings, Inventory.open({}))
+    admission = Admission(settings, cast(Desk, OneTask()), leases)
+    wanted = [evaluation(), evaluation(num_gpus=2), evaluation(device="cuda:0")]
+    assert [admission.place(each).device for each in wanted] == ["cuda"] * 3
+    assert all(map(admission.awaits_driver, wanted))
+    for on_cpu in (evaluation(device="cpu"), evaluation(num_gpus=0)):
+        assert not admission.awaits_driver(on_cpu)
+        assert admission.place(on_cpu).device == "cpu"
+    with pytest.raises(InvalidRequest, match="max_gpus"):
+        admission.place(evaluation(num_gpus=5))
+    await leases.look()
+    assert "Driver Not Loaded" in admission.no_driver
+    answers = asyncio.ensure_future(admission.driver_answers())
+    await asyncio.sleep(0)
+    assert not answers.done()
+    fake_nvml.write(gpu_line())
+    await leases.look()
+    await answers
+    assert admission.place(evaluation()) == Placement(device="cuda", max_replicas=1)
+    assert not admission.awaits_driver(evaluation())
+
+
+@pytest.mark.parametrize(
+    ("line", "environment", "settings"),
+    [
+        (f"error nvmlInitWithFlags {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND}", {}, {}),
+        ("error * 9", {"CUDA_VISIBLE_DEVICES": ""}, {}),
+        ("error * 9", {"CUDA_VISIBLE_DEVICES": "-1"}, {}),
+        ("error * 9", {}, {"max_gpus": 0}),
+        ("", {}, {}),
+    ],
+)
+async def test_where_no_gpu_can_be_meant_jobs_run_on_the_cpu(
+    tmp_path: Path,
+    fake_nvml: FakeNvml,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    environment: dict[str, str],
+    settings: dict[str, int],
+) -> None:
+    fake_nvml.install_here(monkeypatch)
+    fake_nvml.write(line)
+    chosen = PoolSettings(data_dir=tmp_path, cpu_workers=1, **settings)
+    admission = Admission(chosen, cast(Desk, OneTask()), Leases(chosen, Inventory.open(environment)))
+    assert not admission.awaits_driver(evaluation())
+    assert admission.place(evaluation()).device == "cpu"
 
 
 async def test_a_server_that_may_hold_no_gpu_uses_its_cpu(tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ def run_on(box: Box, job_id: str, model: str, **fields: object) -> str:
 
 def end(box: Box, worker: str, job_id: str) -> None:
     box.end(job_id)
-    if worker in box.scheduler.workers:
+    if worker in box.ledger.workers:
         box.gone(worker)
 
 
 def starts(box: Box, **seconds_left: float) -> dict[str, float | None]:
-    return {wait.job_id: wait.starts_in for wait in explain(box.scheduler, seconds_left, 10)}
+    return {wait.job_id: wait.starts_in for wait in explain(box.ledger, seconds_left, 10)}
 
 
 def test_a_job_that_would_share_a_replica_waits_for_the_one_that_its_gpu_is_kept_for() -> None:
@@ -43,17 +43,31 @@ def test_a_job_that_would_share_a_replica_waits_for_the_one_that_its_gpu_is_kept
     box.do(ev.Tick)
     box.submit("k", spec=GPU["a"])
     assert starts(box, j=42.0) == {"head": 42.0, "k": None}
-    box.scheduler.run_seconds, box.scheduler.load_seconds[GPU["b"].replica_key] = 50.0, 7.0
+    box.ledger.run_seconds, box.ledger.load_seconds[GPU["b"].replica_key] = 50.0, 7.0
     assert starts(box, j=42.0) == {"head": 42.0, "k": 99.0}
-    [_, k] = explain(box.scheduler, {}, 10)
+    [_, k] = explain(box.ledger, {}, 10)
     assert k.reason.endswith("Kept for others: GPU 0 (job head).")
+
+
+def test_a_worker_that_loads_is_not_said_to_compute() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    box.submit("k", spec=GPU["b"])
+
+    def held() -> str:
+        [k] = explain(box.ledger, {"j": 42.0}, 10)
+        return k.reason.partition("Held: ")[2]
+
+    assert held() == f"GPU 0 by {start.worker_id} (loading for job j, about 42 s left)."
+    box.load(start.worker_id)
+    assert held() == f"GPU 0 by {start.worker_id} (job j, about 42 s left)."
 
 
 def test_a_job_on_a_gpu_that_is_gone_waits_for_it() -> None:
     box = box_of(2)
     run_on(box, "j", "a")
     box.submit("k", spec=GPU["b"], slot_id="GPU-7")
-    [k] = explain(box.scheduler, {"j": 42.0}, 10)
+    [k] = explain(box.ledger, {"j": 42.0}, 10)
     assert k.needs.endswith("and only GPU-7")
     assert k.reason.endswith("No GPU that would do is there.")
     assert k.starts_in is None
@@ -68,13 +82,13 @@ def test_jobs_behind_a_set_that_takes_an_idle_gpu_are_not_said_to_start_now() ->
     box.do(ev.Tick)
     end(box, worker, "short")
     box.submit("small", spec=GPU["d"])
-    box.scheduler.run_seconds = 50.0
+    box.ledger.run_seconds = 50.0
     assert starts(box, important=30.0) == {"large": 0.0, "small": 50.0}
 
 
 def test_free_gpus_above_the_cap_are_not_counted() -> None:
     box = box_of(3, max_gpus=1)
-    box.scheduler.run_seconds = 50.0
+    box.ledger.run_seconds = 50.0
     run_on(box, "j", "a")
     box.submit("k", spec=GPU["b"])
     box.submit("elsewhere", spec=GPU["c"], slot_id="GPU-2")
@@ -84,7 +98,7 @@ def test_free_gpus_above_the_cap_are_not_counted() -> None:
 def test_a_job_that_needs_more_gpus_than_may_be_held_is_told_so() -> None:
     box = box_of(2, max_gpus=1)
     box.submit("large", spec=GPU["a"], gpus=2)  # from before the cap
-    [large] = explain(box.scheduler, {}, 10)
+    [large] = explain(box.ledger, {}, 10)
     assert large.reason.endswith(
         "2 of the 2 GPUs that would do are free. No more than 1 GPU may be held (setting max_gpus)."
     )
@@ -92,7 +106,7 @@ def test_a_job_that_needs_more_gpus_than_may_be_held_is_told_so() -> None:
 
 def test_an_evaluator_that_starts_is_waited_for_a_moment() -> None:
     box = Box(slots=0, gpus=1, evaluators=1)
-    (evaluator,) = box.scheduler.evaluators
+    (evaluator,) = box.ledger.evaluators
     box.do(ev.EvaluatorDied, evaluator_id=evaluator, cause="x")
     box.submit("j", spec=GPU["a"])
     assert starts(box) == {"j": 0.0}
@@ -103,7 +117,7 @@ def test_estimates_follow_one_another_on_one_gpu(known: bool) -> None:
     box = box_of(1)
     run_on(box, "j", "a")
     if known:
-        box.scheduler.run_seconds = 50.0
+        box.ledger.run_seconds = 50.0
     for job_id, model in [("k", "b"), ("l", "c")]:
         box.submit(job_id, spec=GPU[model])
     assert starts(box, j=42.0) == {"k": 42.0, "l": 92.0 if known else None}

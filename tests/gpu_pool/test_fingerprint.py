@@ -10,7 +10,7 @@ import pytest
 
 from gpu_pool import fingerprint
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.fingerprint import changed_models, fingerprint_model
+from gpu_pool.fingerprint import changed_models, fingerprint_model, is_of_hub
 from gpu_pool.records import ModelArgs, ModelSpec
 
 
@@ -143,6 +143,8 @@ def test_hub_models_are_their_commit(memo: Path, model: Path) -> None:
     assert fingerprint_model(hub, memo) == "hub:org/name@abc"
     with_adapter = msgspec.structs.replace(hub, peft=str(model))
     assert fingerprint_model(with_adapter, memo).startswith("hub:org/name@abc+")
+    assert is_of_hub(fingerprint_model(with_adapter, memo))
+    assert not is_of_hub(fingerprint_model(args(model), memo))
 
 
 def test_overwriting_within_the_clock_tick_is_noticed(model: Path, memo: Path) -> None:

@@ -8,6 +8,7 @@ from gpu_pool import events as ev
 from gpu_pool.explain import explain
 from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
+from gpu_pool.records import EvaluatorState
 
 GPU = {name: spec(name, "cuda") for name in "abcde"}
 
@@ -44,12 +45,12 @@ def test_as_soon_as_a_gpu_of_a_set_is_idle_jobs_on_the_others_pause_and_go_on_af
     box.gone(workers[0])
     (start,) = box.of(ev.StartWorker, give_back(box, detach))
     assert start.spec == GPU["e"]
-    assert not box.scheduler.running["b"].workers
+    assert not box.ledger.running["b"].workers
     box.load(start.worker_id)
     box.end("large")
     (again,) = box.of(ev.StartWorker, box.gone(start.worker_id))
     assert again.spec == GPU["b"]
-    assert box.scheduler.running["b"].workers == [again.worker_id]
+    assert box.ledger.running["b"].workers == [again.worker_id]
 
 
 def test_a_job_that_has_paused_is_left_alone_until_it_has_worked_for_a_while() -> None:
@@ -78,7 +79,7 @@ def test_no_job_pauses_for_one_that_no_evaluator_is_ready_for() -> None:
     box.submit("large", spec=GPU["e"], gpus=3)
     box.submit("d", spec=GPU["b"])  # has the last evaluator, and shares the replica of b
     later(box, PATIENCE_SECONDS)
-    evaluator_id = box.scheduler.running["a"].evaluator_id
+    evaluator_id = box.ledger.running["a"].evaluator_id
     assert not box.of(ev.Detach, box.do(ev.JobEnded, job_id="a"))
     actions = box.do(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
     assert {detach.job_id for detach in box.of(ev.Detach, actions)} == {"b", "c", "d"}
@@ -90,7 +91,7 @@ def test_paused_jobs_on_one_model_share_what_the_first_of_them_gets() -> None:
     for job_id, model in [("j", "a"), ("k", "a"), ("l", "b"), ("m", "c")]:
         box.submit(job_id, spec=GPU[model])
         box.load(box.of(ev.StartWorker)[-1].worker_id)
-    workers = [worker.id for worker in box.scheduler.workers.values()]
+    workers = [worker.id for worker in box.ledger.workers.values()]
     box.submit("large", spec=GPU["e"], gpus=3)
     later(box, PATIENCE_SECONDS)
     box.end("m")
@@ -102,7 +103,7 @@ def test_paused_jobs_on_one_model_share_what_the_first_of_them_gets() -> None:
     box.end("large")
     resumed = box.of(ev.StartWorker, box.gone(starts[0].worker_id))
     assert {start.spec.replica_key for start in resumed} == {GPU["a"].replica_key, GPU["b"].replica_key}
-    assert box.scheduler.running["j"].workers[0] == box.scheduler.running["k"].workers[0]
+    assert box.ledger.running["j"].workers[0] == box.ledger.running["k"].workers[0]
 
 
 def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patience_lasts() -> None:
@@ -113,11 +114,11 @@ def test_a_paused_job_leaves_an_unused_replica_to_jobs_on_its_model_while_patien
     box.gone(workers[0])
     (start,) = box.of(ev.StartWorker, give_back(box, box.of(ev.Detach)[0]))
     box.load(start.worker_id)
-    (ready,) = [name for name, job_id in box.scheduler.evaluators.items() if job_id is None]
+    (ready,) = box.ledger.evaluators_that_are(EvaluatorState.READY)
     box.do(ev.EvaluatorDied, evaluator_id=ready, cause="x")
     box.submit("large too", spec=GPU["e"], gpus=2)
     assert not box.of(ev.StopWorker, box.do(ev.JobEnded, job_id="large"))
-    assert [(wait.job_id, wait.starts_in) for wait in explain(box.scheduler, {}, 1)] == [
+    assert [(wait.job_id, wait.starts_in) for wait in explain(box.ledger, {}, 1)] == [
         ("b", None),
         ("large too", 0.0),
     ]
@@ -145,11 +146,11 @@ def test_loading_again_counts_neither_as_work_before_the_next_pause_nor_as_run()
     box.submit("larger", spec=GPU["d"], gpus=2)
     assert not box.of(ev.Detach, later(box, 2 * PATIENCE_SECONDS))  # for so long it loads
     box.load(again.worker_id)
-    assert "timed" in box.scheduler.running
+    assert "timed" in box.ledger.running
     later(box, 0.4 * PATIENCE_SECONDS)
-    assert "timed" in box.scheduler.running
+    assert "timed" in box.ledger.running
     later(box, 0.2 * PATIENCE_SECONDS)
-    assert "timed" not in box.scheduler.running
+    assert "timed" not in box.ledger.running
 
 
 def test_two_sets_that_do_not_fit_together_take_turns_and_do_not_thrash() -> None:
@@ -220,7 +221,7 @@ def test_a_job_whose_model_could_not_be_loaded_again_is_waited_for() -> None:
     assert not box.of(ev.Detach)
     box.submit("small", spec=GPU["b"])
     box.gone(workers[0])
-    assert "small" in box.scheduler.waiting  # the GPUs are kept
+    assert "small" in box.ledger.waiting  # the GPUs are kept
     box.end("b")
     (start,) = box.of(ev.StartWorker, box.gone(workers[1]))
     assert start.spec == GPU["e"]
@@ -234,7 +235,7 @@ def pause(box: Box, workers: list[str]) -> str:
     box.gone(workers[0])
     (start,) = box.of(ev.StartWorker, give_back(box, box.of(ev.Detach)[0]))
     box.load(start.worker_id)
-    [paused] = [wait for wait in explain(box.scheduler, {}, 10) if wait.job_id == "b"]
+    [paused] = [wait for wait in explain(box.ledger, {}, 10) if wait.job_id == "b"]
     assert paused.reason.startswith("It has paused for job large. 0 of the 2 GPUs")
     box.end("large")
     (again,) = box.of(ev.StartWorker, box.gone(start.worker_id))
@@ -246,9 +247,7 @@ def test_a_job_whose_model_vanishes_while_it_pauses_fails_and_says_so() -> None:
     box, workers = box_with_small_jobs(2, evaluators=4)
     again = pause(box, workers)
     box.do(ev.WorkerLoadFailed, worker_id=again, error="/b cannot be served: it is not there")
-    assert (
-        box.scheduler.ending["b"].error == "it had paused for job large, and then /b cannot be served: it is not there"
-    )
+    assert box.ledger.ending["b"].error == "it had paused for job large, and then /b cannot be served: it is not there"
 
 
 def test_a_job_whose_model_is_overwritten_while_it_pauses_begins_anew_and_says_so() -> None:
@@ -257,4 +256,4 @@ def test_a_job_whose_model_is_overwritten_while_it_pauses_begins_anew_and_says_s
     actions = box.do(ev.WorkerLoadFailed, worker_id=again, error="changed", content_changed=True)
     (refresh,) = box.of(ev.RefreshModel, actions)
     assert (refresh.job_id, refresh.cause) == ("b", "the model's files changed while it paused for job large")
-    assert "b" not in box.scheduler.running
+    assert "b" not in box.ledger.running

@@ -34,8 +34,8 @@ def test_priority_goes_first_and_waiting_outweighs_it() -> None:
         ("late", "d", 1, 10.0 + AGEING_SECONDS + 1),
     ]:
         box.submit(job_id, spec=GPU[model], priority=priority, order=order)
-    assert list(box.scheduler.waiting) == ["high", "low", "late"]
-    assert box.scheduler.waiting.position("late") == 2
+    assert list(box.ledger.waiting) == ["high", "low", "late"]
+    assert box.ledger.waiting.position("late") == 2
 
 
 def test_a_replica_of_two_gpus_takes_both_or_none() -> None:
@@ -65,12 +65,12 @@ def test_a_stream_of_small_jobs_does_not_keep_out_one_that_needs_several_gpus() 
     for n in range(2, 40):  # each starts before the one before it on the same model ends
         box.now += PATIENCE_SECONDS / 8
         box.submit(f"s{n}", spec=GPU["ab"[n % 2]])
-        if f"s{n - 2}" in box.scheduler.running:
+        if f"s{n - 2}" in box.ledger.running:
             box.end(f"s{n - 2}")
         for stop in box.of(ev.StopWorker):
-            if stop.worker_id in box.scheduler.workers:
+            if stop.worker_id in box.ledger.workers:
                 box.gone(stop.worker_id)
-    assert "large" in box.scheduler.running
+    assert "large" in box.ledger.running
 
 
 def test_a_job_with_several_replicas_gives_one_back_at_a_chunk_boundary() -> None:
@@ -83,7 +83,7 @@ def test_a_job_with_several_replicas_gives_one_back_at_a_chunk_boundary() -> Non
     assert not box.of(ev.Detach, box.do(ev.Tick))
     (stop,) = box.of(ev.StopWorker, box.do(ev.WorkerGivenBack, job_id="j", worker_id=detach.worker_id))
     assert box.of(ev.StartWorker, box.gone(stop.worker_id))[0].spec == GPU["b"]
-    assert len(box.scheduler.running["j"].workers) == 1
+    assert len(box.ledger.running["j"].workers) == 1
 
 
 def test_jobs_that_would_only_share_a_replica_leave_the_evaluators_to_jobs_that_get_a_gpu() -> None:
@@ -93,9 +93,9 @@ def test_jobs_that_would_only_share_a_replica_leave_the_evaluators_to_jobs_that_
     for job_id, model in [("l", "b"), ("m", "b"), ("n", "c")]:  # l has the last evaluator
         box.submit(job_id, spec=GPU[model])
     box.end("j")
-    assert list(box.scheduler.waiting) == ["m", "n"]
+    assert list(box.ledger.waiting) == ["m", "n"]
     assert box.of(ev.StartWorker, box.gone(worker))[0].spec == GPU["c"]
-    assert list(box.scheduler.waiting) == ["m"]
+    assert list(box.ledger.waiting) == ["m"]
 
 
 def test_small_models_share_a_gpu_within_its_memory_where_that_is_allowed() -> None:
@@ -111,7 +111,7 @@ def test_a_job_that_fits_is_not_held_up_by_one_that_needs_a_little_more() -> Non
     run_on(box, "j", "a", memory_bytes=35)  # of 80
     assert not box.of(ev.StartWorker, box.submit("large", spec=GPU["b"], memory_bytes=46))
     assert box.of(ev.StartWorker, box.submit("small", spec=GPU["c"], memory_bytes=45))
-    assert list(box.scheduler.waiting) == ["large"]
+    assert list(box.ledger.waiting) == ["large"]
 
 
 def test_a_job_whose_memory_is_not_known_does_not_hold_up_one_that_fits_beside_another() -> None:
@@ -125,7 +125,7 @@ def test_a_refusal_names_the_gpu_once() -> None:
     box = box_of(1)
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
     box.do(ev.LeaseRefused, worker_id=start.worker_id, reason="GPU 0: Other processes use it: 7 (1.0 GiB).")
-    [wait] = explain(box.scheduler, {}, 10)
+    [wait] = explain(box.ledger, {}, 10)
     assert wait.reason.endswith("Not usable: GPU 0: Other processes use it: 7 (1.0 GiB).")
 
 
@@ -136,7 +136,7 @@ def test_a_gpu_that_is_refused_beside_others_is_not_asked_for_again_before_the_n
     (start,) = box.of(ev.StartWorker, box.submit("k", spec=GPU["b"], memory_bytes=35))
     assert box.do(ev.LeaseRefused, worker_id=start.worker_id, **refused) == []
     assert box.do(ev.Tick) == []
-    [wait] = explain(box.scheduler, {}, 10)
+    [wait] = explain(box.ledger, {}, 10)
     assert wait.reason == (
         f"It has no workers now. The only GPU that would do is not free. Held: GPU 0 by {worker} (job j). "
         "Refused beside them: GPU 0: too much is in use."
@@ -158,7 +158,7 @@ def test_a_model_whose_memory_is_not_known_shares_nothing() -> None:
 def test_no_more_gpus_are_held_than_allowed_and_unused_ones_make_way() -> None:
     box = box_of(3, max_gpus=1)
     worker = run_on(box, "j", "a", max_replicas=3)
-    assert len(box.scheduler.workers) == 1
+    assert len(box.ledger.workers) == 1
     box.end("j")
     (stop,) = box.of(ev.StopWorker, box.submit("k", spec=GPU["b"], slot_id="GPU-2"))
     assert stop.worker_id == worker
@@ -176,7 +176,7 @@ def test_a_job_that_runs_too_long_fails_and_its_worker_stays() -> None:
     box.do(ev.WorkerDroppedJob, worker_id=worker, job_id="j")
     settle = box.do(ev.EvaluatorDied, evaluator_id=kill.evaluator_id, cause="killed")[0]
     assert (settle.outcome, settle.error) == ("failed", "it ran for longer than its timeout_s of 10 s")
-    assert worker in box.scheduler.workers
+    assert worker in box.ledger.workers
 
 
 def test_time_without_a_worker_is_not_counted_as_run() -> None:
@@ -190,7 +190,7 @@ def test_time_without_a_worker_is_not_counted_as_run() -> None:
 def test_retries_are_the_job_s_own_where_it_says_so() -> None:
     box = box_of(1)
     run_on(box, "j", "a", max_retries=0)
-    actions = box.do(ev.EvaluatorDied, evaluator_id=box.scheduler.running["j"].evaluator_id, cause="killed")
+    actions = box.do(ev.EvaluatorDied, evaluator_id=box.ledger.running["j"].evaluator_id, cause="killed")
     assert box.of(ev.SettleJob, actions)[0].error == "the evaluator process ended: killed (once)"
 
 
@@ -203,9 +203,9 @@ def test_workers_that_die_while_they_load_are_counted_and_those_under_progress_a
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
     for _ in range(MAX_FAILED_STARTS - 1):
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
-    assert "j" in box.scheduler.running
+    assert "j" in box.ledger.running
     box.gone(start.worker_id)
-    assert box.scheduler.ending["j"].outcome == "failed"
+    assert box.ledger.ending["j"].outcome == "failed"
 
 
 def test_a_job_that_may_have_many_attempts_may_lose_as_many_workers_that_load() -> None:
@@ -214,7 +214,7 @@ def test_a_job_that_may_have_many_attempts_may_lose_as_many_workers_that_load() 
     for _ in range(2 * MAX_FAILED_STARTS):
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
     box.gone(start.worker_id)
-    assert box.scheduler.ending["j"].outcome == "failed"
+    assert box.ledger.ending["j"].outcome == "failed"
 
 
 def test_a_job_whose_workers_die_without_any_progress_ends() -> None:
@@ -225,7 +225,7 @@ def test_a_job_whose_workers_die_without_any_progress_ends() -> None:
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
     box.load(start.worker_id)
     box.gone(start.worker_id)
-    assert "without progress" in (box.scheduler.ending["j"].error or "")
+    assert "without progress" in (box.ledger.ending["j"].error or "")
 
 
 def test_workers_on_a_lost_gpu_are_killed_once_and_their_jobs_go_elsewhere() -> None:
@@ -254,7 +254,7 @@ def test_a_waiting_job_is_told_why_and_until_when() -> None:
     worker = run_on(box, "j", "a")
     box.see({"GPU-1": "process 77 uses it"})
     box.submit("k", spec=GPU["b"])
-    (wait,) = explain(box.scheduler, {"j": 42.0}, 10)
+    (wait,) = explain(box.ledger, {"j": 42.0}, 10)
     assert (wait.job_id, wait.needs, wait.starts_in) == ("k", "1 GPU", 42.0)
     assert wait.reason == (
         f"0 of the 2 GPUs that would do are free. Held: GPU 0 by {worker} (job j, about 42 s left). "

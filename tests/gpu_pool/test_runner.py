@@ -57,7 +57,7 @@ async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: 
     jobs["j"] = job
     loop = runner.start()
     demand = ev.Demand(job_id="j", spec=spec, max_replicas=1, order=0.0)
-    runner.scheduler.running["j"] = Running(demand=demand, evaluator_id="e")
+    runner.scheduler.ledger.running["j"] = Running(demand=demand, evaluator_id="e")
     await runner._start_job(ev.StartJob(job_id="j", evaluator_id="e"))
     await runner.handle(ev.Tick)
     assert (await store.get("j")).state is JobState.FAILED
@@ -81,7 +81,7 @@ async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
     await runner.look()
     await runner._reclaim(ev.ReclaimSlots(worker_id="ends", slot_ids=(gpu_uuid(1),)))
     await runner.handle(ev.Tick)
-    assert runner.scheduler.closed == {gpu_uuid(0)}
+    assert runner.scheduler.ledger.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)
 
 

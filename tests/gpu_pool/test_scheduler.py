@@ -19,7 +19,7 @@ def test_a_job_starts_at_once_and_gets_its_worker_when_it_is_loaded() -> None:
     assert (attach.job_id, attach.evaluator_id, attach.worker_id) == ("j", start.evaluator_id, worker.worker_id)
     (conclude,) = box.of(ev.ConcludeJob, box.end("j"))
     assert conclude.job_id == "j"
-    assert box.scheduler.workers[worker.worker_id].state is WorkerState.IDLE
+    assert box.ledger.workers[worker.worker_id].state is WorkerState.IDLE
 
 
 def test_the_next_job_on_the_same_content_reuses_the_loaded_replica() -> None:
@@ -63,15 +63,15 @@ def test_a_job_that_shares_for_longer_than_loading_takes_moves_to_a_slot_of_its_
     assert len(box.of(ev.StartWorker)) == 2
     actions = box.load(box.of(ev.StartWorker)[1].worker_id)
     assert [type(action) for action in actions] == [ev.Attach, ev.Detach]
-    assert sorted(len(worker.jobs) for worker in box.scheduler.workers.values()) == [1, 1]
+    assert sorted(len(worker.jobs) for worker in box.ledger.workers.values()) == [1, 1]
 
 
 def test_a_job_grows_to_its_cap_and_no_further() -> None:
     box = Box(slots=3)
     assert len(box.of(ev.StartWorker, box.submit("j", max_replicas=2))) == 2
-    for worker in list(box.scheduler.workers):
+    for worker in list(box.ledger.workers):
         box.load(worker)
-    assert len(box.scheduler.running["j"].workers) == 2
+    assert len(box.ledger.running["j"].workers) == 2
 
 
 def test_a_job_does_not_grow_while_another_waits_for_a_slot() -> None:
@@ -121,25 +121,81 @@ def test_a_running_job_is_cancelled_when_its_evaluator_is_gone_and_its_worker_le
     assert not box.of(ev.SettleJob, box.do(ev.WorkerDroppedJob, worker_id="worker-4", job_id="j"))
     actions = box.do(ev.EvaluatorDied, evaluator_id=evaluator, cause="killed")
     assert [type(action) for action in actions] == [ev.SettleJob, ev.StartEvaluator]
-    assert box.scheduler.workers["worker-4"].state is WorkerState.IDLE
+    assert box.ledger.workers["worker-4"].state is WorkerState.IDLE
+
+
+def test_what_an_evaluator_said_before_it_was_killed_gets_it_no_further_job() -> None:
+    box = Box(evaluators=1)
+    box.submit("j")
+    box.load("worker-2")
+    box.submit("k")
+    (kill,) = box.of(ev.KillEvaluator, box.do(ev.CancelRequested, job_id="j"))
+    assert not box.of(ev.StartJob, box.do(ev.EvaluatorIsReady, evaluator_id=kill.evaluator_id))
+    (successor,) = box.of(ev.StartEvaluator, box.do(ev.EvaluatorDied, evaluator_id=kill.evaluator_id, cause="killed"))
+    (start,) = box.of(ev.StartJob, box.do(ev.EvaluatorIsReady, evaluator_id=successor.evaluator_id))
+    assert start.job_id == "k"
+    assert not box.of(ev.RequeueJob)
+
+
+def test_jobs_are_told_of_each_worker_that_they_lose() -> None:
+    def losses(actions: list[ev.Action]) -> list[tuple[str, str]]:
+        return [(note.job_id, note.cause) for note in box.of(ev.NoteLoss, actions)]
+
+    box = Box(slots=0, gpus=2, evaluators=2)
+    box.submit("j", spec=spec("a", "cuda"))
+    box.submit("k", spec=spec("a", "cuda"))
+    first, second = (start.worker_id for start in box.of(ev.StartWorker))
+    assert losses(box.do(ev.WorkerDied, worker_id=second, cause="killed by SIGSEGV")) == [
+        ("k", f"{second} ended while it loaded the model: killed by SIGSEGV")
+    ]
+    box.load(first)
+    assert losses(box.do(ev.WorkerDied, worker_id=first, cause="killed by SIGKILL")) == [
+        ("j", f"{first} ended: killed by SIGKILL"),
+        ("k", f"{first} ended: killed by SIGKILL"),
+    ]
+    box.do(ev.SlotsReturned, worker_id=second)
+    third = box.of(ev.StartWorker)[-1].worker_id
+    assert losses(box.see({"GPU-1": "NVML cannot read it."}, lost=frozenset({"GPU-1"}))) == [
+        (job_id, f"{third} was on GPU 1, which is lost: NVML cannot read it") for job_id in "jk"
+    ]
+    assert not losses(box.do(ev.WorkerDied, worker_id=third, cause="killed by SIGKILL"))
+    box.do(ev.SlotsReturned, worker_id=first)
+    fourth = box.of(ev.StartWorker)[-1].worker_id
+    box.load(fourth)
+    box.end("j")
+    box.end("k")
+    assert not losses(box.do(ev.WorkerDied, worker_id=fourth, cause="killed by SIGKILL"))
+
+
+def test_a_worker_that_fails_to_load_is_lost_to_a_job_that_goes_on() -> None:
+    box = Box()
+    box.submit("j")
+    box.load("worker-4")
+    box.submit("k", "b")
+    actions = box.do(ev.WorkerLoadFailed, worker_id="worker-5", error="no room", crowded=True)
+    assert [note.cause for note in box.of(ev.NoteLoss, actions)] == ["worker-5 did not load the model: no room"]
+    box.gone("worker-5")
+    actions = box.do(ev.WorkerLoadFailed, worker_id="worker-6", error="no such file")
+    assert not box.of(ev.NoteLoss, actions)  # the job's end says why
+    assert box.ledger.ending["k"].error == "no such file"
 
 
 def test_a_worker_is_at_rest_when_it_has_no_job_and_has_let_go_of_the_last() -> None:
     box = Box()
     box.submit("j")
     box.now = 4.0
-    assert not box.scheduler.at_rest("worker-4", 4.0)
+    assert not box.ledger.at_rest("worker-4", 4.0)
     box.load("worker-4")
-    assert not box.scheduler.at_rest("worker-4", 4.0)
+    assert not box.ledger.at_rest("worker-4", 4.0)
     box.now = 5.0
     box.do(ev.CancelRequested, job_id="j")
-    assert box.scheduler.workers["worker-4"].state is WorkerState.IDLE
-    assert not box.scheduler.at_rest("worker-4", 5.0)
+    assert box.ledger.workers["worker-4"].state is WorkerState.IDLE
+    assert not box.ledger.at_rest("worker-4", 5.0)
     box.do(ev.WorkerDroppedJob, worker_id="worker-4", job_id="j")
-    assert box.scheduler.at_rest("worker-4", 5.0)
-    assert not box.scheduler.at_rest("worker-4", 4.9)
+    assert box.ledger.at_rest("worker-4", 5.0)
+    assert not box.ledger.at_rest("worker-4", 4.9)
     box.gone("worker-4")
-    assert not box.scheduler.at_rest("worker-4", 5.0)
+    assert not box.ledger.at_rest("worker-4", 5.0)
 
 
 def test_a_worker_that_dies_instead_of_letting_go_ends_the_cancellation_too() -> None:
@@ -164,7 +220,7 @@ def test_a_job_survives_its_evaluator_until_the_attempts_are_used_up() -> None:
     box.submit("j")
     box.load("worker-4")
     for kind in (ev.RequeueJob, ev.SettleJob):
-        evaluator = box.scheduler.running["j"].evaluator_id
+        evaluator = box.ledger.running["j"].evaluator_id
         actions = box.do(ev.EvaluatorDied, evaluator_id=evaluator, cause="killed by SIGKILL")
         assert box.of(kind, actions)
         for start in box.of(ev.StartEvaluator, actions):
@@ -180,7 +236,7 @@ def test_a_job_survives_its_worker_and_gets_another() -> None:
     assert box.of(ev.Detach, actions)
     assert box.of(ev.ReclaimSlots, actions)
     assert box.of(ev.StartWorker, actions)
-    assert "j" in box.scheduler.running
+    assert "j" in box.ledger.running
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_job_with_the_reason() -> None:
@@ -199,7 +255,7 @@ def test_a_job_whose_model_lacks_memory_beside_others_goes_where_there_is_room()
     (again,) = box.of(ev.StartWorker, crowded)
     assert again.slot_ids != start.slot_ids
     crowded = box.do(ev.WorkerLoadFailed, worker_id=again.worker_id, error="out of memory", crowded=True)
-    assert "j" in box.scheduler.running
+    assert "j" in box.ledger.running
     assert not box.of(ev.StartWorker, crowded)
     box.see(dict.fromkeys(start.slot_ids, "process 77 uses it"))
     for worker_id in (start.worker_id, again.worker_id):
@@ -214,7 +270,7 @@ def test_a_model_that_changed_before_it_was_loaded_is_looked_at_again() -> None:
     box.submit("j")
     actions = box.do(ev.WorkerLoadFailed, worker_id="worker-4", error="changed", content_changed=True)
     assert box.of(ev.RefreshModel, actions)
-    assert "j" not in box.scheduler.running
+    assert "j" not in box.ledger.running
 
 
 def test_a_job_that_ends_because_its_model_changed_is_looked_at_again() -> None:
@@ -232,7 +288,7 @@ def test_a_job_that_has_a_worker_survives_a_further_one_that_cannot_load() -> No
     box.do(ev.WorkerLoadFailed, worker_id="worker-5", error="out of memory")
     box.do(ev.WorkerDied, worker_id="worker-5", cause="exit code 1")
     box.do(ev.SlotsReturned, worker_id="worker-5")
-    assert box.scheduler.running["j"].workers == ["worker-4"]
+    assert box.ledger.running["j"].workers == ["worker-4"]
     assert len(box.of(ev.StartWorker)) == 2
 
 
@@ -256,7 +312,7 @@ def test_a_job_for_one_gpu_waits_for_that_gpu() -> None:
     assert start.slot_ids == ("GPU-1",)
     box.load(start.worker_id)
     assert not box.of(ev.StartWorker, box.submit("k", spec=spec("b", "cuda"), slot_index="1"))
-    assert list(box.scheduler.waiting) == ["k"]
+    assert list(box.ledger.waiting) == ["k"]
 
 
 def test_a_slot_is_not_leased_again_before_its_memory_is_back() -> None:
@@ -282,7 +338,7 @@ def test_the_next_job_goes_to_the_evaluator_that_has_run_one_last() -> None:
     box = Box(slots=2, evaluators=3)
     box.submit("first")
     box.submit("second")
-    used = {job_id: run.evaluator_id for job_id, run in box.scheduler.running.items()}
+    used = {job_id: run.evaluator_id for job_id, run in box.ledger.running.items()}
     for start in box.of(ev.StartWorker):
         box.load(start.worker_id)
     for job_id in ("second", "first", "third", "fourth"):
@@ -290,7 +346,7 @@ def test_the_next_job_goes_to_the_evaluator_that_has_run_one_last() -> None:
             box.end(job_id)
         else:
             box.submit(job_id)
-    chosen = [box.scheduler.running[job_id].evaluator_id for job_id in ("third", "fourth")]
+    chosen = [box.ledger.running[job_id].evaluator_id for job_id in ("third", "fourth")]
     assert chosen == [used["first"], used["second"]]
 
 
@@ -302,7 +358,7 @@ def test_load_times_are_kept_of_the_models_that_were_loaded_last() -> None:
             box.gone(stop.worker_id)
         box.load(box.of(ev.StartWorker)[-1].worker_id)
         box.end(f"job on {number}")
-    kept = list(box.scheduler.load_seconds)
+    kept = list(box.ledger.load_seconds)
     assert len(kept) == LOADS_REMEMBERED
     assert kept[-2:] == [spec("1").replica_key, spec("new").replica_key]
     assert not {spec("0").replica_key, spec("2").replica_key} & {*kept}

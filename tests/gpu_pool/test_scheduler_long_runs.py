@@ -12,7 +12,7 @@ from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
 from gpu_pool.placement import Readiness, find_plan, replicas_for
-from gpu_pool.records import WorkerState
+from gpu_pool.records import EvaluatorState, WorkerState
 
 
 class LongRun(RuleBasedStateMachine):
@@ -71,15 +71,15 @@ class LongRun(RuleBasedStateMachine):
     def strangers_want_memory(self, wanted: set[str]) -> None:
         self.box.see(dict.fromkeys(wanted, "process 77 uses it"), contested=frozenset(wanted))
 
-    @precondition(lambda self: self.box.scheduler.running)
+    @precondition(lambda self: self.box.ledger.running)
     @rule(data=st.data())
     def progress(self, data: st.DataObject) -> None:
-        self.apply(ev.JobProgressed, job_id=self.pick(data, self.box.scheduler.running))
+        self.apply(ev.JobProgressed, job_id=self.pick(data, self.box.ledger.running))
 
-    @precondition(lambda self: self.box.scheduler.running or self.box.scheduler.waiting)
+    @precondition(lambda self: self.box.ledger.running or self.box.ledger.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        jobs = [*self.box.scheduler.running, *self.box.scheduler.waiting]
+        jobs = [*self.box.ledger.running, *self.box.ledger.waiting]
         self.apply(ev.CancelRequested, job_id=self.pick(data, jobs))
 
     @precondition(lambda self: self.served())
@@ -92,10 +92,10 @@ class LongRun(RuleBasedStateMachine):
     def evaluator_ready(self, data: st.DataObject) -> None:
         self.apply(ev.EvaluatorIsReady, evaluator_id=self.pick(data, self.resting()))
 
-    @precondition(lambda self: self.box.scheduler.evaluators)
+    @precondition(lambda self: self.box.ledger.evaluators)
     @rule(data=st.data())
     def evaluator_dies(self, data: st.DataObject) -> None:
-        self.apply(ev.EvaluatorDied, evaluator_id=self.pick(data, self.box.scheduler.evaluators), cause="killed")
+        self.apply(ev.EvaluatorDied, evaluator_id=self.pick(data, self.box.ledger.evaluators), cause="killed")
 
     @precondition(lambda self: self.in_state(WorkerState.STARTING))
     @rule(data=st.data())
@@ -120,25 +120,25 @@ class LongRun(RuleBasedStateMachine):
         worker_id = self.pick(data, self.in_state(WorkerState.STARTING))
         self.apply(ev.LeaseRefused, worker_id=worker_id, reason="taken")
 
-    @precondition(lambda self: self.box.scheduler.workers)
+    @precondition(lambda self: self.box.ledger.workers)
     @rule(data=st.data())
     def worker_dies(self, data: st.DataObject) -> None:
-        self.apply(ev.WorkerDied, worker_id=self.pick(data, self.box.scheduler.workers), cause="killed")
+        self.apply(ev.WorkerDied, worker_id=self.pick(data, self.box.ledger.workers), cause="killed")
 
-    @precondition(lambda self: self.box.scheduler.ending)
+    @precondition(lambda self: self.box.ledger.ending)
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
-        job_id = self.pick(data, self.box.scheduler.ending)
-        holder = self.pick(data, self.box.scheduler.ending[job_id].holders)
-        if holder in self.box.scheduler.evaluators:
+        job_id = self.pick(data, self.box.ledger.ending)
+        holder = self.pick(data, self.box.ledger.ending[job_id].holders)
+        if holder in self.box.ledger.evaluators:
             self.apply(ev.EvaluatorDied, evaluator_id=holder, cause="killed")
         else:
             self.apply(ev.WorkerDroppedJob, worker_id=holder, job_id=job_id)
 
-    @precondition(lambda self: self.box.scheduler.reclaiming)
+    @precondition(lambda self: self.box.ledger.reclaiming)
     @rule(data=st.data())
     def memory_is_back(self, data: st.DataObject) -> None:
-        self.apply(ev.SlotsReturned, worker_id=self.pick(data, self.box.scheduler.reclaiming))
+        self.apply(ev.SlotsReturned, worker_id=self.pick(data, self.box.ledger.reclaiming))
 
     @rule(taken=st.sets(st.sampled_from(["GPU-0", "GPU-1"])))
     def strangers_come_and_go(self, taken: set[str]) -> None:
@@ -151,16 +151,14 @@ class LongRun(RuleBasedStateMachine):
 
     @invariant()
     def consistent(self) -> None:
-        self.box.scheduler.check()
+        self.box.ledger.check()
 
     @invariant()
     def nothing_that_fits_waits(self) -> None:
-        scheduler = self.box.scheduler
-        for demand in scheduler.waiting.values() if scheduler._ready else ():
-            assert all(
-                worker.state is WorkerState.STARTING for worker in replicas_for(demand, scheduler, scheduler.promised)
-            )
-            plan = find_plan(demand, scheduler, scheduler.promised)
+        ledger = self.box.ledger
+        for demand in ledger.waiting.values() if self.box.scheduler.placer.evaluators_left else ():
+            assert all(worker.state is WorkerState.STARTING for worker in replicas_for(demand, ledger, ledger.promised))
+            plan = find_plan(demand, ledger, ledger.promised)
             assert plan is None or plan.readiness is not Readiness.NOW
 
     def teardown(self) -> None:
@@ -169,55 +167,55 @@ class LongRun(RuleBasedStateMachine):
         for _ in range(100 + 20 * next(self.numbers)):
             if not self.settle_something():
                 break
-        scheduler = self.box.scheduler
-        assert not [*scheduler.waiting, *scheduler.running, *scheduler.ending]
+        ledger = self.box.ledger
+        assert not [*ledger.waiting, *ledger.running, *ledger.ending]
 
     def settle_something(self) -> bool:
-        scheduler = self.box.scheduler
-        for worker in list(scheduler.workers.values()):
+        ledger = self.box.ledger
+        for worker in list(ledger.workers.values()):
             if worker.state is WorkerState.STARTING:
                 self.apply(ev.WorkerLoaded, worker_id=worker.id)
             elif worker.state is WorkerState.STOPPING:
                 self.apply(ev.WorkerDied, worker_id=worker.id, cause="")
-        for worker_id in list(scheduler.reclaiming):
+        for worker_id in list(ledger.reclaiming):
             self.apply(ev.SlotsReturned, worker_id=worker_id)
         for job_id, worker_id in self.returning():
             self.apply(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
-        for evaluator_id in self.killed() & scheduler.evaluators.keys():
+        for evaluator_id in self.killed() & ledger.evaluators.keys():
             self.apply(ev.EvaluatorDied, evaluator_id=evaluator_id, cause="killed")
-        for job_id, ending in list(scheduler.ending.items()):
+        for job_id, ending in list(ledger.ending.items()):
             for holder in list(ending.holders):
                 self.apply(ev.WorkerDroppedJob, worker_id=holder, job_id=job_id)
         for job_id in self.served():
             self.apply(ev.JobEnded, job_id=job_id)
         for evaluator_id in self.resting():
             self.apply(ev.EvaluatorIsReady, evaluator_id=evaluator_id)
-        return bool(scheduler.waiting or scheduler.running or scheduler.ending)
+        return bool(ledger.waiting or ledger.running or ledger.ending)
 
     def served(self) -> list[str]:
         """Running jobs with a loaded worker: they can end."""
-        workers = self.box.scheduler.workers
+        workers = self.box.ledger.workers
         return [
             job_id
-            for job_id, run in self.box.scheduler.running.items()
+            for job_id, run in self.box.ledger.running.items()
             if any(workers[worker].state is WorkerState.BUSY for worker in run.workers)
         ]
 
     def returning(self) -> list[tuple[str, str]]:
-        running = self.box.scheduler.running
+        running = self.box.ledger.running
         return sorted((job_id, worker_id) for job_id, run in running.items() for worker_id in run.returning)
 
     def resting(self) -> list[str]:
-        """Evaluators that may say that they are ready: started, or done with their job; not killed ones."""
-        scheduler = self.box.scheduler
-        busy = set(scheduler.running)
-        return [k for k, job in scheduler.evaluators.items() if job not in busy | {None} and k not in self.killed()]
+        """Evaluators that may say that they are ready: started, or done with their job, which may be heard of killed
+        ones too."""
+        may_say = (EvaluatorState.STARTING, EvaluatorState.CLEARING, EvaluatorState.ENDING)
+        return self.box.ledger.evaluators_that_are(*may_say)
 
     def killed(self) -> set[str]:
         return {action.evaluator_id for action in self.box.of(ev.KillEvaluator)}
 
     def in_state(self, state: WorkerState) -> list[str]:
-        return [worker.id for worker in self.box.scheduler.workers.values() if worker.state is state]
+        return [worker.id for worker in self.box.ledger.workers.values() if worker.state is state]
 
 
 TestLongRun = LongRun.TestCase

@@ -60,6 +60,25 @@ async def test_a_failure_is_history_with_its_cause(store: Store) -> None:
     )
 
 
+async def test_a_lost_worker_is_history_of_a_job_that_goes_on(store: Store) -> None:
+    live = LiveJobs(store, {})
+    live["1"] = await store.add(make_job("1"))
+    running = await live.start(live["1"])
+    await live.note_loss(running, "worker-4 ended: killed by SIGKILL")
+    *_, last = await store.history("1")
+    assert last == HistoryEntry(
+        at=last.at,
+        event="worker_lost",
+        state=JobState.RUNNING,
+        attempt=1,
+        cause="worker-4 ended: killed by SIGKILL",
+    )
+    await store.note("1", last)  # a commit that was lost sight of is tried again
+    await store.note("nobody", last)
+    assert len(await store.history("1")) == 3
+    assert (live["1"], await store.get("1")) == (running, running)
+
+
 async def test_a_change_that_did_not_happen_is_no_history(store: Store) -> None:
     await store.add(make_job("1"))
     ends = [JobState.RUNNING, JobState.CANCELLED] * 20

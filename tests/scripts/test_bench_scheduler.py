@@ -35,7 +35,7 @@ def test_our_books_are_right_at_every_step_while_workers_die_and_gpus_are_lost()
     class Checked(Scheduler):
         def step(self, event):
             actions = super().step(event)
-            self.check()
+            self.ledger.check()
             return actions
 
     trace = random_trace("checkpoints", 60, 4, seed=5)

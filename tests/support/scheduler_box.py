@@ -21,6 +21,7 @@ class Box:
         self, slots: int = 2, evaluators: int = 3, gpus: int = 0, max_attempts: int = 3, **options: object
     ) -> None:
         self.scheduler = Scheduler(evaluators=evaluators, max_attempts=max_attempts, **options)
+        self.ledger = self.scheduler.ledger
         self.now = 0.0
         self.orders = itertools.count()
         self.log: list[ev.Action] = []
@@ -32,7 +33,7 @@ class Box:
 
     def do(self, event: type[ev.Event], **fields: object) -> list[ev.Action]:
         actions = self.scheduler.step(event(now=self.now, **fields))
-        self.scheduler.check()
+        self.ledger.check()
         self.log += actions
         return actions
 
@@ -53,7 +54,7 @@ class Box:
         return self.do(ev.WorkerLoaded, worker_id=worker_id)
 
     def end(self, job_id: str) -> list[ev.Action]:
-        evaluator = self.scheduler.running[job_id].evaluator_id
+        evaluator = self.ledger.running[job_id].evaluator_id
         return [
             *self.do(ev.JobEnded, job_id=job_id),
             *self.do(ev.EvaluatorIsReady, evaluator_id=evaluator),

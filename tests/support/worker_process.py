@@ -15,7 +15,7 @@ from typing import Any
 from chunks import generating, scoring
 
 from gpu_pool.chunk_messages import ChunkBegun, Hello, decode_from_worker_data
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.messages import BatchProgress, Message, WorkerStart, decode_from_worker, encode
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.worker.entry import worker_main
@@ -121,7 +121,7 @@ def worker_start(
 ) -> WorkerStart:
     """`fields` are those of WorkerStart."""
     args = ModelArgs(pretrained=str(pretrained), trust_remote_code=trust_remote_code)
-    memo = folder / "fingerprints.json"
+    memo = memo_path(folder)
     return WorkerStart(
         worker_id="w1",
         spec=ModelSpec(kind="hf", args=args, fingerprint=fingerprint or fingerprint_model(args, memo)),

@@ -1,10 +1,10 @@
 """How token sequences become batches: all of the way, for scoring and generation alike.
 
-    sequences ──_build──► tree ──lay_out──► blocks ──pack──► batches ──► forward passes (`packed`)
+    sequences ──build_tree──► tree ──lay_out──► blocks ──pack──► batches ──► forward passes (`packed`)
 
 **Tree.** Sequences that begin alike share those tokens' keys and values, so each distinct token of their tree need be
 computed only once, and not at all where earlier chunks have left it (`known` paths, from the `prefix_cache`), unless
-its output is needed.
+its output is needed: `prefix_tree` has an example.
 
 **Blocks** are runs of tokens along one path, causal among themselves. `lay_out` follows the heaviest path from the root
 as one block, and lays out what branches off it, each branch beginning with a block of its own that looks back at the
@@ -31,12 +31,12 @@ Pure Python, without torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens, common_prefix
+from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens
+from gpu_pool.worker.engine.prefix_tree import Node, build_tree, mark_known, shared_beginnings
 
 GRID = 128
 """Tokens of a block where bits must not depend on what sequences share: enough to use the device well."""
@@ -130,12 +130,14 @@ def lay_out(
     shared_by: int = _LEAST_SHARED_BY,
 ) -> Layout:
     """Blocks of at most `longest_block` tokens that hold every distinct token about once; the rest as for `plan`."""
-    root = _build(sequences, needed_from)
+    root = build_tree(sequences, needed_from)
     for tokens, path in sorted(known, key=lambda entry: -len(entry[0])):
-        _mark_known(root, sequences, needed_from, tokens, path)
+        mark_known(root, sequences, needed_from, tokens, path)
     work = _Layouter(sequences, needed_from, longest_block)
     work.lay_children(root, BlockPath())
-    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], _shared(root, shared_by))
+    return Layout(
+        work.blocks, [work.paths[index] for index in range(len(sequences))], shared_beginnings(root, shared_by)
+    )
 
 
 def lay_out_grid(
@@ -170,113 +172,6 @@ def lay_out_grid(
     return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], [])
 
 
-@dataclass(eq=False, slots=True)
-class _Node:
-    """A piece of the tree without a branch: positions `start` to `end` of `sequence`, and what follows it."""
-
-    start: int
-    end: int
-    sequence: int
-    children: list[_Node] = field(default_factory=list)
-    ending: int | None = None
-    """The sequence that ends here."""
-    size: int = 0
-    """Tokens of the node and everything below it."""
-    needed_from: int = 0
-    """The first position at which some sequence below needs an output."""
-    sequences: int = 0
-    """Sequences that pass or end here."""
-    known: tuple[BlockPath, int] | None = None
-    """A computed path through this node, and how far it is of use."""
-
-
-def _build(sequences: Sequence[Tokens], needed_from: Sequence[int]) -> _Node:
-    """The tree, with sizes; sorted sequences are added along its last path only."""
-    root = _Node(0, 0, 0)
-    last_path, order = [root], [root]
-    previous: Tokens = ()
-    for index, tokens in enumerate(sequences):
-        shared = common_prefix(previous, tokens) if index else 0
-        left = root
-        while last_path[-1].end > shared:
-            left = last_path.pop()
-        if last_path[-1].end < shared:  # `left` has to be cut in two
-            upper = _Node(left.start, shared, left.sequence, [left])
-            last_path[-1].children[-1] = upper
-            left.start = shared
-            last_path.append(upper)
-            order.append(upper)
-        leaf = _Node(shared, len(tokens), index, ending=index)
-        last_path[-1].children.append(leaf)
-        last_path.append(leaf)
-        order.append(leaf)
-        previous = tokens
-    for node in sorted(order, key=lambda node: -node.end):  # children before their parents
-        node.size = node.end - node.start + sum(child.size for child in node.children)
-        node.sequences = (node.ending is not None) + sum(child.sequences for child in node.children)
-        floors = [child.needed_from for child in node.children]
-        node.needed_from = min([*floors, needed_from[node.ending]] if node.ending is not None else floors, default=0)
-    return root
-
-
-def _mark_known(
-    root: _Node, sequences: Sequence[Tokens], needed_from: Sequence[int], tokens: Tokens, path: BlockPath
-) -> None:
-    """Let the nodes along `tokens` know that `path` holds them, as far as it is of use."""
-    node, walked, end = root, list[_Node](), path.end
-    leaving: list[tuple[int, int]] = []
-    while True:
-        if node.ending is not None and node.known is None:
-            leaving.append((node.end, needed_from[node.ending]))
-        following, same = None, 0
-        for child in node.children:
-            spelt = sequences[child.sequence]
-            if child.start < path.end and spelt[child.start] == tokens[child.start]:
-                own = spelt[child.start : child.end]
-                following, same = child, common_prefix(own, tokens[child.start : child.end])
-            elif child.needed_from < child.start and node.known is None:
-                leaving.append((child.start, child.needed_from))
-        if following is None:
-            break
-        walked.append(following)
-        if following.start + same < following.end:
-            end = min(end, following.start + same, following.needed_from)
-            break
-        node = following
-    end = _useful(min(end, node.end) if following is None else end, leaving)
-    for node in walked:
-        if node.known is None and node.start < end:
-            node.known = (path, end)
-
-
-def _useful(end: int, leaving: Sequence[tuple[int, int]]) -> int:
-    """How many first tokens of a known path to use, `end` at most, so that the fewest are computed again.
-
-    `leaving` are (position at which it leaves the path, first position before that of which it needs the output).
-    What leaves the used part computes from its first needed output on itself, a single token as a rule; what leaves
-    later needs all of its outputs from the rest, which is computed again once for all.
-    """
-    useful, fewest = 0, math.inf
-    used, again = end, sum(start - needed for start, needed in leaving)
-    for start, needed in [*sorted(leaving, reverse=True), (0, 0)]:
-        if start <= used and again - used <= fewest:
-            useful, fewest = used, again - used
-        used, again = min(used, needed), again - (start - needed)
-    return useful
-
-
-def _shared(root: _Node, shared_by: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    waiting = [child for child in root.children if child.sequences >= shared_by]
-    while waiting:
-        node = waiting.pop()
-        below = [child for child in node.children if child.sequences >= shared_by]
-        waiting += below
-        if not below:
-            found.append((node.sequence, node.end))
-    return found
-
-
 class _Layouter:
     """Walks the tree, heaviest path first."""
 
@@ -287,19 +182,19 @@ class _Layouter:
         self.blocks: list[Block] = []
         self.paths: dict[int, BlockPath] = {}
 
-    def lay_children(self, node: _Node, path: BlockPath) -> None:
+    def lay_children(self, node: Node, path: BlockPath) -> None:
         for child in node.children:
             self._lay(child, path)
 
-    def _lay(self, node: _Node, path: BlockPath) -> None:
+    def _lay(self, node: Node, path: BlockPath) -> None:
         """Lay out `node` and everything below it; `path` ends where the node starts, or before."""
         if node.known:
             self._follow_known(node, *node.known)
         else:
             self._lay_heavy(node, self._without_scraps(path, node.size))
 
-    def _follow_known(self, node: _Node, path: BlockPath, end: int) -> None:
-        """Use the computed `path` up to `end`, and lay out what leaves it or goes on after it."""
+    def _follow_known(self, node: Node, path: BlockPath, end: int) -> None:
+        """Use the computed `path` up to `end`, and lay out what leaves it or goes on after it (see `prefix_tree`)."""
         while node.end <= end:
             if node.ending is not None:
                 self._end(node.ending, path.until(self._needed_from[node.ending]))
@@ -314,7 +209,7 @@ class _Layouter:
             node = following
         self._lay_heavy(node, path.until(end))
 
-    def _lay_heavy(self, node: _Node, path: BlockPath) -> None:
+    def _lay_heavy(self, node: Node, path: BlockPath) -> None:
         chain = [node]
         while chain[-1].children:
             chain.append(max(chain[-1].children, key=lambda child: child.size))

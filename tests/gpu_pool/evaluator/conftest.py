@@ -15,7 +15,7 @@ import pytest
 
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.worker.entry import worker_main
 
@@ -203,7 +203,7 @@ def spec_of(data_dir: Path) -> SpecOf:
 
     def spec(folder: Path) -> ModelSpec:
         args = ModelArgs(pretrained=str(folder), dtype="float32")
-        return ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, data_dir / "fingerprints.json"))
+        return ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, memo_path(data_dir)))
 
     return spec
 

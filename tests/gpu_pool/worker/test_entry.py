@@ -20,7 +20,7 @@ from chunks import generating, scoring
 from worker_process import ENDLESS, SCORE, Process, WorkerProcess, received, worker_start
 
 from gpu_pool.chunk_messages import ChunkFailed, GenerationDone, LoglikelihoodDone, Welcome, decode_from_worker_data
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.messages import DropJob, Dropped, LoadFailed, Shutdown, WorkerReady, encode
 from gpu_pool.records import ModelArgs, ModelSpec
 
@@ -219,7 +219,7 @@ def test_a_local_tokenizer_of_a_hub_model_that_is_overwritten_is_noticed(
     shutil.copytree(checkpoint("llama"), tmp_path / "models--org--name" / "snapshots" / commit)
     tokenizer = shutil.copytree(checkpoint("llama"), tmp_path / "tokenizer")
     args = ModelArgs(pretrained="org/name", revision=commit, tokenizer=str(tokenizer))
-    spec = ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, tmp_path / "fingerprints.json"))
+    spec = ModelSpec(kind="hf", args=args, fingerprint=fingerprint_model(args, memo_path(tmp_path)))
     start = msgspec.structs.replace(worker_start(tmp_path, tokenizer), spec=spec)
     config = tokenizer / "tokenizer_config.json"
     config.write_text(config.read_text() + " ")
