@@ -37,12 +37,16 @@ from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.local_processes import LocalProcesses
+from gpu_pool.merge import plan_merge
+from gpu_pool.merges import Merges
 from gpu_pool.records import (
+    CheckpointType,
     Evaluation,
     GpuView,
     HistoryEntry,
     Job,
     JobState,
+    Merge,
     QueueView,
     WaitingView,
     WorkerView,
@@ -99,11 +103,13 @@ class Pool:
         self._runner = Runner(
             self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
         )
-        self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner)
+        self._merges = Merges(self._store, self._jobs, self._processes.merger, self.job_dir, self.settings.max_attempts)
+        self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
         await self._intake.recover()
         await self._look_once()
         self._watch(self._desk.start())
         self._watch(self._runner.start())
+        self._watch(asyncio.create_task(self._merges.run(), name="merges"))
         self._watch(asyncio.create_task(self._tick(), name="tick"))
         self._watch(asyncio.create_task(self._look(), name="look"))
         retention = Retention(self.settings, self._store, self._jobs.forget, data_dir / "jobs")
@@ -113,6 +119,7 @@ class Pool:
         """End every process within seconds; running jobs go back to the queue."""
         self._stopping = True
         self._store.give_up()
+        await self._merges.stop()
         await asyncio.gather(self._runner.stop(), self._desk.stop())
         for task in self._tasks:
             task.cancel()
@@ -167,6 +174,29 @@ class Pool:
             raise ShuttingDown
         return await self._intake.submit(evaluation, request)
 
+    async def merge(
+        self,
+        checkpoint: Path,
+        output: Path | None,
+        kind: CheckpointType,
+        request: dict[str, Any],
+        **options: int | tuple[str, ...],
+    ) -> Job:
+        """Check a merge and make it a durable job, or find the one that does the same; `plan_merge` says what it means.
+
+        Raises CheckpointNotFound, NotMergeable, InvalidRequest, ShuttingDown and DatabaseUnavailable.
+        """
+        if self._stopping:
+            raise ShuttingDown
+        roots = (self.settings.data_dir, *self.settings.output_roots)
+        merge = await asyncio.to_thread(plan_merge, checkpoint, output, kind, roots, **options)
+        self._expect_database()
+        return await self._merges.submit(merge, request)
+
+    async def merged(self, job_id: str) -> Job:
+        """A merge once it has ended, however. Raises JobNotFound, ShuttingDown."""
+        return await self._merges.ended(job_id)
+
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job, queued or running; it is durable on return.
 
@@ -177,14 +207,21 @@ class Pool:
         if job_id not in self._jobs:
             await self._store.get(job_id)
             raise JobAlreadyFinished
-        if reason := self._store.trouble:  # the runner waits for it, and so would this
-            raise DatabaseUnavailable(reason)
-        await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
-        await self._runner.handle(ev.CancelRequested, job_id=job_id)
+        self._expect_database()
+        if isinstance(self._jobs[job_id].work, Merge):
+            await self._merges.cancel(job_id)
+        else:
+            await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
+            await self._runner.handle(ev.CancelRequested, job_id=job_id)
         job = await self.job(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobAlreadyFinished
         return job
+
+    def _expect_database(self) -> None:
+        """Raise DatabaseUnavailable where the loops wait for it, and this would with them."""
+        if reason := self._store.trouble:
+            raise DatabaseUnavailable(reason)
 
     async def job(self, job_id: str) -> Job:
         """The job, with live progress. Raises JobNotFound."""
@@ -236,7 +273,11 @@ class Pool:
         explained = {wait.job_id: wait for wait in explain(scheduler, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
         stuck = [wait for job_id, wait in explained.items() if job_id in scheduler.running]
-        return [*stuck, *(explained.get(job_id) or _being_identified(job_id) for job_id in queued)]
+        return [*stuck, *(explained.get(job_id) or self._waiting_before(job_id) for job_id in queued)]
+
+    def _waiting_before(self, job_id: str) -> WaitingView:
+        """Why a job waits that the scheduler does not know."""
+        return self._merges.waiting(job_id) or self._intake.waiting(job_id)
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""
@@ -302,11 +343,6 @@ def _append_to_log(path: Path, sentence: str) -> None:
     """A line in a job's log, in the format of its evaluator, which appends to the file too."""
     with contextlib.suppress(OSError), path.open("a") as log:
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S},000 WARNING gpu_pool.pool: {sentence}\n")
-
-
-def _being_identified(job_id: str) -> WaitingView:
-    reason = "The files of its model are being read, to know the model by its content."
-    return WaitingView(job_id=job_id, needs="a look at its model", reason=reason, starts_in=None)
 
 
 def _lock_folder(folder: Path) -> int:

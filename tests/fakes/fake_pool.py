@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
@@ -19,9 +20,11 @@ from gpu_pool.errors import (
     KeyReused,
     ShuttingDown,
 )
+from gpu_pool.merge import plan_merge
 from gpu_pool.messages import TaskEntry
 from gpu_pool.pool import Pool
 from gpu_pool.records import (
+    CheckpointType,
     Evaluation,
     Gpu,
     GpuView,
@@ -58,6 +61,7 @@ class FakePool(Pool):
         self._jobs: dict[str, Job] = {}
         self._history: dict[str, list[HistoryEntry]] = {}
         self._trouble: str | None = None
+        self._changed = asyncio.Event()
 
     async def start(self) -> None:
         self.running = True
@@ -72,14 +76,44 @@ class FakePool(Pool):
             raise InvalidRequest(f"tasks[{evaluation.tasks.index(unknown[0])}]", "no such task", choices=["arc_easy"])
         if key := evaluation.idempotency_key:
             for earlier in self._jobs.values():
-                if earlier.evaluation.idempotency_key == key:
-                    if earlier.evaluation != evaluation:
+                if earlier.idempotency_key == key:
+                    if earlier.work != evaluation:
                         raise KeyReused(earlier.id)
                     return earlier
-        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
+        job = Job(id=str(uuid.uuid4()), work=evaluation, request=request, created_at=datetime.now(UTC))
         self._jobs[job.id] = job
         self._history[job.id] = [_entry("submitted", job)]
         return job
+
+    async def merge(
+        self,
+        checkpoint: Path,
+        output: Path | None,
+        kind: CheckpointType,
+        request: dict[str, Any],
+        **options: int | tuple[str, ...],
+    ) -> Job:
+        if not self.running:
+            raise ShuttingDown
+        work = plan_merge(checkpoint, output, kind, (self.folder,), **options)
+        for job in self._jobs.values():
+            if job.work == work and not job.state.is_final:
+                return job
+        job = Job(id=str(uuid.uuid4()), work=work, request=request, created_at=datetime.now(UTC))
+        self._jobs[job.id] = job
+        self._history[job.id] = [_entry("submitted", job)]
+        self._changed.set()
+        return job
+
+    async def merged(self, job_id: str) -> Job:
+        while not (job := await self.job(job_id)).state.is_final:
+            await self.next_change()
+        return job
+
+    async def next_change(self) -> None:
+        """Wait until a merge is submitted, or something happens to a job."""
+        self._changed.clear()
+        await self._changed.wait()
 
     async def cancel(self, job_id: str) -> Job:
         job = await self.job(job_id)
@@ -110,7 +144,7 @@ class FakePool(Pool):
                 raise InvalidRequest("cursor", "no such job")
             newest_first = newest_first[newest_first.index(self._jobs[before]) + 1 :]
         found = [job for job in newest_first if state is None or job.state in state]
-        return [job for job in found if set(tags) <= set(job.evaluation.tags)][:limit]
+        return [job for job in found if set(tags) <= set(job.work.tags)][:limit]
 
     def queue_position(self, job_id: str) -> int | None:
         queued = self._ids(JobState.QUEUED)
@@ -177,6 +211,7 @@ class FakePool(Pool):
         if after.state is not before.state:
             event = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}.get(after.state, after.state.value)
             self._history[job_id].append(_entry(event, after))
+        self._changed.set()
         return after
 
     def _ids(self, *states: JobState) -> tuple[str, ...]:

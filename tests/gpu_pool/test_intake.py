@@ -46,7 +46,7 @@ async def test_a_model_that_cannot_be_looked_at_ends_its_job(fails: str, tiny_mo
     admission = Surprised(settings, Desk(never), leases)
     admission.fails = fails
     evaluation = Evaluation(model=str(tiny_model), tasks=("t",), device="cpu")
-    job = jobs["j"] = Job(id="j", evaluation=evaluation, request={}, created_at=datetime.now(UTC))
+    job = jobs["j"] = Job(id="j", work=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
     Intake(settings, store, jobs, admission, runner).take_up(job)
     while (ended := await store.get("j")).state is JobState.QUEUED:
