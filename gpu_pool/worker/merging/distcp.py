@@ -90,8 +90,10 @@ class DistcpTensors:
         return part
 
     def _check_files(self) -> None:
-        """Every shard of every tensor is where the metadata says, and each tensor is all there."""
+        """The files are as long as the metadata says, whatever they hold, and each tensor is all there."""
         sizes: dict[str, int] = {}
+        for stored in self._stored.values():
+            self._check_file(stored, sizes)
         for name, (key, entry) in self._entries.items():
             boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
             check_cover(name, tuple(entry.size), boxes)
@@ -99,14 +101,13 @@ class DistcpTensors:
                 stored = self._stored.get(MetadataIndex(key, offset))
                 if stored is None:
                     raise MergeError(f"{self._folder / METADATA} does not say where a shard of {name} is")
-                self._check_file(stored, sizes)
+                if getattr(stored, "transform_descriptors", None):
+                    raise MergeError(f"{name} is compressed or encrypted; save the checkpoint without extensions")
 
     def _check_file(self, stored: _StorageInfo, sizes: dict[str, int]) -> None:
         file = stored.relative_path
         if Path(file).name != file:
             raise MergeError(f"{self._folder / METADATA} names {file}, which is no file beside it")
-        if getattr(stored, "transform_descriptors", None):
-            raise MergeError(f"{self._folder / file} is compressed or encrypted; save without extensions")
         path = self._folder / file
         if file not in sizes:
             if not path.is_file():

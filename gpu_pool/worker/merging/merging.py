@@ -30,6 +30,7 @@ def merge(work: Merge, staging: Path, report: Callable[[Progress], object]) -> P
         OSError: a file cannot be read or written.
     """
     output = Path(work.output_path)
+    shutil.rmtree(staging, ignore_errors=True)  # what an attempt that was killed has left
     if is_merged(work):
         say(f"{output} is the merge of these shards already")
         there = sum(path.stat().st_size for path in output.glob("model*.safetensors"))
@@ -38,7 +39,6 @@ def merge(work: Merge, staging: Path, report: Callable[[Progress], object]) -> P
     tensors = _open(work)
     total = sum(kind.nbytes for kind in tensors.types.values())
     say(f"merging {len(tensors.types)} tensors, {total} bytes, of {work.shards_path}")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(mode=0o755)
         _check_room(staging, total)

@@ -24,7 +24,6 @@ def publish(staging: Path, output: Path, weights: list[Path], mark: Mark) -> Non
         _write_mark(output, mark)
         _move_into(staging, output, {path.name for path in weights})
         _write_mark(output, whole)
-        staging.rmdir()
     else:
         _write_mark(staging, whole)
         output.parent.mkdir(parents=True, exist_ok=True)
