@@ -184,7 +184,7 @@ class Merges:
             pass
 
         child.watch(on_message, on_death)
-        cause = await child.gone
+        cause = await asyncio.shield(child.gone)
         if self._stopping:
             return
         await asyncio.to_thread(remove_staging, _merge(job), job.id)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Response, post
-from litestar.datastructures import ResponseHeader
 from litestar.di import NamedDependency
 from litestar.enums import RequestEncodingType
 from litestar.openapi.datastructures import ResponseSpec
@@ -48,7 +47,6 @@ _SUBMITTED = ResponseSpec(
     status_code=200,
     tags=["checkpoints"],
     responses={202: _SUBMITTED, **problems(400, 404, 413, 415, 422, 503)},
-    response_headers=[ResponseHeader(name="Location", documentation_only=True, description="Of 202: the job")],
 )
 async def merge(
     data: Annotated[MergeRequest, BodyKwarg(media_type=RequestEncodingType.JSON, examples=_EXAMPLES)],
