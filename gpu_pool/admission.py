@@ -190,19 +190,22 @@ def _merge_for(evaluation: Evaluation, kind: CheckpointType) -> Merge:
         raise InvalidRequest(field, "the path of the checkpoint that is to be merged is needed")
     path = Path(named)
     try:
-        merge = plan_merge(path, path / f"merged-{kind}", kind, (), priority=evaluation.priority)
+        found = plan_merge(path, None, kind, ())
+        if Path(found.checkpoint_path) != path.resolve():
+            problem = f"{path} is above several checkpoints: name one, such as {found.checkpoint_path}"
+            raise InvalidRequest(field, problem)
     except CheckpointNotFound:
         raise InvalidRequest(field, f"{path} is no folder on the server, and only those can be merged") from None
     except NotMergeable as error:
         raise InvalidRequest("merge", f"{error}; leave it out where nothing is to be merged") from None
-    except InvalidRequest as error:
-        raise InvalidRequest("merge", f"{path / f'merged-{kind}'} {error.problem}") from None
-    if Path(merge.checkpoint_path) != path.resolve():
-        raise InvalidRequest(field, f"{path} is above several checkpoints: name one, such as {merge.checkpoint_path}")
+    output = path / f"merged-{kind}"
     if not os.access(path, os.W_OK):
         problem = f"{path} cannot be written to; merge it into another folder (POST /merge) and evaluate that"
         raise InvalidRequest("merge", problem)
-    return merge
+    try:
+        return plan_merge(path, output, kind, (), priority=evaluation.priority)
+    except InvalidRequest as error:
+        raise InvalidRequest("merge", f"{output} {error.problem}") from None
 
 
 def _model_field(evaluation: Evaluation) -> str:
