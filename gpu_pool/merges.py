@@ -118,8 +118,9 @@ class Merges:
         merged_path(await self.ended(job.id))
 
     def waiting(self, job_id: str) -> WaitingView | None:
-        """Why a merge waits; None where it does not."""
-        if job_id not in self._line:
+        """Why a merge waits; None where it does not, or is no merge."""
+        job = self._jobs.get(job_id)
+        if job is None or job.state is not JobState.QUEUED or not isinstance(job.work, Merge):
             return None
         reason = f"Job {self._running[0]} is being merged." if self._running else "It is about to start."
         return WaitingView(

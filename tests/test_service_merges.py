@@ -32,9 +32,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     """A server that these tests share; each has a checkpoint of its own."""
     folder = tmp_path_factory.mktemp("service")
     flags = ("--cpu-workers", 1, "--include-path", write_tasks(folder / "tasks"))
-    with run_server(folder / "data", *flags, "--output-root", tmp_path_factory.getbasetemp()) as server:
-        with Service(server) as service:
-            yield service
+    flags = (*flags, "--output-root", tmp_path_factory.getbasetemp())
+    with run_server(folder / "data", *flags) as server, Service(server) as service:
+        yield service
 
 
 def hold(service: Service, job_id: str) -> int:
@@ -244,9 +244,9 @@ def test_the_command_line(service: Service, checkpoint: Path, tmp_path: Path):
     listed = evalpool(service, "jobs").stdout
     assert "merge" in listed
     assert "checkpoint-10" in listed
-    failed = evalpool(service, "merge", str(tmp_path))
+    failed = evalpool(service, "merge", str(tmp_path / "nope"))
     assert failed.returncode == 1
-    assert "has no regular shards" in failed.stderr
+    assert f"{tmp_path / 'nope'} not found" in failed.stderr
     job_id = evalpool(service, "merge", str(checkpoint), "--type", "ema", "--no-wait").stdout.strip()
     assert evalpool(service, "watch", job_id).stdout.strip() == str(checkpoint)
 

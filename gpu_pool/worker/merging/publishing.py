@@ -39,14 +39,19 @@ def _move_into(staging: Path, output: Path, weights: set[str]) -> None:
     for stale in _stale_weights(output, replaced=None if new else last.name):
         stale.unlink()
     sync_folder(output)
-    for path in (*new, *shards, last):
+    for path in (*new, *shards):
         path.rename(output / path.name)
+    sync_folder(output)
+    last.rename(output / last.name)
 
 
 def _stale_weights(output: Path, replaced: str | None) -> list[Path]:
-    """The weights that are there, what makes them loadable first; a single file that is `replaced` at once stays."""
-    found = [*output.glob("model*.safetensors.index.json"), *output.glob("pytorch_model*.bin.index.json")]
-    found += [*output.glob("model*.safetensors"), *output.glob("pytorch_model*.bin")]
+    """The safetensors that are there, their index first; a single file that is `replaced` at once stays.
+
+    Weights in other formats stay, too: transformers prefers safetensors.
+    """
+    patterns = ("model.safetensors.index.json", "model.safetensors", "model-?????-of-?????.safetensors")
+    found = [path for pattern in patterns for path in output.glob(pattern)]
     return [path for path in found if path.name != replaced or path.name.endswith(_INDEX_SUFFIX)]
 
 
