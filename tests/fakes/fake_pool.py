@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -50,6 +51,9 @@ TASKS = (
 GPU = Gpu(uuid="GPU-1", index="0", name="H100", total_bytes=80 << 30, free_bytes=79 << 30, visible_device="0")
 
 
+T = TypeVar("T")
+
+
 class FakePool(Pool):
     """Jobs wait in the order of submission until a test moves them on with `change`."""
 
@@ -61,7 +65,7 @@ class FakePool(Pool):
         self._jobs: dict[str, Job] = {}
         self._history: dict[str, list[HistoryEntry]] = {}
         self._trouble: str | None = None
-        self._changed = asyncio.Event()
+        self._changed = threading.Condition()
 
     async def start(self) -> None:
         self.running = True
@@ -100,20 +104,20 @@ class FakePool(Pool):
             if job.work == work and not job.state.is_final:
                 return job
         job = Job(id=str(uuid.uuid4()), work=work, request=request, created_at=datetime.now(UTC))
-        self._jobs[job.id] = job
-        self._history[job.id] = [_entry("submitted", job)]
-        self._changed.set()
+        with self._changed:
+            self._jobs[job.id] = job
+            self._history[job.id] = [_entry("submitted", job)]
+            self._changed.notify_all()
         return job
 
     async def merged(self, job_id: str) -> Job:
-        while not (job := await self.job(job_id)).state.is_final:
-            await self.next_change()
-        return job
+        await asyncio.to_thread(self.until, lambda: self._jobs[job_id].state.is_final)
+        return await self.job(job_id)
 
-    async def next_change(self) -> None:
-        """Wait until a merge is submitted, or something happens to a job."""
-        self._changed.clear()
-        await self._changed.wait()
+    def until(self, ready: Callable[[], T]) -> T:
+        """The first true thing that `ready` returns, now or when a merge is submitted or something happens to a job."""
+        with self._changed:
+            return self._changed.wait_for(ready)
 
     async def cancel(self, job_id: str) -> Job:
         job = await self.job(job_id)
@@ -207,11 +211,12 @@ class FakePool(Pool):
         if result := changes.get("result"):
             changes = {"metrics": result.metrics, "samples": result.samples} | changes
         before, after = self._jobs[job_id], msgspec.structs.replace(self._jobs[job_id], **changes)
-        self._jobs[job_id] = after
+        with self._changed:
+            self._jobs[job_id] = after
+            self._changed.notify_all()
         if after.state is not before.state:
             event = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}.get(after.state, after.state.value)
             self._history[job_id].append(_entry(event, after))
-        self._changed.set()
         return after
 
     def _ids(self, *states: JobState) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fake_pool import FakePool
+from live_server import live_server
 
 from gpu_pool.records import Job, JobState, Phase, Progress, TaskProgress
 
@@ -23,19 +25,20 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-async def merge_until(api: Any, pool: FakePool, checkpoint: Path, **ending: Any) -> tuple[Any, Job]:
+def merge_until(url: str, pool: FakePool, checkpoint: Path, **ending: Any) -> tuple[httpx.Response, Job]:
     """The answer to a merge that ends so once it is submitted, and its job."""
     body = {"checkpoint_path": str(checkpoint), "output_path": None, "checkpoint_type": "regular"}
-    answer = asyncio.create_task(api.post("/merge", json=body))
-    while not (jobs := await pool.jobs({JobState.QUEUED}, 1, None)):
-        await pool.next_change()
-    assert not answer.done()
-    ended = pool.change(jobs[0].id, **ending)
-    return await answer, ended
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(httpx.post, f"{url}/merge", json=body, timeout=None)
+        [job_id] = pool.until(lambda: pool.queue().queued)
+        assert not answer.done()
+        ended = pool.change(job_id, **ending)
+        return answer.result(), ended
 
 
-async def test_who_waits_gets_the_old_form(api: Any, fake_pool: FakePool, checkpoint: Path):
-    response, _ = await merge_until(api, fake_pool, checkpoint, state=JobState.COMPLETED)
+def test_who_waits_gets_the_old_form(tmp_path: Path, checkpoint: Path):
+    with live_server(tmp_path) as (url, pool):
+        response, _ = merge_until(url, pool, checkpoint, state=JobState.COMPLETED)
     assert response.status_code == 200
     assert response.json() == {
         "success": True,
@@ -44,10 +47,11 @@ async def test_who_waits_gets_the_old_form(api: Any, fake_pool: FakePool, checkp
     }
 
 
-async def test_who_waits_is_told_what_went_wrong(api: Any, fake_pool: FakePool, checkpoint: Path):
-    response, _ = await merge_until(api, fake_pool, checkpoint, state=JobState.FAILED, error="a shard is missing")
-    assert (response.status_code, response.json()["detail"]) == (400, "a shard is missing")
-    cancelled, job = await merge_until(api, fake_pool, checkpoint, state=JobState.CANCELLED)
+def test_who_waits_is_told_what_went_wrong(tmp_path: Path, checkpoint: Path):
+    with live_server(tmp_path) as (url, pool):
+        failed, _ = merge_until(url, pool, checkpoint, state=JobState.FAILED, error="a shard is missing")
+        cancelled, job = merge_until(url, pool, checkpoint, state=JobState.CANCELLED)
+    assert (failed.status_code, failed.json()["detail"]) == (400, "a shard is missing")
     assert (cancelled.status_code, cancelled.json()["detail"]) == (400, f"the merge, job {job.id}, was cancelled")
 
 
