@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,10 @@ from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
+from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, resolve_hub_revision, resolve_model
-from gpu_pool.records import Evaluation, ModelArgs, Record
+from gpu_pool.models import is_kind, located_at, resolve_hub_revision, resolve_model
+from gpu_pool.records import CheckpointType, Evaluation, Merge, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
@@ -36,24 +38,41 @@ class Admission:
         self._desk = desk
         self._leases = leases
 
-    async def admit(self, evaluation: Evaluation) -> ModelArgs:
-        """Check everything, cheapest first; returns the model's arguments, a hub id resolved to a commit."""
+    async def admit(self, evaluation: Evaluation) -> None:
+        """Check everything, cheapest first; of a checkpoint that is to be merged, all but its size."""
         parse_gen_kwargs(evaluation.gen_kwargs)
         place = self.place(evaluation)
         self.check_output_dir(evaluation.output_dir)
-        args = await self.model_args(evaluation)
-        self.plan(evaluation, await self.size(evaluation, args, place), place)
+        if merge := await self.merge_for(evaluation):
+            await self.model_args(evaluation, merge.description_path, is_merged=False)
+        else:
+            args = await self.model_args(evaluation)
+            self.plan(evaluation, await self.size(evaluation, args, place), place)
         await self._check_tasks(evaluation)
-        return args
 
-    async def model_args(self, evaluation: Evaluation) -> ModelArgs:
-        """What `model` and `model_args` mean; reads files or asks the hub, in a thread."""
+    async def model_args(self, evaluation: Evaluation, path: str | None = None, *, is_merged: bool = True) -> ModelArgs:
+        """What `model` and `model_args` mean, a hub id resolved to a commit; reads files or asks the hub, in a thread.
+
+        `path`: where the model is, unless they say it; not `is_merged`: there are no weights yet.
+        """
+        model, model_args = evaluation.model, evaluation.model_args
+        if path is not None:
+            model, model_args = located_at(model, model_args, path)
 
         def resolve() -> ModelArgs:
             allow = self._settings.allow_remote_code
-            return resolve_hub_revision(resolve_model(evaluation.model, evaluation.model_args, allow_remote_code=allow))
+            return resolve_hub_revision(resolve_model(model, model_args, allow_remote_code=allow, is_merged=is_merged))
 
         return await asyncio.to_thread(resolve)
+
+    async def merge_for(self, evaluation: Evaluation) -> Merge | None:
+        """What must be merged before the model can be loaded; raises InvalidRequest on `merge` and the model's field.
+
+        It goes into a folder of the checkpoint's own, beside which others of its weights may be evaluated.
+        """
+        if evaluation.merge is None:
+            return None
+        return await asyncio.to_thread(_merge_for, evaluation, evaluation.merge)
 
     async def size(self, evaluation: Evaluation, args: ModelArgs, place: Placement) -> ReplicaSize | None:
         """The memory that a replica needs; None where no file tells. Reads headers, in a thread.
@@ -177,6 +196,31 @@ class Admission:
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
             reasons = "; ".join(problem.reason for problem in problems)
             raise InvalidRequest(field, reasons, choices=first.suggestions)
+
+
+def _merge_for(evaluation: Evaluation, kind: CheckpointType) -> Merge:
+    field = _model_field(evaluation)
+    named = evaluation.model_args.get("pretrained") if is_kind(evaluation.model) else evaluation.model
+    if not isinstance(named, str) or not named:
+        raise InvalidRequest(field, "the path of the checkpoint that is to be merged is needed")
+    path = Path(named)
+    try:
+        found = plan_merge(path, None, kind, ())
+        if Path(found.checkpoint_path) != path.resolve():
+            problem = f"{path} is above several checkpoints: name one, such as {found.checkpoint_path}"
+            raise InvalidRequest(field, problem)
+    except CheckpointNotFound:
+        raise InvalidRequest(field, f"{path} is no folder on the server, and only those can be merged") from None
+    except NotMergeable as error:
+        raise InvalidRequest("merge", f"{error}; leave it out where nothing is to be merged") from None
+    output = path / f"merged-{kind}"
+    if not os.access(path, os.W_OK):
+        problem = f"{path} cannot be written to; merge it into another folder (POST /merge) and evaluate that"
+        raise InvalidRequest("merge", problem)
+    try:
+        return plan_merge(path, output, kind, (), priority=evaluation.priority)
+    except InvalidRequest as error:
+        raise InvalidRequest("merge", f"{output} {error.problem}") from None
 
 
 def _model_field(evaluation: Evaluation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ import msgspec
 
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.fingerprint import indexed_shards
+from gpu_pool.merge import RANK_FILE, has_shards
 
+_ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_model")
 _TOKENIZER_MARKS = ("token", "vocab", "merges", ".model", ".tiktoken", ".spm")
@@ -55,17 +58,22 @@ _BARE_SUFFIX, _ENCODER_SUFFIXES = "Model", ("EncoderModel", "Encoder")
 _HEAD_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
 
-def check_checkpoint(folder: Path, field: str) -> None:
-    """Raise InvalidRequest for `field` unless transformers can load a language model from `folder`."""
+def check_checkpoint(folder: Path, field: str, *, is_merged: bool = True) -> None:
+    """Raise InvalidRequest for `field` unless transformers can load a language model from `folder`; where it is not
+    `is_merged`, once it has weights."""
     if (folder / "adapter_config.json").is_file():
         raise InvalidRequest(
             field, f"{folder} is a PEFT adapter: give its base model as `pretrained` and this folder as `peft`"
         )
+    if is_merged and has_shards(folder) and not _weight_files(folder):
+        problem = f'{folder} is a sharded training checkpoint: "merge": "regular" (or "ema") has it merged first'
+        raise InvalidRequest(field, f"{problem}, and so does POST /merge")
     config = folder / "config.json"
     if not config.is_file():
         raise InvalidRequest(field, f"{folder} is no model: it has no config.json{_gguf_hint(folder)}")
     check_config(read_config(config, field), field)
-    _check_weights(folder, field)
+    if is_merged:
+        _check_weights(folder, field)
 
 
 def read_config(path: Path, field: str) -> dict[str, Any]:
@@ -131,6 +139,16 @@ def _gguf_hint(folder: Path) -> str:
     return f"; choose one of its GGUF files with `gguf_file`: {', '.join(files)}" if files else ""
 
 
+def _weight_files(folder: Path) -> list[str]:
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.endswith(_WEIGHT_SUFFIXES)
+        and not path.name.startswith(_NOT_WEIGHTS)
+        and not RANK_FILE.fullmatch(path.name)
+    )
+
+
 def _check_weights(folder: Path, field: str) -> None:
     names = [path.name for path in folder.iterdir()]
     indexes = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
@@ -138,5 +156,9 @@ def _check_weights(folder: Path, field: str) -> None:
         missing = sorted(name for name in indexed_shards(folder / index) if not (folder / name).is_file())
         if missing:
             raise InvalidRequest(field, f"{folder} is incomplete: {index} lists {missing[0]}, which is not there")
-    if not indexes and not any(n.endswith(_WEIGHT_SUFFIXES) and not n.startswith(_NOT_WEIGHTS) for n in names):
+    weights = _weight_files(folder)
+    if not indexes and not weights:
         raise InvalidRequest(field, f"{folder} is no model: it has no weights (*.safetensors or *.bin)")
+    if not indexes and all(_ONE_OF_SEVERAL.fullmatch(name) for name in weights):
+        problem = f"{weights[0]} is one of several files, and their index (*.index.json) is not there"
+        raise InvalidRequest(field, f"{folder} is incomplete: {problem}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,11 +13,13 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.admission import Admission
-from gpu_pool.errors import InvalidRequest, KeyReused
+from gpu_pool.errors import InvalidRequest, KeyReused, ShuttingDown
 from gpu_pool.fingerprint import fingerprint_model, memo_path
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.merge import NotMergeable
+from gpu_pool.merges import Merges
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec, WaitingView
+from gpu_pool.records import Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec, WaitingView
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
@@ -30,13 +33,22 @@ class Intake:
     """Takes jobs in: new ones, those of the last run, and those whose model has changed meanwhile."""
 
     def __init__(
-        self, settings: PoolSettings, store: Store, jobs: LiveJobs, admission: Admission, runner: Runner
+        self,
+        settings: PoolSettings,
+        store: Store,
+        jobs: LiveJobs,
+        admission: Admission,
+        runner: Runner,
+        merges: Merges,
     ) -> None:
         self._memo = memo_path(settings.data_dir)
         self._store = store
         self._jobs = jobs
         self._admission = admission
         self._runner = runner
+        self._merges = merges
+        self._awaited: dict[str, str] = {}
+        """Job -> the job that merges its checkpoint."""
         self._unplaced: set[str] = set()
         """Jobs that wait for the driver to say which GPUs there are."""
 
@@ -45,12 +57,16 @@ class Intake:
         alike: dict[bytes, list[Job]] = {}
         for job in await self._store.unfinished():
             self._jobs[job.id] = job
+            if job.state is JobState.RUNNING:
+                job = await self._jobs.requeue(job, "the server ended")
+            if isinstance(job.work, Merge):
+                await self._merges.recover(job)
+                continue
             if job.state is JobState.CANCELLING:
                 await self._jobs.settle(job, JobEvent.RELEASED)
                 continue
-            if job.state is JobState.RUNNING:
-                job = await self._jobs.requeue(job, "the server ended")
-            model = msgspec.json.encode((job.evaluation.model, job.evaluation.model_args), order="sorted")
+            named = (job.work.model, job.work.model_args, job.work.merge)
+            model = msgspec.json.encode(named, order="sorted")
             alike.setdefault(model, []).append(job)
         for jobs in alike.values():  # thousands may wait for a few models: each is looked at once
             self._runner.background(self._identify(*jobs))
@@ -59,18 +75,18 @@ class Intake:
         """As `Pool.submit`."""
         if earlier := await self._store.by_key(evaluation.idempotency_key):
             return await self._same(earlier, evaluation)
-        args = await self._admission.admit(evaluation)
-        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
+        await self._admission.admit(evaluation)
+        job = Job(id=str(uuid.uuid4()), work=evaluation, request=request, created_at=datetime.now(UTC))
         stored = await self._store.add(job)
         if stored.id != job.id:  # another request with the key was faster
             return await self._same(stored, evaluation)
         self._jobs[job.id] = job
-        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), args.pretrained)
+        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), evaluation.model)
         self.take_up(job)
         return job
 
     async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
-        if earlier.evaluation != evaluation:
+        if earlier.work != evaluation:
             raise KeyReused(earlier.id)
         return self._jobs.get(earlier.id) or await self._store.get(earlier.id)
 
@@ -79,10 +95,12 @@ class Intake:
         self._runner.background(self._identify(job))
 
     async def _identify(self, *jobs: Job) -> None:
-        """Find the content of the model that these jobs name, and let the scheduler have them."""
+        """Find the content of the model that these jobs name, merged first, and let the scheduler have them."""
         try:
-            args = await self._admission.model_args(jobs[0].evaluation)
+            args = await self._admission.model_args(jobs[0].evaluation, await self._merged(jobs))
             digest = await asyncio.to_thread(fingerprint_model, args, self._memo)
+        except ShuttingDown:
+            return  # the next start takes them up again
         except Exception as error:
             for job in jobs:
                 await self._refuse(job, error)
@@ -99,9 +117,29 @@ class Intake:
         for job in waiting:
             await self._demand(job, args, digest, sizes)
 
+    async def _merged(self, jobs: Sequence[Job]) -> str | None:
+        """Where their model is once it is merged; None where nothing is to be."""
+        merge = await self._admission.merge_for(jobs[0].evaluation)
+        if merge is None:
+            return None
+        request = {"checkpoint_path": merge.checkpoint_path, "output_path": merge.output_path}
+        request |= {"checkpoint_type": merge.checkpoint_type, "max_shard_bytes": merge.max_shard_bytes}
+
+        def await_job(merge_id: str) -> None:
+            self._awaited |= dict.fromkeys((job.id for job in jobs), merge_id)
+
+        try:
+            await self._merges.ensure(merge, request, await_job)
+        finally:
+            for job in jobs:
+                self._awaited.pop(job.id, None)
+        return merge.output_path
+
     def waiting(self, job_id: str) -> WaitingView:
         """Why a job waits that the scheduler has not been given yet."""
-        if job_id in self._unplaced:
+        if merge_id := self._awaited.get(job_id):
+            needs, reason = "its checkpoint, merged", f"Job {merge_id} merges its checkpoint."
+        elif job_id in self._unplaced:
             needs, reason = "a GPU", f"{self._admission.no_driver} {_HOW_TO_USE_THE_CPU}"
         else:
             needs = "a look at its model"
@@ -111,18 +149,19 @@ class Intake:
     async def _refuse(self, job: Job, error: Exception) -> None:
         """Whatever is wrong with a job's model, the job must not wait for ever."""
         said = str(error)
-        if not isinstance(error, InvalidRequest | OSError):
+        if not isinstance(error, InvalidRequest | NotMergeable | OSError):
             logger.error("job %s: its model cannot be looked at", job.id, exc_info=error)
             said = f"its model cannot be looked at: {error!r}"
         await self._runner.settle_queued(job.id, JobEvent.FAIL, said)
 
     async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
         """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
+        is_admitted = job.evaluation.merge is None or job.attempt > 0  # before it was merged nobody knew its size
         try:
             place = self._admission.place(job.evaluation, is_admitted=True)
             if place.device not in sizes:
                 sizes[place.device] = await self._admission.size(job.evaluation, args, place)
-            plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=True)
+            plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=is_admitted)
         except Exception as error:
             await self._refuse(job, error)
             return

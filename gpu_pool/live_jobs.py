@@ -37,7 +37,7 @@ class LiveJobs(dict[str, Job]):
         super().__setitem__(job_id, job)
         if job.state is JobState.QUEUED and job_id not in self.queued:
             self.active.pop(job_id, None)
-            self.queued.add(job_id, rank(job.created_at.timestamp(), job.evaluation.priority))
+            self.queued.add(job_id, rank(job.created_at.timestamp(), job.work.priority))
         elif job.state is not JobState.QUEUED:
             self.queued.discard(job_id)
             self.active[job_id] = None

@@ -11,11 +11,14 @@ from pathlib import Path
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.fleet import EvaluatorChild, WorkerChild
-from gpu_pool.records import ModelSpec, Slot
+from gpu_pool.merge import staging_folder
+from gpu_pool.merges import MergerChild
+from gpu_pool.records import Merge, ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import spawn
 from gpu_pool.warden import Warden
 from gpu_pool.worker.entry import worker_main
+from gpu_pool.worker.merging.entry import merger_main
 
 MAX_SOCKET_PATH = 100
 """Longest path of a unix socket that every system accepts, a little rounded."""
@@ -76,6 +79,13 @@ class LocalProcesses:
             allow_remote_code=settings.allow_remote_code,
         )
         return await spawn(worker_id, worker_main, start, msg.decode_from_worker, self._warden.mark)
+
+    async def merger(self, job_id: str, merge: Merge, log_path: Path) -> MergerChild:
+        """A process that merges a checkpoint and ends. Raises OSError, as above."""
+        start = msg.MergeStart(
+            job_id=job_id, merge=merge, staging_path=str(staging_folder(merge, job_id)), log_path=str(log_path)
+        )
+        return await spawn(f"merger of job {job_id}", merger_main, start, msg.decode_from_merger, self._warden.mark)
 
     def address(self, worker_id: str) -> str:
         """Where the worker listens for evaluators."""

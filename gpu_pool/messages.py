@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Evaluation, JobResult, ModelSpec, Progress, Record
+from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Evaluation, JobResult, Merge, ModelSpec, Progress, Record
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
@@ -64,6 +64,16 @@ class WorkerStart(Record, frozen=True, kw_only=True):
     @property
     def threads_of_a_rank(self) -> int:
         return max(1, self.threads // self.tensor_parallel)
+
+
+class MergeStart(Record, frozen=True, kw_only=True):
+    """What a process that merges a checkpoint is told when it is spawned."""
+
+    job_id: str
+    merge: Merge
+    staging_path: str
+    """Where it writes until all is there; the server removes what is left of it."""
+    log_path: str
 
 
 # ---------------------------------------------------------------- server -> evaluator
@@ -221,6 +231,19 @@ FromEvaluator = (
 )
 
 
+# ---------------------------------------------------------------- merger -> server
+
+
+class MergeDone(Message, frozen=True, kw_only=True):
+    """The merged checkpoint is in its place."""
+
+    job_id: str
+    progress: Progress
+
+
+FromMerger = JobProgress | MergeDone | JobFailed
+
+
 # ---------------------------------------------------------------- server -> worker
 
 
@@ -283,5 +306,6 @@ def encode(message: Message) -> bytes:
 
 decode_to_evaluator = msgspec.msgpack.Decoder(ToEvaluator).decode
 decode_from_evaluator = msgspec.msgpack.Decoder(FromEvaluator).decode
+decode_from_merger = msgspec.msgpack.Decoder(FromMerger).decode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

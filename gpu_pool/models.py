@@ -61,15 +61,25 @@ def model_kinds() -> list[str]:
     return sorted({*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases)})
 
 
+def located_at(model: str, model_args: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
+    """`model` and `model_args` of a request, for the same model at another path."""
+    if is_kind(model):
+        return model, model_args | {"pretrained": path}
+    return path, {key: value for key, value in model_args.items() if key != "pretrained"}
+
+
 def is_kind(model: str) -> bool:
     """Whether `model` names a kind of model, rather than a model."""
     return model in model_kinds()
 
 
-def resolve_model(model: str, model_args: dict[str, Any], *, allow_remote_code: bool) -> ModelArgs:
+def resolve_model(
+    model: str, model_args: dict[str, Any], *, allow_remote_code: bool, is_merged: bool = True
+) -> ModelArgs:
     """The model that a request means, checked as far as local files allow.
 
-    `model` is a kind (then `model_args` has `pretrained`), or directly a path or hub id.
+    `model` is a kind (then `model_args` has `pretrained`), or directly a path or hub id. A folder that is not
+    `is_merged` need not have weights yet.
 
     Raises:
         InvalidRequest: naming `model` or `model_args.<key>`.
@@ -80,7 +90,7 @@ def resolve_model(model: str, model_args: dict[str, Any], *, allow_remote_code: 
     args = _split_gguf_path(args, field)
     check_bitsandbytes(args)
     try:
-        _check_files(args, field)
+        _check_files(args, field, is_merged)
     except OSError as error:
         raise InvalidRequest(field, f"{error.filename} cannot be read: {error.strerror}") from error
     return args
@@ -205,9 +215,9 @@ def _split_gguf_path(args: ModelArgs, field: str) -> ModelArgs:
     return msgspec.structs.replace(args, pretrained=str(path.parent), gguf_file=path.name)
 
 
-def _check_files(args: ModelArgs, field: str) -> None:
+def _check_files(args: ModelArgs, field: str, is_merged: bool) -> None:
     if os.path.exists(args.pretrained):
-        _check_model_folder(args, Path(args.pretrained), field)
+        _check_model_folder(args, Path(args.pretrained), field, is_merged)
     else:
         _check_hub_id(args.pretrained, field)
     if args.peft is not None:
@@ -219,7 +229,7 @@ def _check_files(args: ModelArgs, field: str) -> None:
             _check_hub_id(args.tokenizer, "model_args.tokenizer")
 
 
-def _check_model_folder(args: ModelArgs, folder: Path, field: str) -> None:
+def _check_model_folder(args: ModelArgs, folder: Path, field: str, is_merged: bool) -> None:
     if args.gguf_file is not None:
         if not os.path.isfile(folder / args.gguf_file):
             found = sorted(path.name for path in folder.glob("*.gguf"))
@@ -230,7 +240,7 @@ def _check_model_folder(args: ModelArgs, folder: Path, field: str) -> None:
     if args.subfolder is not None and not os.path.isdir(folder / args.subfolder):
         raise InvalidRequest("model_args.subfolder", f"{folder} has no folder {args.subfolder}")
     inner = folder / (args.subfolder or "")
-    check_checkpoint(inner, field)
+    check_checkpoint(inner, field, is_merged=is_merged)
     check_quantization(read_config(inner / "config.json", field), args, field)
     if args.tokenizer is None:
         check_tokenizer(inner, field)

@@ -37,12 +37,16 @@ from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.local_processes import LocalProcesses
+from gpu_pool.merge import plan_merge
+from gpu_pool.merges import Merges
 from gpu_pool.records import (
+    CheckpointType,
     Evaluation,
     GpuView,
     HistoryEntry,
     Job,
     JobState,
+    Merge,
     QueueView,
     WaitingView,
     WorkerView,
@@ -99,13 +103,15 @@ class Pool:
         self._runner = Runner(
             self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
         )
-        self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner)
+        self._merges = Merges(self._store, self._jobs, self._processes.merger, self.job_dir, self.settings.max_attempts)
+        self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
         await self._intake.recover()
         await self._look_once()
         if self._leases.gpus_unknown:
             logger.warning("%s Jobs wait for the driver unless they are for the CPU.", self._leases.problem())
         self._watch(self._desk.start())
         self._watch(self._runner.start())
+        self._watch(asyncio.create_task(self._merges.run(), name="merges"))
         self._watch(asyncio.create_task(self._tick(), name="tick"))
         self._watch(asyncio.create_task(self._look(), name="look"))
         retention = Retention(self.settings, self._store, self._jobs.forget, data_dir / "jobs")
@@ -115,6 +121,7 @@ class Pool:
         """End every process within seconds; running jobs go back to the queue."""
         self._stopping = True
         self._store.give_up()
+        await self._merges.stop()
         await asyncio.gather(self._runner.stop(), self._desk.stop())
         for task in self._tasks:
             task.cancel()
@@ -169,6 +176,29 @@ class Pool:
             raise ShuttingDown
         return await self._intake.submit(evaluation, request)
 
+    async def merge(
+        self,
+        checkpoint: Path,
+        output: Path | None,
+        kind: CheckpointType,
+        request: dict[str, Any],
+        **options: int | tuple[str, ...],
+    ) -> Job:
+        """Check a merge and make it a durable job, or find the one that does the same; `plan_merge` says what it means.
+
+        Raises CheckpointNotFound, NotMergeable, InvalidRequest, ShuttingDown and DatabaseUnavailable.
+        """
+        if self._stopping:
+            raise ShuttingDown
+        roots = (self.settings.data_dir, *self.settings.output_roots)
+        merge = await asyncio.to_thread(plan_merge, checkpoint, output, kind, roots, **options)
+        self._expect_database()
+        return await self._merges.submit(merge, request)
+
+    async def merged(self, job_id: str) -> Job:
+        """A merge once it has ended, however. Raises JobNotFound, ShuttingDown."""
+        return await self._merges.ended(job_id)
+
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job, queued or running; it is durable on return.
 
@@ -179,14 +209,21 @@ class Pool:
         if job_id not in self._jobs:
             await self._store.get(job_id)
             raise JobAlreadyFinished
-        if reason := self._store.trouble:  # the runner waits for it, and so would this
-            raise DatabaseUnavailable(reason)
-        await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
-        await self._runner.handle(ev.CancelRequested, job_id=job_id)
+        self._expect_database()
+        if isinstance(self._jobs[job_id].work, Merge):
+            await self._merges.cancel(job_id)
+        else:
+            await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
+            await self._runner.handle(ev.CancelRequested, job_id=job_id)
         job = await self.job(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobAlreadyFinished
         return job
+
+    def _expect_database(self) -> None:
+        """Raise DatabaseUnavailable where the loops wait for it, and this would with them."""
+        if reason := self._store.trouble:
+            raise DatabaseUnavailable(reason)
 
     async def job(self, job_id: str) -> Job:
         """The job, with live progress. Raises JobNotFound."""
@@ -238,7 +275,11 @@ class Pool:
         explained = {wait.job_id: wait for wait in explain(ledger, left, limit)}
         queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
         stuck = [wait for job_id, wait in explained.items() if job_id in ledger.running]
-        return [*stuck, *(explained.get(job_id) or self._intake.waiting(job_id) for job_id in queued)]
+        return [*stuck, *(explained.get(job_id) or self._waiting_before(job_id) for job_id in queued)]
+
+    def _waiting_before(self, job_id: str) -> WaitingView:
+        """Why a job waits that the scheduler does not know."""
+        return self._merges.waiting(job_id) or self._intake.waiting(job_id)
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""

@@ -11,6 +11,10 @@ import msgspec
 
 DEFAULT_CACHE_MAX_BYTES = 10 * 1024**3
 """Of the response cache's file."""
+DEFAULT_SHARD_BYTES = 5_000_000_000
+"""Of a merged checkpoint's weight files: what transformers writes by default, too."""
+CheckpointType = Literal["regular", "ema"]
+"""Which of the weights that a trainer saves: those that it trains, or their moving average."""
 
 
 class JobState(enum.StrEnum):
@@ -35,6 +39,7 @@ class Phase(enum.StrEnum):
     PREPARING = "preparing"  # loading documents, rendering and tokenising prompts
     EVALUATING = "evaluating"  # requests are with the workers
     SCORING = "scoring"  # metrics, standard errors, result files
+    MERGING = "merging"  # the shards of a checkpoint become one; the phase of jobs that do nothing else
 
 
 class WorkerState(enum.StrEnum):
@@ -121,6 +126,8 @@ class Evaluation(Record, frozen=True, kw_only=True):
     log_samples: bool = True
     predict_only: bool = False
     num_gpus: int = 1
+    merge: CheckpointType | None = None
+    """The model is a sharded training checkpoint: merge it first, and evaluate these of its weights."""
     output_dir: str | None = None
     use_cache: bool = True
     deterministic: bool = False
@@ -145,8 +152,25 @@ class Evaluation(Record, frozen=True, kw_only=True):
     """Chosen by the client: the same key and request again mean the same job."""
 
 
+class Merge(Record, frozen=True, kw_only=True):
+    """One validated merge: a sharded training checkpoint becomes one that can be loaded. All paths are resolved."""
+
+    checkpoint_path: str
+    shards_path: str
+    """The folder in it that holds the shards."""
+    description_path: str
+    """The folder in it that holds configuration and tokenizer."""
+    output_path: str
+    """The folder to be written; it may be the checkpoint itself."""
+    checkpoint_type: CheckpointType = "regular"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    """Most bytes of tensors in one file of weights, where no single one is larger."""
+    priority: int = 0
+    tags: tuple[str, ...] = ()
+
+
 class TaskProgress(Record, frozen=True, kw_only=True):
-    """Requests of one task: done so far, and in all (0 until its requests are built)."""
+    """Requests of one task, or bytes of a merge: done so far, and in all (0 until its requests are built)."""
 
     done: int = 0
     total: int = 0
@@ -155,7 +179,7 @@ class TaskProgress(Record, frozen=True, kw_only=True):
 
 
 class Progress(Record, frozen=True, kw_only=True):
-    """A running job's progress, as its evaluator last reported it."""
+    """A running job's progress, as its process last reported it."""
 
     phase: Phase = Phase.PREPARING
     tasks: dict[str, TaskProgress] = {}
@@ -195,7 +219,8 @@ class Job(Record, frozen=True, kw_only=True):
     """One job, as the store keeps it."""
 
     id: str
-    evaluation: Evaluation
+    work: Evaluation | Merge
+    """What is to be done."""
     request: dict[str, Any]
     """The request as it was sent, with defaults filled in: what `GET /jobs/{id}` shows."""
     state: JobState = JobState.QUEUED
@@ -214,6 +239,17 @@ class Job(Record, frozen=True, kw_only=True):
     samples: dict[str, str] = {}
     """Samples files of the tasks that are done so far."""
     result: JobResult | None = None
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The work of a job that is known to be an evaluation."""
+        assert isinstance(self.work, Evaluation), f"job {self.id} is a merge"
+        return self.work
+
+    @property
+    def idempotency_key(self) -> str | None:
+        """What must not be submitted twice. A merge needs none: asked for twice at once it is one job anyway."""
+        return self.work.idempotency_key if isinstance(self.work, Evaluation) else None
 
 
 class Attempt(Record, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from gpu_pool.database import Database
+from gpu_pool.database import PATIENCE_SECONDS, Database
 from gpu_pool.errors import JobNotFound
 from gpu_pool.job_pages import page_of_ids
 from gpu_pool.records import Attempt, HistoryEntry, Job, JobResult, JobState, ModelSpec, Progress
@@ -118,12 +118,16 @@ class Store:
         """Finish what was begun and close the database."""
         await self._database.close()
 
-    async def add(self, job: Job) -> Job:
-        """Make a new job durable; returns it, or the job that has its idempotency key already."""
+    async def add(self, job: Job, *, patient: bool = False) -> Job:
+        """Make a new job durable; returns it, or the job that has its idempotency key already.
+
+        Raises DatabaseUnavailable soon, as somebody waits for the answer; when `patient` only after `give_up`.
+        """
         try:
-            await self._database.transaction(lambda connection: _insert(connection, job))
+            patience_s = None if patient else PATIENCE_SECONDS
+            await self._database.transaction(lambda connection: _insert(connection, job), patience_s=patience_s)
         except IntegrityError:
-            earlier = await self.by_key(job.evaluation.idempotency_key) or (await self._found([job.id])).get(job.id)
+            earlier = await self.by_key(job.idempotency_key) or (await self._found([job.id])).get(job.id)
             if earlier is None:
                 raise
             return earlier  # with its own id where a commit was lost sight of and tried again
@@ -285,8 +289,8 @@ class Store:
 
 def _insert(connection: sa.Connection, job: Job) -> None:
     values = {name: getattr(job, name) for name in job.__struct_fields__}
-    sequence = connection.scalar(_ADD, values | {"idempotency_key": job.evaluation.idempotency_key})
-    if tags := job.evaluation.tags:
+    sequence = connection.scalar(_ADD, values | {"idempotency_key": job.idempotency_key})
+    if tags := job.work.tags:
         connection.execute(_ADD_TAGS, [{"tag": tag, "sequence": sequence} for tag in tags])
     submitted = HistoryEntry(at=job.created_at, event="submitted", state=job.state, attempt=job.attempt)
     _write_event(connection, job.id, submitted)

@@ -11,7 +11,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
-from gpu_pool.records import Evaluation, HistoryEntry, Job, JobResult, JobState, ModelSpec, Progress
+from gpu_pool.records import Evaluation, HistoryEntry, Job, JobResult, JobState, Merge, ModelSpec, Progress
 
 
 class _Utc(sa.TypeDecorator[datetime]):
@@ -53,7 +53,7 @@ jobs = sa.Table(
     sa.Column("attempt", sa.Integer),
     sa.Column("retries", sa.Integer),
     sa.Column("idempotency_key", sa.String),
-    sa.Column("evaluation", _JSON),
+    sa.Column("work", _JSON),
     sa.Column("request", _JSON),
     sa.Column("error", _Message),
     sa.Column("model", _JSON),
@@ -105,7 +105,7 @@ def job_from(row: sa.Row[Any]) -> Job:
     values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage]  (SQLAlchemy's public name for it)
     del values["sequence"], values["idempotency_key"]  # a column only to be unique; the evaluation has it too
     values["state"] = JobState(row.state)
-    values["evaluation"] = msgspec.convert(row.evaluation, Evaluation)
+    values["work"] = msgspec.convert(row.work, Merge if "checkpoint_path" in row.work else Evaluation)
     values["model"] = msgspec.convert(row.model, ModelSpec | None)
     values["progress"] = msgspec.convert(row.progress, Progress | None)
     values["result"] = msgspec.convert(row.result, JobResult | None)

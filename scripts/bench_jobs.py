@@ -188,7 +188,7 @@ def _job(number: int, finished: bool, model: Path, now: datetime, draw: random.R
         "completed_at": at + timedelta(seconds=50) if finished else None,
         "attempt": int(finished),
         "retries": 0,
-        "evaluation": as_json,
+        "work": as_json,
         "request": as_json,
         "error": "its worker process ended: killed by SIGKILL (3 times)" if failed else None,
         "metrics": metrics if finished and not failed else {},
@@ -231,7 +231,7 @@ def _write_parts(connection: sa.Connection, rows: list[Json]) -> None:
                 for metric in ("acc,none", "acc_norm,none")
             ],
         ),
-        (job_tags, [{"tag": TAG, "sequence": row["sequence"]} for row in rows if row["evaluation"]["tags"]]),
+        (job_tags, [{"tag": TAG, "sequence": row["sequence"]} for row in rows if row["work"]["tags"]]),
     ]
     for table, values in parts:
         if values:

@@ -79,22 +79,24 @@ def loadings(logs: Path) -> dict[str, list[Loading]]:
 
 
 def completed_jobs(database: Path) -> list[dict[str, Any]]:
-    """Rows of the completed jobs, oldest first, their times as datetimes. Raises FileNotFoundError."""
+    """Rows of the completed evaluations, oldest first, their times as datetimes. Raises FileNotFoundError."""
     if not database.is_file():
         raise FileNotFoundError(
             f"{database} is not there: is it the data folder of a server that keeps jobs in SQLite?"
         )
-    columns = ("id", "created_at", "started_at", "completed_at", "evaluation", "model")
+    columns = ("id", "created_at", "started_at", "completed_at", "work", "model")
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
-        query = f"SELECT {', '.join(columns)} FROM jobs WHERE state = 'completed' ORDER BY created_at"
+        query = (
+            f"SELECT {', '.join(columns)} FROM jobs WHERE state = 'completed' AND model IS NOT NULL ORDER BY created_at"
+        )
         rows = [dict(zip(columns, values, strict=True)) for values in connection.execute(query)]
     finally:
         connection.close()
     for row in rows:
         for name in ("created_at", "started_at", "completed_at"):
             row[name] = datetime.fromisoformat(row[name]).replace(tzinfo=UTC)
-        for name in ("evaluation", "model"):
+        for name in ("work", "model"):
             row[name] = json.loads(row[name])
     return rows
 
@@ -114,7 +116,7 @@ def traced(row: dict[str, Any], log: Path, begin: datetime) -> TraceJob | None:
         return None
     chunks = sum(count for count, _ in computed.values())
     seconds = sum(seconds for _, seconds in computed.values())
-    evaluation, model = row["evaluation"], row["model"]
+    evaluation, model = row["work"], row["model"]
     return TraceJob(
         id=row["id"],
         arrival_s=_seconds(begin, row["created_at"]),

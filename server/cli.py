@@ -1,4 +1,7 @@
-"""`evalpool serve | submit | watch | jobs | events | results | cancel | gpus | db`. Only `serve` imports the server."""
+"""`evalpool serve | submit | merge | watch | jobs | events | results | cancel | gpus | cache | db`.
+
+Only `serve` imports the server.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import httpx
 import typer
@@ -16,7 +19,7 @@ from rich.markup import escape
 
 from server import cli_db
 from server.cli_view import cache_table, event_table, follow, gpu_table, job_table, result_paths, score_table
-from server.client import DEFAULT_URL, EvalClient, EvalError, Json
+from server.client import DEFAULT_URL, EvalClient, EvalError, Json, MergeOptions
 
 SHOWN_CHOICES = 8
 
@@ -35,6 +38,7 @@ def _limit(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
+CheckpointType = Literal["regular", "ema"]
 Url = Annotated[str, typer.Option(envvar="EVALPOOL_URL", help="Where the server is.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 
@@ -97,6 +101,9 @@ def submit(
     ] = None,
     gen_kwargs: Annotated[str | None, typer.Option(help="temperature=0,max_gen_toks=64 or a JSON object.")] = None,
     num_gpus: Annotated[int, typer.Option(help="Most GPUs to use; 0: CPU.")] = 1,
+    merge_first: Annotated[
+        CheckpointType | None, typer.Option("--merge", help="The model is sharded: merge these of its weights first.")
+    ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Where result files go, under an allowed root.")] = None,
     log_samples: Annotated[bool, typer.Option(help="Keep a record of every sample.")] = True,
     predict_only: Annotated[bool, typer.Option("--predict-only", help="Predictions without metrics.")] = False,
@@ -130,6 +137,7 @@ def submit(
             predict_only,
             num_gpus,
             os.path.abspath(output_dir) if output_dir else None,
+            merge=merge_first,
             use_cache=use_cache,
             deterministic=deterministic,
             apply_chat_template=chat_template or apply_chat_template,
@@ -148,8 +156,38 @@ def submit(
 
 
 @app.command()
+def merge(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A sharded checkpoint, or a run of several.")],
+    output_path: Annotated[
+        str | None, typer.Option("--output", help="A folder, under an allowed root (default: the checkpoint itself).")
+    ] = None,
+    checkpoint_type: Annotated[
+        CheckpointType, typer.Option("--type", help="The weights, or their average.")
+    ] = "regular",
+    max_shard_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Most bytes in a file of weights (default: 5 GB).")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="From -1000 to 1000; larger goes first.")] = 0,
+    tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; several times.")] = None,
+    wait: Annotated[bool, typer.Option(help="Show its progress; otherwise only its id.")] = True,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Merge a sharded training checkpoint into one that can be loaded; prints its folder."""
+    options: MergeOptions = {"priority": priority, "tags": tag or []}
+    if max_shard_bytes is not None:
+        options["max_shard_bytes"] = max_shard_bytes
+    target = os.path.abspath(output_path) if output_path else None
+    with _client(url) as client:
+        job = client.submit_merge(os.path.abspath(checkpoint), target, checkpoint_type, **options)
+        if wait:
+            _watch(client, job["job_id"])
+        else:
+            typer.echo(job["job_id"])
+
+
+@app.command()
 def watch(job: JobId, url: Url = DEFAULT_URL) -> None:
-    """Show a job's progress until it ends, then its scores."""
+    """Show a job's progress until it ends, then its scores, or where a merge has written."""
     with _client(url) as client:
         _watch(client, job)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from server.client import FINAL, EvalClient, Json
@@ -36,7 +36,7 @@ class JobBars:
         self._bars = _OrderedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[share]}"),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=console,
@@ -55,21 +55,23 @@ class JobBars:
         """Draw `job` as GET /jobs/{id} gave it."""
         job_id, progress = job["job_id"], job["progress"] or {}
         counts = progress.get("tasks", {})
-        self._draw((job_id, ""), f"[bold]{_label(job)}[/] {_state(job)}", progress, _note(progress))
+        kind, title = job["kind"], f"[bold]{_label(job)}[/] {_state(job)}"
+        self._draw((job_id, ""), title, progress, _share(kind, progress), _note(progress))
         for task, count in counts.items() if len(counts) > 1 else ():
-            self._draw((job_id, task), f"  {task}", count, _errored(count))
+            self._draw((job_id, task), f"  {task}", count, _share(kind, count), _errored(count))
         if job["status"] in FINAL:
             for (owner, _), bar in self._ids.items():
                 if owner == job_id:
                     self._bars.stop_task(bar)
 
-    def _draw(self, key: tuple[str, str], description: str, count: Json, note: str) -> None:
+    def _draw(self, key: tuple[str, str], description: str, count: Json, share: str, note: str) -> None:
         if key not in self._ids:
             self._places.setdefault(key[0], len(self._places))
-            self._ids[key] = self._bars.add_task("", place=(self._places[key[0]], len(self._ids)), note="")
+            place = (self._places[key[0]], len(self._ids))
+            self._ids[key] = self._bars.add_task("", place=place, share="", note="")
         total = count.get("total") or None  # until it is known the bar only pulses
         self._bars.update(
-            self._ids[key], description=description, completed=count.get("done", 0), total=total, note=note
+            self._ids[key], description=description, completed=count.get("done", 0), total=total, share=share, note=note
         )
 
 
@@ -143,12 +145,11 @@ def job_table(jobs: list[Json]) -> Table:
     for name in ("Tasks", "Model"):
         table.add_column(name, overflow="fold", min_width=8)
     for job in jobs:
-        request, progress = job["request"], job["progress"] or {}
-        model = (request.get("model_args") or {}).get("pretrained") or request["model"]
-        name = str(model).rstrip("/").rpartition("/")[2]
-        share = f"{progress['done']}/{progress['total']}" if progress else ""
+        progress = job["progress"] or {}
+        name = _model(job).rstrip("/").rpartition("/")[2]
+        share = _share(job["kind"], progress) if progress else ""
         share = "\n".join(filter(None, (share, _errored(progress))))
-        table.add_row(job["job_id"], _state(job), share, ", ".join(request["tasks"]), name)
+        table.add_row(job["job_id"], _state(job), share, ", ".join(_tasks(job)), name)
     return table
 
 
@@ -181,12 +182,35 @@ def cache_table(cache: Json) -> Table:
 
 
 def result_paths(job: Json) -> list[str]:
-    """The job's files on the server: results first, then samples."""
+    """The job's files on the server: results first, then samples; of a merge its folder."""
+    if job["merged_path"]:
+        return [job["merged_path"]]
     return [path for files in (job["result"] or {}).values() for path in (files["results"], *files["samples"])]
 
 
+def _tasks(job: Json) -> list[str]:
+    """What is done, in a word or several."""
+    return ["merge"] if job["kind"] == "merge" else job["request"]["tasks"]
+
+
+def _model(job: Json) -> str:
+    """What the job is about: a path or a hub id."""
+    request = job["request"]
+    if job["kind"] == "merge":
+        return request["checkpoint_path"]
+    return str((request.get("model_args") or {}).get("pretrained") or request["model"])
+
+
+def _share(kind: str, count: Json) -> str:
+    """How much is done: of so many requests, or of the bytes of a merge."""
+    done, total = count.get("done", 0), count.get("total") or 0
+    if kind == "merge":
+        return f"{done / total:.0%} of {total / GIB:.2f} GiB" if total else ""
+    return f"{done}/{total or '?'}"
+
+
 def _label(job: Json) -> str:
-    tasks = job["request"]["tasks"]
+    tasks = _tasks(job)
     return tasks[0] if len(tasks) == 1 else job["job_id"][:8]
 
 

@@ -32,6 +32,7 @@ FINAL = ("completed", "failed", "cancelled")
 class MoreOptions(TypedDict, total=False):
     """Fields of POST /evaluate beyond the reference's; one that is not given has the server's default."""
 
+    merge: Literal["regular", "ema"] | None
     use_cache: bool
     deterministic: bool
     apply_chat_template: bool | str
@@ -48,6 +49,14 @@ class MoreOptions(TypedDict, total=False):
     max_error_share: float
     tags: list[str]
     idempotency_key: str | None
+
+
+class MergeOptions(TypedDict, total=False):
+    """Fields of POST /merge beyond the reference's; one that is not given has the server's default."""
+
+    max_shard_bytes: int
+    priority: int
+    tags: list[str]
 
 
 class EvalError(httpx.HTTPStatusError):
@@ -193,9 +202,23 @@ class _Endpoints(ABC, Generic[AnswerT]):
         output_path: str | None = None,
         checkpoint_type: Literal["regular", "ema"] = "regular",
     ) -> AnswerT:
-        """Merge a sharded training checkpoint into one folder: {"success", "message", "merged_path"}."""
+        """Merge a sharded training checkpoint into one folder and wait: {"success", "message", "merged_path"}."""
         fields = {"checkpoint_path": checkpoint_path, "output_path": output_path, "checkpoint_type": checkpoint_type}
         return self._json("POST", "/merge", json=fields)
+
+    def submit_merge(
+        self,
+        checkpoint_path: str,
+        output_path: str | None = None,
+        checkpoint_type: Literal["regular", "ema"] = "regular",
+        **more: Unpack[MergeOptions],
+    ) -> AnswerT:
+        """The same without waiting: {"job_id", "status", "position_in_queue", "message"}.
+
+        The job, as `wait_for_job` returns it, has the folder as `merged_path`.
+        """
+        fields = {"checkpoint_path": checkpoint_path, "output_path": output_path, "checkpoint_type": checkpoint_type}
+        return self._json("POST", "/merge", json={**fields, **more}, headers={"Prefer": "respond-async"})
 
 
 class _Waiting:

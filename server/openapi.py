@@ -27,6 +27,9 @@ _JOB_LINKS = {
 }
 """What can follow a submission."""
 
+_MERGE_LINKS = {name: link for name, link in _JOB_LINKS.items() if name != "get_samples"}
+_LOCATION = {"Location": {"description": "Where the job is", "schema": {"type": "string"}}}
+
 _DESCRIPTION = """Evaluation as a service for language models on a box of GPUs.
 
 Submit with `POST /evaluate`, follow with `GET /jobs/{job_id}`. Every error is RFC 9457 problem+json; `errors` names the
@@ -48,6 +51,7 @@ def document(app: Litestar) -> dict[str, Any]:
             for parameter in operation.get("parameters", ()):
                 parameter["schema"] = _without_null(parameter["schema"])
     spec["paths"]["/evaluate"]["post"]["responses"]["200"]["links"] = _JOB_LINKS
+    spec["paths"]["/merge"]["post"]["responses"]["202"] |= {"links": _MERGE_LINKS, "headers": _LOCATION}
     return spec
 
 

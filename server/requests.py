@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from gpu_pool.records import DEFAULT_SHARD_BYTES
+
 MOST_DOCUMENTS = 2**53
 """The highest `limit`: beyond it floats are no exact numbers, and messages cannot hold them all."""
 
@@ -15,6 +17,14 @@ _DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]{0,3}))?|(GPU|MIG)-[0-9A-Za-z/-]{1,80})(?!\
 _TAG = r"^[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,63}(?!\n)$"
 
 Name = Annotated[str, Meta(min_length=1)]
+Priority = Annotated[int, Meta(ge=-1000, le=1000, description="An integer from -1000 to 1000; larger goes first")]
+Tags = Annotated[
+    Annotated[list[Annotated[str, Meta(pattern=_TAG)]], Meta(max_length=32)] | None,
+    Meta(
+        description="At most 32 words to find the job by, of letters, digits and . _ : / = + -, without repetition",
+        extra_json_schema={"uniqueItems": True},
+    ),
+]
 Seed = Annotated[int, Meta(ge=0, le=_SEED_MAX)] | None
 
 
@@ -71,6 +81,13 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1_000_000, description="Most GPUs to use, 0 or more; 0: CPU. Without GPUs it counts CPU workers"),
     ] = 1
+    merge: Annotated[
+        Literal["regular", "ema"] | None,
+        Meta(
+            description='"regular" or "ema": the model is a sharded training checkpoint, of which these weights are '
+            "merged first, into a folder in it; null: it is not sharded"
+        ),
+    ] = None
     output_dir: Annotated[
         Name | None, Meta(description="A folder for result files, under a root that the operator allows")
     ] = None
@@ -94,9 +111,7 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     bootstrap_iters: Annotated[
         int, Meta(ge=0, le=10_000_000, description="Bootstrap rounds behind standard errors; 0: no standard errors")
     ] = 100_000
-    priority: Annotated[
-        int, Meta(ge=-1000, le=1000, description="An integer from -1000 to 1000; larger goes first")
-    ] = 0
+    priority: Priority = 0
     timeout_s: Annotated[
         Annotated[float, Meta(gt=0, le=31_536_000)] | None,
         Meta(description="Seconds that the job may run, waiting not counted, before it fails; null: no limit"),
@@ -112,13 +127,7 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         float,
         Meta(ge=0, le=1, description="Share of its requests, from 0 to 1, that may end in an error before it fails"),
     ] = 0.0
-    tags: Annotated[
-        Annotated[list[Annotated[str, Meta(pattern=_TAG)]], Meta(max_length=32)] | None,
-        Meta(
-            description="At most 32 words to find the job by, of letters, digits and . _ : / = + -, without repetition",
-            extra_json_schema={"uniqueItems": True},
-        ),
-    ] = None
+    tags: Tags = None
     idempotency_key: Annotated[
         Annotated[str, Meta(min_length=1, max_length=255)] | None,
         Meta(description="A text of your choice: sent again with the same request it means the same job, not another"),
@@ -148,3 +157,8 @@ class MergeRequest(Request, frozen=True, kw_only=True):
         Literal["regular", "ema"],
         Meta(description='"regular" for the model\'s weights, "ema" for their average'),
     ] = "regular"
+    max_shard_bytes: Annotated[
+        int, Meta(ge=1, le=2**53, description="Most bytes of weights in one file, where no single tensor is larger")
+    ] = DEFAULT_SHARD_BYTES
+    priority: Priority = 0
+    tags: Tags = None

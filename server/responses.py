@@ -41,9 +41,9 @@ class TaskCount(Response, frozen=True, kw_only=True):
 
 
 class ProgressInfo(Response, frozen=True, kw_only=True):
-    """How far a job is, in model requests."""
+    """How far a job is: an evaluation in model requests, a merge in bytes of weights."""
 
-    phase: Literal["preparing", "evaluating", "scoring"]
+    phase: Literal["preparing", "evaluating", "scoring", "merging"]
     done: int
     total: int
     cached: int
@@ -85,13 +85,17 @@ class JobInfo(Response, frozen=True, kw_only=True):
     result: dict[str, ResultFiles] | None
     error: str | None
     position_in_queue: int | None
-    phase: Literal["preparing", "evaluating", "scoring"] | None
+    phase: Literal["preparing", "evaluating", "scoring", "merging"] | None
     progress: ProgressInfo | None
     metrics: dict[str, dict[str, Any]]
     attempt: int
     model: ModelInfo | None
     retries: int
     tags: list[str]
+    kind: Literal["evaluation", "merge"]
+    """Whose fields `request` has: those of POST /evaluate or of POST /merge."""
+    merged_path: str | None
+    """Of a merge that is completed: the folder that can be evaluated."""
 
 
 class JobEventInfo(Response, frozen=True, kw_only=True):

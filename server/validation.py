@@ -15,7 +15,7 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
     """The request with its shorthands resolved. Raises InvalidRequest naming the field."""
     return Evaluation(
         model=request.model,
-        tasks=_distinct("tasks", request.tasks),
+        tasks=distinct("tasks", request.tasks),
         model_args=request.model_args or {},
         num_fewshot=request.num_fewshot,
         batch_size=_batch_size(request.batch_size),
@@ -25,6 +25,7 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
         log_samples=request.log_samples,
         predict_only=request.predict_only,
         num_gpus=request.num_gpus,
+        merge=request.merge,
         output_dir=request.output_dir,
         use_cache=request.use_cache,
         deterministic=request.deterministic,
@@ -40,12 +41,13 @@ def to_evaluation(request: EvaluateRequest) -> Evaluation:
         timeout_s=request.timeout_s,
         max_retries=request.max_retries,
         max_error_share=request.max_error_share,
-        tags=_distinct("tags", request.tags or []),
+        tags=distinct("tags", request.tags or []),
         idempotency_key=request.idempotency_key,
     )
 
 
-def _distinct(field: str, names: list[str]) -> tuple[str, ...]:
+def distinct(field: str, names: list[str]) -> tuple[str, ...]:
+    """The names; raises InvalidRequest for one that is there twice."""
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InvalidRequest(f"{field}[{index}]", f'"{name}" is named twice; name each once')

@@ -15,6 +15,7 @@ from gpu_pool.records import (
     HistoryEntry,
     Job,
     JobState,
+    Merge,
     ModelSpec,
     Progress,
     QueueView,
@@ -47,6 +48,8 @@ def submitted(job: Job, position: int | None) -> responses.JobSubmitted:
     position = position or 0
     if job.state is JobState.QUEUED:
         message = f"Job queued successfully. Position in queue: {position}"
+    elif isinstance(job.work, Merge):
+        message = "The same merge is running already"
     else:
         message = "Job was submitted before, with the same idempotency_key"
     return responses.JobSubmitted(
@@ -84,8 +87,16 @@ def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> 
         attempt=job.attempt,
         model=model_info(job.model) if job.model else None,
         retries=job.retries,
-        tags=list(job.evaluation.tags),
+        tags=list(job.work.tags),
+        kind="merge" if isinstance(job.work, Merge) else "evaluation",
+        merged_path=_merged_path(job),
     )
+
+
+def _merged_path(job: Job) -> str | None:
+    if isinstance(job.work, Merge) and job.state is JobState.COMPLETED:
+        return job.work.output_path
+    return None
 
 
 def job_history(job_id: str, entries: Sequence[HistoryEntry]) -> responses.JobHistory:

@@ -83,9 +83,26 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _make("make_tiny_t5.py", tmp_path_factory.mktemp("tiny-t5"))
 
 
-def _make(script: str, folder: Path) -> Path:
-    subprocess.run([sys.executable, ROOT / "tests" / script, folder], check=True, capture_output=True)
-    return folder
+@pytest.fixture(scope="session")
+def distcp_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model`, trained a few steps by two FSDP2 ranks and saved with torch.distributed.checkpoint, and the moving
+    average of its weights; the file of the folder's name and `.safetensors` has what they answer. Do not write into it.
+    """
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
+    return _make("make_sharded_checkpoint.py", tiny_model, folder, "distcp")
+
+
+@pytest.fixture(scope="session")
+def rank_file_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, saved with `torch.save` by each rank."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
+    return _make("make_sharded_checkpoint.py", tiny_model, folder, "rank-files")
+
+
+def _make(script: str, *arguments: Path | str) -> Path:
+    """Run a script that makes the folder among its arguments that does not exist or is empty; returns that."""
+    subprocess.run([sys.executable, ROOT / "tests" / script, *arguments], check=True, capture_output=True)
+    return next(Path(path) for path in arguments[::-1] if os.path.isdir(path))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""Save a checkpoint as FSDP trainers do: `python make_sharded_checkpoint.py MODEL FOLDER rank-files|distcp`."""
+"""Train a model under FSDP2 and save it as trainers do: `python make_sharded_checkpoint.py MODEL FOLDER LAYOUT`.
+
+LAYOUT is distcp or rank-files. Beside FOLDER, FOLDER.safetensors holds the `tokens` of a batch, and the logits that the
+trained model (`regular`) and the moving average of its weights (`ema`) give for it, as the ranks computed them.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 WORLD_SIZE = 2
+STEPS = 3
+DECAY = 0.5
+FOLDERS = {"regular": "pytorch_model_fsdp_0", "ema": "pytorch_ema_model_fsdp_0"}
 
 
-def save(rank: int, model_folder: str, folder: str, layout: str) -> None:
+def train_and_save(rank: int, model_folder: str, folder: str, layout: str) -> None:
     store = Path(folder, "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -24,19 +32,37 @@ def save(rank: int, model_folder: str, folder: str, layout: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    shards = Path(folder, "pytorch_model_fsdp_0")
-    shards.mkdir(exist_ok=True)
-    if layout == "distcp":
-        dcp.save({"model": model.state_dict()}, storage_writer=dcp.FileSystemWriter(shards))
-    else:
-        torch.save(model.state_dict(), shards / f"model_world_size_{WORLD_SIZE}_rank_{rank}.pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    tokens = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    for _ in range(STEPS):
+        model(input_ids=tokens[rank::WORLD_SIZE], labels=tokens[rank::WORLD_SIZE]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, value in model.state_dict().items():
+            average[name].lerp_(value.detach(), 1 - DECAY)
+    trained = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    expected = {"tokens": tokens}
+    for kind, weights in (("regular", trained), ("ema", average)):
+        shards = Path(folder, FOLDERS[kind])
+        shards.mkdir(exist_ok=True)
+        if layout == "distcp":
+            parts = {"model": weights} | ({"optimizer": optimizer.state_dict()} if kind == "regular" else {})
+            dcp.save(parts, storage_writer=dcp.FileSystemWriter(shards))
+        else:
+            torch.save(weights, shards / f"model_world_size_{WORLD_SIZE}_rank_{rank}.pt")
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            expected[kind] = model(input_ids=tokens).logits.contiguous()
+    if rank == 0:
+        save_file(expected, f"{folder}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main(model: str, folder: str, layout: str) -> None:
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    mp.spawn(save, (model, folder, layout), nprocs=WORLD_SIZE)
+    mp.spawn(train_and_save, (model, folder, layout), nprocs=WORLD_SIZE)
     Path(folder, "rendezvous").unlink(missing_ok=True)
 
 

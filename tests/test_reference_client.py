@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +104,17 @@ async def test_the_async_client(reference: ModuleType, server: Server, tiny_mode
         )
         check_completed(await client.wait_for_job(submitted["job_id"], **WAIT))
         assert (await client.get_queue_status())["completed_jobs"] >= 1
+
+
+@pytest.mark.slow
+def test_merging(reference: ModuleType, server: Server, distcp_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(distcp_checkpoint, tmp_path / "checkpoint-10")
+    merged = {"success": True, "message": "Checkpoint merged successfully", "merged_path": str(folder)}
+    with reference.EvalClient(server.url) as client:
+        for kind in ("regular", "ema"):
+            assert client.merge_checkpoint(str(folder), checkpoint_type=kind) == merged
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            client.merge_checkpoint(str(tmp_path / "nope"))
 
 
 def test_a_hand_written_request(server: Server, tiny_model: Path) -> None:

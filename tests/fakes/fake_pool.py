@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,9 +21,11 @@ from gpu_pool.errors import (
     KeyReused,
     ShuttingDown,
 )
+from gpu_pool.merge import plan_merge
 from gpu_pool.messages import TaskEntry
 from gpu_pool.pool import Pool
 from gpu_pool.records import (
+    CheckpointType,
     Evaluation,
     Gpu,
     GpuView,
@@ -47,6 +51,9 @@ TASKS = (
 GPU = Gpu(uuid="GPU-1", index="0", name="H100", total_bytes=80 << 30, free_bytes=79 << 30, visible_device="0")
 
 
+T = TypeVar("T")
+
+
 class FakePool(Pool):
     """Jobs wait in the order of submission until a test moves them on with `change`."""
 
@@ -58,6 +65,7 @@ class FakePool(Pool):
         self._jobs: dict[str, Job] = {}
         self._history: dict[str, list[HistoryEntry]] = {}
         self._trouble: str | None = None
+        self._changed = threading.Condition()
 
     async def start(self) -> None:
         self.running = True
@@ -72,14 +80,44 @@ class FakePool(Pool):
             raise InvalidRequest(f"tasks[{evaluation.tasks.index(unknown[0])}]", "no such task", choices=["arc_easy"])
         if key := evaluation.idempotency_key:
             for earlier in self._jobs.values():
-                if earlier.evaluation.idempotency_key == key:
-                    if earlier.evaluation != evaluation:
+                if earlier.idempotency_key == key:
+                    if earlier.work != evaluation:
                         raise KeyReused(earlier.id)
                     return earlier
-        job = Job(id=str(uuid.uuid4()), evaluation=evaluation, request=request, created_at=datetime.now(UTC))
+        job = Job(id=str(uuid.uuid4()), work=evaluation, request=request, created_at=datetime.now(UTC))
         self._jobs[job.id] = job
         self._history[job.id] = [_entry("submitted", job)]
         return job
+
+    async def merge(
+        self,
+        checkpoint: Path,
+        output: Path | None,
+        kind: CheckpointType,
+        request: dict[str, Any],
+        **options: int | tuple[str, ...],
+    ) -> Job:
+        if not self.running:
+            raise ShuttingDown
+        work = plan_merge(checkpoint, output, kind, (self.folder,), **options)
+        for job in self._jobs.values():
+            if job.work == work and not job.state.is_final:
+                return job
+        job = Job(id=str(uuid.uuid4()), work=work, request=request, created_at=datetime.now(UTC))
+        with self._changed:
+            self._jobs[job.id] = job
+            self._history[job.id] = [_entry("submitted", job)]
+            self._changed.notify_all()
+        return job
+
+    async def merged(self, job_id: str) -> Job:
+        await asyncio.to_thread(self.until, lambda: self._jobs[job_id].state.is_final)
+        return await self.job(job_id)
+
+    def until(self, ready: Callable[[], T]) -> T:
+        """The first true thing that `ready` returns, now or when a merge is submitted or something happens to a job."""
+        with self._changed:
+            return self._changed.wait_for(ready)
 
     async def cancel(self, job_id: str) -> Job:
         job = await self.job(job_id)
@@ -110,7 +148,7 @@ class FakePool(Pool):
                 raise InvalidRequest("cursor", "no such job")
             newest_first = newest_first[newest_first.index(self._jobs[before]) + 1 :]
         found = [job for job in newest_first if state is None or job.state in state]
-        return [job for job in found if set(tags) <= set(job.evaluation.tags)][:limit]
+        return [job for job in found if set(tags) <= set(job.work.tags)][:limit]
 
     def queue_position(self, job_id: str) -> int | None:
         queued = self._ids(JobState.QUEUED)
@@ -173,7 +211,9 @@ class FakePool(Pool):
         if result := changes.get("result"):
             changes = {"metrics": result.metrics, "samples": result.samples} | changes
         before, after = self._jobs[job_id], msgspec.structs.replace(self._jobs[job_id], **changes)
-        self._jobs[job_id] = after
+        with self._changed:
+            self._jobs[job_id] = after
+            self._changed.notify_all()
         if after.state is not before.state:
             event = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}.get(after.state, after.state.value)
             self._history[job_id].append(_entry(event, after))

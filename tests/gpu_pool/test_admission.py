@@ -205,5 +205,7 @@ async def test_a_refused_task_is_named_with_the_nearest(tmp_path: Path, tiny_mod
     with pytest.raises(InvalidRequest, match="unknown task") as refused:
         await admission.admit(wrong)
     assert (refused.value.field, refused.value.choices) == ("tasks[1]", ("arc_easy",))
-    args = await admission.admit(evaluation(model=str(tiny_model)))
+    right = evaluation(model=str(tiny_model))
+    await admission.admit(right)
+    args = await admission.model_args(right)
     assert args.pretrained == str(tiny_model)

@@ -15,6 +15,7 @@ from gpu_pool.gpus import Inventory
 from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.merges import Merges
 from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import Evaluation, Job, JobState, ModelArgs
 from gpu_pool.runner import Runner
@@ -27,10 +28,10 @@ class Surprised(Admission):
 
     fails = "size"
 
-    async def model_args(self, evaluation: Evaluation) -> ModelArgs:
+    async def model_args(self, evaluation: Evaluation, path: str | None = None, *, is_merged: bool = True) -> ModelArgs:
         if self.fails == "model":
             raise OverflowError("a number in its configuration")
-        return await super().model_args(evaluation)
+        return await super().model_args(evaluation, path, is_merged=is_merged)
 
     async def size(self, *_: object) -> ReplicaSize | None:
         raise OverflowError("a number in its configuration")
@@ -46,9 +47,10 @@ async def test_a_model_that_cannot_be_looked_at_ends_its_job(fails: str, tiny_mo
     admission = Surprised(settings, Desk(never), leases)
     admission.fails = fails
     evaluation = Evaluation(model=str(tiny_model), tasks=("t",), device="cpu")
-    job = jobs["j"] = Job(id="j", evaluation=evaluation, request={}, created_at=datetime.now(UTC))
+    job = jobs["j"] = Job(id="j", work=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
-    Intake(settings, store, jobs, admission, runner).take_up(job)
+    merges = Merges(store, jobs, never, lambda job_id: tmp_path / job_id, max_attempts=1)
+    Intake(settings, store, jobs, admission, runner, merges).take_up(job)
     while (ended := await store.get("j")).state is JobState.QUEUED:
         await asyncio.sleep(0)
     assert ended.state is JobState.FAILED

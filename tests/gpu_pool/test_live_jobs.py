@@ -25,7 +25,7 @@ async def test_an_estimate_is_for_running_jobs_only(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "jobs.sqlite")
     jobs = LiveJobs(store, {})
     evaluation = Evaluation(model="hf", tasks=("t",))
-    job = jobs["j"] = Job(id="j", evaluation=evaluation, request={}, created_at=datetime.now(UTC))
+    job = jobs["j"] = Job(id="j", work=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
     assert jobs.eta_seconds("j", 0.0) is None
     running = await jobs.start(job)
@@ -45,9 +45,7 @@ async def test_an_estimate_is_for_running_jobs_only(tmp_path: Path) -> None:
 async def test_an_estimate_counts_neither_loading_nor_answers_from_the_cache_nor_pauses(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "jobs.sqlite")
     jobs = LiveJobs(store, {})
-    job = jobs["j"] = Job(
-        id="j", evaluation=Evaluation(model="hf", tasks=("t",)), request={}, created_at=datetime.now(UTC)
-    )
+    job = jobs["j"] = Job(id="j", work=Evaluation(model="hf", tasks=("t",)), request={}, created_at=datetime.now(UTC))
     await store.add(job)
     await jobs.start(job)
     jobs.progressed("j", progress(4, by=0), 0.5)  # from the cache, while the model loads
@@ -62,9 +60,7 @@ async def test_an_estimate_counts_neither_loading_nor_answers_from_the_cache_nor
 async def test_a_job_is_counted_as_soon_as_it_shows_as_ended(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "jobs.sqlite")
     jobs = LiveJobs(store, {})
-    job = jobs["j"] = Job(
-        id="j", evaluation=Evaluation(model="hf", tasks=("t",)), request={}, created_at=datetime.now(UTC)
-    )
+    job = jobs["j"] = Job(id="j", work=Evaluation(model="hf", tasks=("t",)), request={}, created_at=datetime.now(UTC))
     await store.add(job)
     settling = asyncio.create_task(jobs.settle(await jobs.start(job), JobEvent.COMPLETE))
     while True:
@@ -84,7 +80,7 @@ async def test_what_is_known_of_a_job_becomes_durable_when_it_starts_or_ends(tmp
     spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
     for job_id in ("runs", "cancelled"):
         evaluation = Evaluation(model="hf", tasks=("t",))
-        jobs[job_id] = Job(id=job_id, evaluation=evaluation, request={}, created_at=datetime.now(UTC))
+        jobs[job_id] = Job(id=job_id, work=evaluation, request={}, created_at=datetime.now(UTC))
         await store.add(jobs[job_id])
         jobs.identified(job_id, spec)
         assert jobs[job_id].model == spec
@@ -101,7 +97,7 @@ async def test_an_attempt_stays_as_it_ended(tmp_path: Path) -> None:
     store = await Store.open(tmp_path / "jobs.sqlite")
     jobs = LiveJobs(store, {})
     evaluation = Evaluation(model="hf", tasks=("t",))
-    job = jobs["j"] = Job(id="j", evaluation=evaluation, request={}, created_at=datetime.now(UTC))
+    job = jobs["j"] = Job(id="j", work=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
     for cause in ("first", "second"):
         await jobs.requeue(await jobs.start(jobs["j"]), cause)

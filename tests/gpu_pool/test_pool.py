@@ -28,7 +28,7 @@ async def test_what_was_left_is_ended_or_waits_again(tiny_model: Path, tmp_path:
     evaluation = Evaluation(model=str(tiny_model), tasks=("t",), device="cpu")
     begun = Attempt(number=1, started_at=datetime.now(UTC))
     for job_id, state in (("stopping", JobState.CANCELLING), ("running", JobState.RUNNING)):
-        job = Job(id=job_id, evaluation=evaluation, request={}, created_at=begun.started_at, attempt=1)
+        job = Job(id=job_id, work=evaluation, request={}, created_at=begun.started_at, attempt=1)
         await store.add(job)
         assert await store.change_state(job_id, JobState.QUEUED, state, begun)
     await store.close()

@@ -48,7 +48,7 @@ async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: 
     spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
     job = Job(
         id="j",
-        evaluation=Evaluation(model="hf", tasks=("t",), output_dir=str(tmp_path / "file" / "below")),
+        work=Evaluation(model="hf", tasks=("t",), output_dir=str(tmp_path / "file" / "below")),
         request={},
         created_at=datetime.now(UTC),
         model=spec,

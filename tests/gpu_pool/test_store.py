@@ -42,7 +42,7 @@ async def store(database: Path | str) -> AsyncIterator[Store]:
 async def test_a_job_comes_back_as_it_was_added(store: Store) -> None:
     job = Job(
         id="full",
-        evaluation=Evaluation(model="hf", tasks=("a",), batch_size="auto", limit=10),
+        work=Evaluation(model="hf", tasks=("a",), batch_size="auto", limit=10),
         request={"tasks": ["a"], "text": "naïve ☃", "nested": {"x": [1, 2.5, None]}},
         state=JobState.COMPLETED,
         created_at=NOON,

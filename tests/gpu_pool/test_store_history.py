@@ -194,6 +194,7 @@ async def test_jobs_from_before_there_was_a_history_have_what_is_known_of_it(dat
 
 
 _DOWN = (
+    "ALTER TABLE jobs RENAME COLUMN work TO evaluation",
     "DROP TABLE job_events",
     "DROP TABLE job_tags",
     "DROP INDEX ix_jobs_ended",
@@ -201,4 +202,4 @@ _DOWN = (
     "ALTER TABLE jobs DROP COLUMN retries",
     "ALTER TABLE jobs DROP COLUMN idempotency_key",
 )
-"""What makes a database of revision 0002 one of 0001."""
+"""What makes a database of the newest revision one of 0001."""

@@ -38,7 +38,7 @@ def at(seconds: float) -> datetime:
 def row(**fields: Any) -> dict[str, Any]:
     usual = {"id": "j", "created_at": at(5), "started_at": at(12), "completed_at": at(22)}
     model = {"args": {"pretrained": "/models/mine"}, "fingerprint": "0123456789abcdef"}
-    return usual | {"evaluation": {"num_gpus": 2, "priority": 1}, "model": model} | fields
+    return usual | {"work": {"num_gpus": 2, "priority": 1}, "model": model} | fields
 
 
 def test_a_job_is_what_its_last_attempt_took(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from fake_pool import FakePool
 from live_server import live_server
 
 from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
-from server.client import AsyncEvalClient, EvalClient, EvalError, JobFailed, MoreOptions
-from server.requests import EvaluateRequest
+from server.client import AsyncEvalClient, EvalClient, EvalError, JobFailed, MergeOptions, MoreOptions
+from server.requests import EvaluateRequest, MergeRequest
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -60,6 +60,39 @@ def test_the_options_are_the_servers_fields() -> None:
     named |= {"log_samples", "predict_only", "num_gpus", "output_dir"}
     fields = {field.name for field in msgspec.structs.fields(EvaluateRequest)}
     assert named | set(get_type_hints(MoreOptions)) == fields
+
+
+def test_the_options_of_a_merge_are_the_servers_fields() -> None:
+    named = {"checkpoint_path", "output_path", "checkpoint_type"}
+    fields = {field.name for field in msgspec.structs.fields(MergeRequest)}
+    assert named | set(get_type_hints(MergeOptions)) == fields
+
+
+def test_a_merge_that_is_not_waited_for(client: EvalClient, pool: FakePool, tmp_path: Path) -> None:
+    checkpoint = make_sharded(tmp_path / "c")
+    job_id = client.submit_merge(str(checkpoint), checkpoint_type="ema", max_shard_bytes=7, tags=["a"])["job_id"]
+    pool.change(job_id, state=JobState.COMPLETED)
+    job = client.wait_for_job(job_id, verbose=False)
+    assert (job["kind"], job["merged_path"], job["tags"]) == ("merge", str(checkpoint), ["a"])
+    assert job["request"]["max_shard_bytes"] == 7
+
+
+async def test_a_merge_by_the_async_client(url: str, pool: FakePool, tmp_path: Path) -> None:
+    checkpoint = make_sharded(tmp_path / "c")
+    async with AsyncEvalClient(url) as client:
+        job_id = (await client.submit_merge(str(checkpoint), str(checkpoint / "out"), "ema"))["job_id"]
+        pool.change(job_id, state=JobState.FAILED, error="no space")
+        with pytest.raises(JobFailed, match="no space"):
+            await client.wait_for_job(job_id, verbose=False)
+
+
+def make_sharded(folder: Path) -> Path:
+    """What looks like the shards of an average."""
+    shards = folder / "pytorch_ema_model_fsdp_0"
+    shards.mkdir(parents=True)
+    (shards / ".metadata").touch()
+    (folder / "config.json").write_text("{}")
+    return folder
 
 
 def test_information(client: EvalClient) -> None:

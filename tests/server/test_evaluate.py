@@ -211,6 +211,7 @@ async def test_every_field_reaches_the_pool(api: Any, fake_pool: FakePool):
         "log_samples": False,
         "predict_only": True,
         "num_gpus": 2,
+        "merge": "ema",
         "output_dir": "/out",
         "deterministic": True,
         "use_cache": False,

@@ -17,7 +17,7 @@ COUNT = 3000
 
 def job_with(path: Path) -> Job:
     evaluation = Evaluation(model="hf", tasks=("piqa",))
-    return Job(id="1", evaluation=evaluation, request={}, created_at=datetime.now(UTC), samples={"piqa": str(path)})
+    return Job(id="1", work=evaluation, request={}, created_at=datetime.now(UTC), samples={"piqa": str(path)})
 
 
 def write(path: Path, count: int, width: int) -> None:

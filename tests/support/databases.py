@@ -19,7 +19,7 @@ NOON = datetime(2026, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
 def make_job(job_id: str, state: JobState = JobState.QUEUED, **fields: Any) -> Job:
     """A job submitted at noon; `fields` are of its evaluation."""
     evaluation = Evaluation(model="hf", tasks=("arc_easy", "piqa"), limit=0.5, gen_kwargs={"until": ["\n"]}, **fields)
-    return Job(id=job_id, evaluation=evaluation, request={"model": "hf", "limit": None}, state=state, created_at=NOON)
+    return Job(id=job_id, work=evaluation, request={"model": "hf", "limit": None}, state=state, created_at=NOON)
 
 
 @contextlib.contextmanager
