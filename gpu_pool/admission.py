@@ -12,7 +12,7 @@ from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, resolve_hub_revision, resolve_model
+from gpu_pool.models import is_kind, reads_images, resolve_hub_revision, resolve_model
 from gpu_pool.records import Evaluation, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
@@ -43,7 +43,7 @@ class Admission:
         self.check_output_dir(evaluation.output_dir)
         args = await self.model_args(evaluation)
         self.plan(evaluation, await self.size(evaluation, args, place), place)
-        await self._check_tasks(evaluation)
+        await self._check_tasks(evaluation, args)
         return args
 
     async def model_args(self, evaluation: Evaluation) -> ModelArgs:
@@ -154,9 +154,10 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, evaluation: Evaluation) -> None:
+    async def _check_tasks(self, evaluation: Evaluation, args: ModelArgs) -> None:
         tasks = evaluation.tasks
-        problems = await self._desk.check(tasks, evaluation.num_fewshot)
+        images = await asyncio.to_thread(reads_images, args)
+        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=images)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

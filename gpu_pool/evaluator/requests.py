@@ -8,11 +8,13 @@ its answer: repeats of a greedy prompt, documents that occur twice, tasks that s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,8 +23,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
-from gpu_pool.chunk_messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.images import ImageFiles, ImageProblem, described, image_file, images_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
@@ -30,6 +33,10 @@ from gpu_pool.records import ModelSpec
 
 _DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")
 """Options that transformers' generate takes no None for; of others None is a value: no end token, say."""
+
+
+IMAGE_COST = 256
+"""Tokens that an image counts as: what a small one takes in most families of models."""
 
 
 class OptionsError(PoolError):
@@ -43,6 +50,8 @@ class Unit:
     prompt: Tokens
     continuation: Tokens = field(default_factory=lambda: NO_TOKENS)
     options: GenerationOptions | None = None
+    shown: MediaPrompt | None = None
+    """The prompt of a question with images, which only a worker can make tokens of: `prompt` stands in for them."""
     kind: str = "loglikelihood"
     """Units of one kind may share a chunk: the same for equal `options`."""
     seed: int = 0
@@ -109,16 +118,30 @@ class RequestBuilder:
     """Makes the units of one job."""
 
     def __init__(
-        self, model: ModelSpec, encoder: PromptEncoder, seed: int | None, *, deterministic: bool = False
+        self,
+        model: ModelSpec,
+        encoder: PromptEncoder,
+        seed: int | None,
+        files: ImageFiles | None = None,
+        *,
+        deterministic: bool = False,
+        is_chat: bool = False,
     ) -> None:
+        """Image files go into `files`; None: no instance has any. `is_chat`: a chat template has placed the images."""
         self._encoder = encoder
+        self._files = files
+        self._place_images = (lambda prompt: prompt) if is_chat else encoder.place_images
+        self._folders: Sequence[Path] = ()
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._scope = cache_scope(model, deterministic)
         self._units: dict[bytes, Unit] = {}
 
-    def build(self, instances: Sequence[Instance]) -> TaskRequests:
+    def build(self, instances: Sequence[Instance], folders: Sequence[Path] = ()) -> TaskRequests:
         """The requests of these instances of one task, in their order.
+
+        Relative paths of images are looked for in `folders`. In the instances a description takes the place of each
+        image: a job's images are in its files, not in memory.
 
         Raises:
             PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
@@ -128,17 +151,24 @@ class RequestBuilder:
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generation,
+            "loglikelihood with images": self._loglikelihood_with_images,
+            "generate_until with images": self._generation_with_images,
         }
+        self._folders = folders
+        kinds = {id(instance): _kind(instance) for instance in instances}
         repeats: dict[int, list[list[Unit]]] = {}
-        for kind in dict.fromkeys(instance.request_type for instance in instances):
-            some = [instance for instance in instances if instance.request_type == kind]
+        for kind in dict.fromkeys(kinds.values()):
+            if kind not in makers:
+                raise PromptError(f"{kind} cannot be asked: what is scored must follow the images")
+            some = [instance for instance in instances if kinds[id(instance)] == kind]
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
+        _forget_images(instances)
         return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
             raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
-        texts: list[Any] = [instance.args for instance in instances]
+        texts: list[Any] = [instance.args[:2] for instance in instances]
         pairs = self._encoder.encode_pairs(texts)
         return [
             [[self._scoring(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
@@ -167,23 +197,123 @@ class RequestBuilder:
             for instance, option in zip(instances, options, strict=True)
         ]
 
-    def _scoring(self, context: Tokens, continuation: Tokens) -> Unit:
-        key = answer_key(self._scope, b"loglikelihood", context.tobytes(), continuation.tobytes())
-        return self._units.setdefault(key, Unit(prompt=context, continuation=continuation, key=key))
+    def _loglikelihood_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        if self._thinking:
+            raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
+        prompts = self._shown(instances)
+        pairs = self._encoder.encode_pairs(
+            [(prompt.text, _arguments(instance)[1]) for instance, (prompt, _) in zip(instances, prompts, strict=True)]
+        )
+        repeats: list[list[list[Unit]]] = []
+        for instance, (prompt, problem), (context, continuation) in zip(instances, prompts, pairs, strict=True):
+            bare = msgspec.structs.replace(prompt, text=prompt.text.rstrip())  # the rest is the continuation's
+            unit = self._scoring(stand_in(bare, context), continuation, bare) if problem is None else _errored(problem)
+            repeats.append([[unit]] * (instance.repeats or 1))
+        return repeats
 
-    def _generating(self, instance: Instance, repeat: int, prompt: Tokens, options: GenerationOptions) -> Unit:
-        kind = msgspec.json.encode(options, order="sorted")
-        unit = Unit(prompt=prompt, options=options, kind=kind.decode())
+    def _generation_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        prompts = self._shown(instances)
+        tokens = self._encoder.encode(prompt.text for prompt, _ in prompts)
+        repeats: list[list[list[Unit]]] = []
+        for instance, (prompt, problem) in zip(instances, prompts, strict=True):
+            options = generation_options(instance.arguments[1], self._encoder.end_of_text)
+            made = stand_in(prompt, tokens[prompt.text])
+            units = [
+                self._generating(instance, repeat, made, options, prompt) if problem is None else _errored(problem)
+                for repeat in range(instance.repeats or 1)
+            ]
+            repeats.append([[unit] for unit in units])
+        return repeats
+
+    def _shown(self, instances: Sequence[Instance]) -> list[tuple[MediaPrompt, str | None]]:
+        """Each instance's prompt, and what is wrong with its images."""
+        assert self._files is not None, "nobody has said where image files go"
+        known: dict[int, tuple[tuple[str, ...], str | None]] = {}  # a document's choices show the same
+        prompts: list[tuple[MediaPrompt, str | None]] = []
+        for instance in instances:
+            text, _, shown = _arguments(instance)
+            if id(shown) not in known:
+                known[id(shown)] = self._keep_files(shown["visual"])
+            digests, problem = known[id(shown)]
+            prompts.append((MediaPrompt(text=self._place_images(text), media=digests), problem))
+        return prompts
+
+    def _keep_files(self, visual: Any) -> tuple[tuple[str, ...], str | None]:
+        assert self._files is not None
+        images = itertools.islice(images_in(visual), self._encoder.max_images)
+        try:
+            return tuple(self._files.add(image_file(image, self._folders)) for image in images), None
+        except ImageProblem as problem:
+            return (), str(problem)
+
+    def _scoring(self, context: Tokens, continuation: Tokens, shown: MediaPrompt | None = None) -> Unit:
+        key = answer_key(self._scope, *_question(b"loglikelihood", context, shown), continuation.tobytes())
+        kind = "loglikelihood" if shown is None else "loglikelihood with images"
+        unit = Unit(prompt=context, continuation=continuation, shown=shown, kind=kind, key=key)
+        return self._units.setdefault(key, unit)
+
+    def _generating(
+        self,
+        instance: Instance,
+        repeat: int,
+        prompt: Tokens,
+        options: GenerationOptions,
+        shown: MediaPrompt | None = None,
+    ) -> Unit:
+        written = msgspec.json.encode(options, order="sorted")
+        kind = written.decode() if shown is None else f"{written.decode()} with images"
+        unit = Unit(prompt=prompt, options=options, shown=shown, kind=kind)
         if not is_deterministic(options):
             unit.seed = self._sampling_seed(instance, repeat)
             return unit
-        unit.key = answer_key(self._scope, b"generate", prompt.tobytes(), kind)
+        unit.key = answer_key(self._scope, *_question(b"generate", prompt, shown), written)
         return self._units.setdefault(unit.key, unit)
 
     def _sampling_seed(self, instance: Instance, repeat: int) -> int:
         """The same for the same document whatever else is evaluated, another one for each repeat."""
         place = f"{instance.task_name}/{instance.doc_id}/{instance.idx}/{repeat}".encode()
         return int.from_bytes(hashlib.sha256(self._seed + b"/" + place).digest()[:4], "big")
+
+
+def _arguments(instance: Instance) -> tuple[Any, ...]:
+    """(context, continuation or options, {"visual": images}), the last of tasks with images."""
+    return instance.args
+
+
+def _kind(instance: Instance) -> str:
+    """Its request type, and whether it shows images; what is asked without a context shows none."""
+    arguments = _arguments(instance)
+    shows = len(arguments) > 2 and "visual" in arguments[2] and arguments[0]
+    return f"{instance.request_type} with images" if shows else instance.request_type
+
+
+def _question(kind: bytes, prompt: Tokens, shown: MediaPrompt | None) -> tuple[bytes, ...]:
+    """What tells a prompt from all others, as parts of a key."""
+    if shown is None:
+        return kind, prompt.tobytes()
+    return kind + b" with images", shown.text.encode(errors="surrogatepass"), "".join(shown.media).encode()
+
+
+def _errored(problem: str) -> Unit:
+    return Unit(prompt=NO_TOKENS, error=problem)
+
+
+def _forget_images(instances: Sequence[Instance]) -> None:
+    with_images = [instance for instance in instances if len(instance.args) > 2]
+    documents = {id(instance.doc): instance.doc for instance in with_images}
+    plain = {key: described(doc) for key, doc in documents.items()}
+    for instance in with_images:
+        instance.doc = plain[id(instance.doc)]
+        instance.arguments = (*instance.args[:2], described(_arguments(instance)[2]))
+
+
+def stand_in(prompt: MediaPrompt, text: Tokens) -> Tokens:
+    """Tokens by which prompts with images are put in order and their cost is told: equal images side by side.
+
+    Each image counts as IMAGE_COST tokens of its digest, the text as its own.
+    """
+    images = [np.resize(np.frombuffer(bytes.fromhex(digest), np.uint32), IMAGE_COST) for digest in prompt.media]
+    return np.concatenate([*images, text])
 
 
 def rolling_windows(tokens: Tokens, prefix_token_id: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpu_pool.checkpoints import CAUSAL_MULTIMODAL_TYPES, ENCODER_DECODER_TYPES, check_config
+from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.models import model_kinds, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
@@ -104,7 +104,8 @@ def test_a_kind_without_a_model_is_refused(pretrained: str | None) -> None:
         ("gguf_file", "none.gguf"),
         ("batch_size", 4),
         ("device", "cpu"),
-        ("max_pixels", 4),
+        ("max_pixels", 0),
+        ("image_size", 224),
         ("pretrained", 5),
     ],
 )
@@ -223,8 +224,11 @@ def test_language_models_are_accepted(config: dict[str, Any]) -> None:
         ({"architectures": ["WhisperX"], "model_type": "whisper", "is_encoder_decoder": True}, "those that are: bart"),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "no language model"),
         ({"architectures": ["BartForSequenceClassification"], "model_type": "bart"}, "no language model"),
-        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}, "not served yet"),
-        ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "not served yet"),
+        ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "no model that continues text"),
+        (
+            {"architectures": ["BlipForConditionalGeneration"], "vision_config": {}, "model_type": "blip"},
+            "no model that",
+        ),
     ],
 )
 def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
@@ -232,12 +236,13 @@ def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
         check_config(config, "model")
 
 
-def test_multimodal_types_are_those_that_transformers_loads_as_causal() -> None:
+def test_image_text_types_are_those_that_transformers_loads_and_that_continue_text() -> None:
     from transformers.models.auto import modeling_auto
 
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    assert set(causal) >= CAUSAL_MULTIMODAL_TYPES
-    assert set(causal) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= CAUSAL_MULTIMODAL_TYPES
+    others = {"blip", "pi0", "diffusion_gemma", "evolla", "pp_formulanet"}  # captions, robots, diffusion, proteins
+    encoder_decoders = {"florence2", "pix2struct", "t5gemma2", "udop", "vision-encoder-decoder"}
+    known = set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert known - others - encoder_decoders == IMAGE_TEXT_TYPES
 
 
 def test_encoder_decoder_types_are_those_that_transformers_loads_and_that_read_text() -> None:

@@ -1,0 +1,128 @@
+# pyright: basic
+"""What prompts with images may share without changing each other's answers: the loaded model is asked, with two images.
+
+A family of models may mix padding into its positions, count images in a state of its own, or read its cache otherwise
+than it was written. What does not come out as it does alone is computed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from gpu_pool.chunk_messages import MediaPrompt
+from gpu_pool.worker.engine.company import Company, are_equal
+from gpu_pool.worker.engine.media import MediaError
+from gpu_pool.worker.engine.multimodal_scoring import shared_logits, whole_logits
+from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
+
+if TYPE_CHECKING:
+    from gpu_pool.worker.engine.loaded_model import LoadedModel
+
+_SIDE = 64
+"""Pixels of the images' sides."""
+_QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can be seen in the picture?")
+"""Two of equal length, one longer."""
+_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, MediaError)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What was found."""
+
+    company: Company
+    """Which prompts may be continued together."""
+    shares_prompts: bool
+    """Whether a prompt's keys and values serve all continuations that are scored after it."""
+    problem: str = ""
+    """What went wrong when it was asked."""
+
+    def __str__(self) -> str:
+        shared = "read once for all choices" if self.shares_prompts else "read again for each choice"
+        problem = f" ({self.problem})" if self.problem else ""
+        return f"prompts of {self.company.value} share batches, each {shared}{problem}"
+
+
+def check_images(loaded: LoadedModel) -> ImageFacts:
+    """Ask the model, on the images and questions above."""
+    try:
+        prompts = _prompts(loaded)
+        company = _company(loaded, prompts)
+    except _ERRORS as error:
+        return ImageFacts(Company.NONE, False, f"{type(error).__name__}: {error}")
+    try:
+        return ImageFacts(company, _shares(loaded, prompts[: 1 if company is Company.NONE else 2]))
+    except _ERRORS as error:
+        return ImageFacts(company, False, f"{type(error).__name__}: {error}")
+
+
+def _prompts(loaded: LoadedModel) -> list[PromptInputs]:
+    assert loaded.processor is not None
+    processor = loaded.processor
+    files = {str(seed): _image_file(seed) for seed in range(len(_QUESTIONS))}
+    return [
+        processor.prepare(MediaPrompt(text=render(processor.processor, question), media=(digest,)), files)
+        for question, digest in zip(_QUESTIONS, files, strict=True)
+    ]
+
+
+def _image_file(seed: int) -> bytes:
+    noise = hashlib.shake_256(bytes([seed])).digest(3 * _SIDE * _SIDE)
+    file = io.BytesIO()
+    Image.frombytes("RGB", (_SIDE, _SIDE), noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def render(processor: Any, question: str) -> str:
+    """A prompt with one image, by the chat template if there is one."""
+    if getattr(processor, "chat_template", None) is not None:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
+    return f"{placeholder}{question}"
+
+
+@torch.inference_mode()
+def _company(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> Company:
+    """As `company.probe_company` asks models of text: the first prompt alone, and beside one of the others."""
+    first, second, longer = prompts
+    alone = _generated_logits(loaded, [first])
+    for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
+        if other.kind == first.kind and are_equal(alone, _generated_logits(loaded, [first, other]), loaded.model.dtype):
+            return company
+    return Company.NONE
+
+
+def _generated_logits(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> torch.Tensor:
+    """Logits [vocabulary] of the first prompt's second new token."""
+    output = loaded.model.generate(
+        **collate(prompts, loaded.device, loaded.model.dtype),
+        do_sample=False,
+        min_new_tokens=2,
+        max_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+    )
+    return output.logits[1][0]
+
+
+@torch.inference_mode()
+def _shares(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> bool:
+    """Whether continuations score by shared keys and values what they score by a forward pass each."""
+    tokens = prompts[0].tensors["input_ids"][0, -1:].tolist()
+    continuations = [(*tokens * 4,), (*tokens * 2,)]
+    rows = [(prompt, continuation) for prompt in prompts for continuation in continuations]
+    first, others = shared_logits(loaded, prompts, [continuation[:-1] for _, continuation in rows])
+    assert others is not None
+    for row, (prompt, continuation) in enumerate(rows):
+        shared = torch.cat([first[row // len(continuations)][None], others[row, : len(continuation) - 1]])
+        if not are_equal(shared, whole_logits(loaded, prompt, continuation), loaded.model.dtype):
+            return False
+    return True
