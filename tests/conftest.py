@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of a bus
 import subprocess
 import sys
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -78,8 +79,20 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _make("make_tiny_t5.py", tmp_path_factory.mktemp("tiny-t5"))
 
 
-def _make(script: str, folder: Path) -> Path:
-    subprocess.run([sys.executable, ROOT / "tests" / script, folder], check=True, capture_output=True)
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a family of models that read images, a random checkpoint, fp32, with a processor and a chat template."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return _make("make_tiny_vlm.py", tmp_path_factory.mktemp(family), family)
+
+    return make
+
+
+def _make(script: str, folder: Path, *before: str) -> Path:
+    command = [sys.executable, ROOT / "tests" / script, *before, folder]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return folder
 
 

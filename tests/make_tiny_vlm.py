@@ -68,7 +68,7 @@ def _model(config: Any) -> Any:
     model = AutoModelForImageTextToText.from_config(config).to(torch.float32).eval()
     for name, weight in model.named_parameters():  # towers forget their ranges: then every image would look the same
         if weight.ndim > 1 and "language_model" not in name and "lm_head" not in name:
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=0.2)
     return model
 
 
