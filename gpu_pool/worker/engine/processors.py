@@ -14,6 +14,8 @@ from transformers.models.auto.processing_auto import (
 
 from gpu_pool.records import ModelArgs
 
+_PIXELS = ("min_pixels", "max_pixels")
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,14 +36,14 @@ def load_processor(args: ModelArgs, model_type: str, *, trust_remote_code: bool)
     options: dict[str, Any] = {"revision": args.revision or "main", "trust_remote_code": trust_remote_code}
     if args.subfolder:
         options["subfolder"] = args.subfolder
-    options |= {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(args, name))}
+    options |= {name: value for name in _PIXELS if (value := getattr(args, name))}
     try:
         processor = transformers.AutoProcessor.from_pretrained(source, **options)
     except Exception as error:  # transformers raises whatever its parts do
         return _load_halves(source, model_type, options, error)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise NoProcessor(f"{type(processor).__name__} of {source} does not put images and text together")
-    return processor
+    return _without_pixels(processor)
 
 
 def _load_halves(source: str, model_type: str, options: dict[str, Any], refusal: Exception) -> Any:
@@ -55,6 +57,13 @@ def _load_halves(source: str, model_type: str, options: dict[str, Any], refusal:
     except Exception as error:
         raise NoProcessor(f"{type(error).__name__}: {error}") from refusal
     logger.info("%s is put together without its other parts: %s", name, refusal)
+    return _without_pixels(processor)
+
+
+def _without_pixels(processor: Any) -> Any:
+    """Pixel limits are the image processor's: the tokenizer was given them as well, and hands them to each call."""
+    for name in _PIXELS:
+        processor.tokenizer.init_kwargs.pop(name, None)
     return processor
 
 

@@ -1,4 +1,4 @@
-"""Prompts with images are continued as lm-eval's `hf-multimodal` backend continues them: same model, tasks and options."""
+"""Prompts with images are continued as by lm-eval's `hf-multimodal` backend: the same model, tasks and options."""
 
 from __future__ import annotations
 
@@ -58,9 +58,8 @@ def model(
 @pytest.fixture(scope="module")
 def options(model: ModelSpec) -> dict[str, dict[str, Any]]:
     """Without a chat template lm-eval gives Gemma's processor a string that it does not look for."""
-    return {
-        name: chosen for name, chosen in OPTIONS.items() if "gemma3" not in model.args.pretrained or name != "plain"
-    }
+    lacking = {"plain"} if "gemma3" in model.args.pretrained else set()
+    return {name: chosen for name, chosen in OPTIONS.items() if name not in lacking}
 
 
 @pytest.fixture(scope="module")
