@@ -94,13 +94,14 @@ class Preparation:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting and self._held < self._ahead_bytes)
-                pending = self._waiting.popleft()()
-            if pending is not None:
-                self._make(pending)
+            self._make_next()  # and forget it, before the next one is waited for
 
-    def _make(self, pending: Pending) -> None:
+    def _make_next(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting and self._held < self._ahead_bytes)
+            pending = self._waiting.popleft()()
+        if pending is None:
+            return
         size = pending.make()
         with self._changed:
             self._held += size
