@@ -81,10 +81,8 @@ def test_a_prompt_and_its_image(build: Build, files: ImageFiles) -> None:
 
 
 def test_without_a_chat_template_the_model_s_own_string_stands_for_an_image(build: Build) -> None:
-    [text] = {
-        unit.shown.text for unit in units_of(build("generated", args={"image_string": "<row_1_col_1>"})) if unit.shown
-    }
-    assert text == "<row_1_col_1>Which digit is this?"
+    units = units_of(build("generated", args={"image_string": "<row_1_col_1>"}))
+    assert {unit.shown.text for unit in units if unit.shown} == {"<row_1_col_1>Which digit is this?"}
 
 
 def test_choices_share_the_prompt(build: Build) -> None:
@@ -106,12 +104,9 @@ def test_examples_show_their_images_before_the_question(build: Build, files: Ima
 
 
 def test_system_prompts(build: Build) -> None:
-    [text] = {
-        unit.shown.text
-        for unit in units_of(build("generated", chat=True, system_instruction="Be brief."))
-        if unit.shown
-    }
-    assert text == f"<|im_start|>System: Be brief.<end_of_utterance>\n{ASKED}Assistant:"
+    units = units_of(build("generated", chat=True, system_instruction="Be brief."))
+    expected = f"<|im_start|>System: Be brief.<end_of_utterance>\n{ASKED}Assistant:"
+    assert {unit.shown.text for unit in units if unit.shown} == {expected}
 
 
 def test_no_more_images_than_wanted(build: Build) -> None:
