@@ -68,7 +68,7 @@ def configure_task(
         raise TaskError(f"{name} runs code written by the model, which the operator of this server does not allow")
     if task.get_config("doc_to_audio"):
         raise TaskError(f"{name} needs a model that hears; audio is not served yet")
-    if task.get_config("doc_to_image") and not reads_images:
+    if getattr(task, "MULTIMODAL", False) and not reads_images:
         raise TaskError(f"{name} needs a model that reads images")
     if task.get_config("output_type") == "generate_until":
         if evaluation.gen_kwargs:

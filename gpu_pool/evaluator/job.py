@@ -21,6 +21,7 @@ from gpu_pool.evaluator.chunking import Paces
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
+from gpu_pool.evaluator.image_prompts import ImagePrompts
 from gpu_pool.evaluator.images import ImageFiles
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
@@ -137,9 +138,8 @@ class JobRun:
             self._job.model,
             encoder,
             self._evaluation.torch_random_seed,
-            self._images,
+            ImagePrompts(self._images, encoder, is_chat=bool(self._evaluation.apply_chat_template)),
             deterministic=self._evaluation.deterministic,
-            is_chat=bool(self._evaluation.apply_chat_template),
         )
         template = self._chat_template(encoder)
         sizes = harness.portions()

@@ -278,8 +278,14 @@ def _processor_template(args: ModelArgs) -> Any:
 def _find(args: ModelArgs, name: str) -> Path | None:
     """A file of the tokenizer's and processor's folder or repository, if it has it."""
     source = args.tokenizer or args.pretrained
-    options = {"revision": args.revision or "main", "subfolder": args.subfolder or ""}
-    found = cached_file(source, name, **options, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        source,
+        name,
+        revision=args.revision or "main",
+        subfolder=args.subfolder or "",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return None if found is None else Path(found)
 
 

@@ -8,7 +8,6 @@ its answer: repeats of a greedy prompt, documents that occur twice, tasks that s
 from __future__ import annotations
 
 import hashlib
-import itertools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
 from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
 from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.images import ImageFiles, ImageProblem, described, image_file, images_in
+from gpu_pool.evaluator.image_prompts import ImagePrompts, Shown, arguments, forget_images, shows_images, stand_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
@@ -33,10 +32,6 @@ from gpu_pool.records import ModelSpec
 
 _DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")
 """Options that transformers' generate takes no None for; of others None is a value: no end token, say."""
-
-
-IMAGE_COST = 256
-"""Tokens that an image counts as: what a small one takes in most families of models."""
 
 
 class OptionsError(PoolError):
@@ -122,15 +117,13 @@ class RequestBuilder:
         model: ModelSpec,
         encoder: PromptEncoder,
         seed: int | None,
-        files: ImageFiles | None = None,
+        images: ImagePrompts | None = None,
         *,
         deterministic: bool = False,
-        is_chat: bool = False,
     ) -> None:
-        """Image files go into `files`; None: no instance has any. `is_chat`: a chat template has placed the images."""
+        """`images` makes the prompts of instances with images; None: there are none."""
         self._encoder = encoder
-        self._files = files
-        self._place_images = (lambda prompt: prompt) if is_chat else encoder.place_images
+        self._images = images
         self._folders: Sequence[Path] = ()
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
@@ -155,14 +148,16 @@ class RequestBuilder:
             "generate_until with images": self._generation_with_images,
         }
         self._folders = folders
-        kinds = {id(instance): _kind(instance) for instance in instances}
+        kinds = {
+            id(instance): instance.request_type + " with images" * shows_images(instance) for instance in instances
+        }
         repeats: dict[int, list[list[Unit]]] = {}
         for kind in dict.fromkeys(kinds.values()):
             if kind not in makers:
                 raise PromptError(f"{kind} cannot be asked: what is scored must follow the images")
             some = [instance for instance in instances if kinds[id(instance)] == kind]
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
-        _forget_images(instances)
+        forget_images(instances)
         return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
@@ -202,7 +197,7 @@ class RequestBuilder:
             raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
         prompts = self._shown(instances)
         pairs = self._encoder.encode_pairs(
-            [(prompt.text, _arguments(instance)[1]) for instance, (prompt, _) in zip(instances, prompts, strict=True)]
+            [(prompt.text, arguments(instance)[1]) for instance, (prompt, _) in zip(instances, prompts, strict=True)]
         )
         repeats: list[list[list[Unit]]] = []
         for instance, (prompt, problem), (context, continuation) in zip(instances, prompts, pairs, strict=True):
@@ -225,26 +220,9 @@ class RequestBuilder:
             repeats.append([[unit] for unit in units])
         return repeats
 
-    def _shown(self, instances: Sequence[Instance]) -> list[tuple[MediaPrompt, str | None]]:
-        """Each instance's prompt, and what is wrong with its images."""
-        assert self._files is not None, "nobody has said where image files go"
-        known: dict[int, tuple[tuple[str, ...], str | None]] = {}  # a document's choices show the same
-        prompts: list[tuple[MediaPrompt, str | None]] = []
-        for instance in instances:
-            text, _, shown = _arguments(instance)
-            if id(shown) not in known:
-                known[id(shown)] = self._keep_files(shown["visual"])
-            digests, problem = known[id(shown)]
-            prompts.append((MediaPrompt(text=self._place_images(text), media=digests), problem))
-        return prompts
-
-    def _keep_files(self, visual: Any) -> tuple[tuple[str, ...], str | None]:
-        assert self._files is not None
-        images = itertools.islice(images_in(visual), self._encoder.max_images)
-        try:
-            return tuple(self._files.add(image_file(image, self._folders)) for image in images), None
-        except ImageProblem as problem:
-            return (), str(problem)
+    def _shown(self, instances: Sequence[Instance]) -> list[Shown]:
+        assert self._images is not None, "nobody has said where image files go"
+        return self._images.of(instances, self._folders)
 
     def _scoring(self, context: Tokens, continuation: Tokens, shown: MediaPrompt | None = None) -> Unit:
         key = answer_key(self._scope, *_question(b"loglikelihood", context, shown), continuation.tobytes())
@@ -275,18 +253,6 @@ class RequestBuilder:
         return int.from_bytes(hashlib.sha256(self._seed + b"/" + place).digest()[:4], "big")
 
 
-def _arguments(instance: Instance) -> tuple[Any, ...]:
-    """(context, continuation or options, {"visual": images}), the last of tasks with images."""
-    return instance.args
-
-
-def _kind(instance: Instance) -> str:
-    """Its request type, and whether it shows images; what is asked without a context shows none."""
-    arguments = _arguments(instance)
-    shows = len(arguments) > 2 and "visual" in arguments[2] and arguments[0]
-    return f"{instance.request_type} with images" if shows else instance.request_type
-
-
 def _question(kind: bytes, prompt: Tokens, shown: MediaPrompt | None) -> tuple[bytes, ...]:
     """What tells a prompt from all others, as parts of a key."""
     if shown is None:
@@ -296,24 +262,6 @@ def _question(kind: bytes, prompt: Tokens, shown: MediaPrompt | None) -> tuple[b
 
 def _errored(problem: str) -> Unit:
     return Unit(prompt=NO_TOKENS, error=problem)
-
-
-def _forget_images(instances: Sequence[Instance]) -> None:
-    with_images = [instance for instance in instances if len(instance.args) > 2]
-    documents = {id(instance.doc): instance.doc for instance in with_images}
-    plain = {key: described(doc) for key, doc in documents.items()}
-    for instance in with_images:
-        instance.doc = plain[id(instance.doc)]
-        instance.arguments = (*instance.args[:2], described(_arguments(instance)[2]))
-
-
-def stand_in(prompt: MediaPrompt, text: Tokens) -> Tokens:
-    """Tokens by which prompts with images are put in order and their cost is told: equal images side by side.
-
-    Each image counts as IMAGE_COST tokens of its digest, the text as its own.
-    """
-    images = [np.resize(np.frombuffer(bytes.fromhex(digest), np.uint32), IMAGE_COST) for digest in prompt.media]
-    return np.concatenate([*images, text])
 
 
 def rolling_windows(tokens: Tokens, prefix_token_id: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:

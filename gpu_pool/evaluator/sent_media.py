@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from gpu_pool.chunk_messages import ForgetMedia, Media
 
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 64 << 20
 """Most that a worker keeps for a job, beside what the chunks that it has show: those are never forgotten too early,
 because a worker looks a chunk's files up when the chunk arrives."""
 

@@ -74,11 +74,15 @@ def _answer_media(loaded: LoadedModel, chunk: MediaChunk, should_stop: Callable[
         answers, errors = multimodal_scoring.score(loaded, chunk, should_stop)
         found = tuple(map(answers.get, range(len(chunk.asked.prompt_of))))
         seconds = time.perf_counter() - started
-        return LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=found, seconds=seconds, errors=errors)
+        return LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=found, seconds=seconds, errors=_shortened(errors))
     texts, errors = multimodal_generation.generate(loaded, chunk, should_stop)
     found = tuple(map(texts.get, range(len(chunk.inputs))))
     seconds = time.perf_counter() - started
-    return GenerationDone(chunk_id=chunk.chunk_id, texts=found, seconds=seconds, errors=errors)
+    return GenerationDone(chunk_id=chunk.chunk_id, texts=found, seconds=seconds, errors=_shortened(errors))
+
+
+def _shortened(errors: dict[int, str]) -> dict[int, str]:
+    return {place: " ".join(error.split())[:MAX_ERROR_CHARACTERS] for place, error in errors.items()}
 
 
 def is_device_lost(error: RuntimeError, device: torch.device) -> bool:

@@ -11,9 +11,10 @@ import pytest
 
 from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.models import model_kinds, resolve_hub_revision, resolve_model
+from gpu_pool.models import model_kinds, reads_images, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
 
+NEW_IMAGE_TEXT = {"model_type": "of_tomorrow", "vision_config": {}, "architectures": ["XForConditionalGeneration"]}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
@@ -282,3 +283,36 @@ def test_the_local_hub_cache_is_used_offline(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     out = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stdout
     assert out.split() == [commit, str(repo / "snapshots" / commit), "False"]
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "reads"),
+    [
+        ({"model_type": "qwen2_vl"}, ["preprocessor_config.json"], True),
+        ({"model_type": "qwen2_vl"}, ["processor_config.json"], True),
+        ({"model_type": "qwen2_vl"}, [], False),
+        (NEW_IMAGE_TEXT, ["processor_config.json"], True),
+        (NEW_IMAGE_TEXT | {"is_encoder_decoder": True}, ["processor_config.json"], False),
+        (LLAMA, ["processor_config.json"], False),
+        ({"model_type": "t5gemma2", "vision_config": {}}, ["processor_config.json"], False),
+    ],
+)
+def test_which_models_read_images(tmp_path: Path, config: dict[str, Any], files: list[str], reads: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert reads_images(ModelArgs(pretrained=str(tmp_path))) is reads
+
+
+@pytest.mark.parametrize(
+    ("model_args", "field"),
+    [
+        ({"max_images": 0}, "max_images"),
+        ({"min_pixels": 500, "max_pixels": 400}, "min_pixels"),
+        ({"image_max_side": 400, "image_width": 100}, "image_max_side"),
+        ({"image_height": -1}, "image_height"),
+        ({"interleave": "yes"}, "interleave"),
+    ],
+)
+def test_sizes_and_numbers_of_images(checkpoint: Path, model_args: dict[str, Any], field: str) -> None:
+    assert refused("hf-multimodal", {"pretrained": str(checkpoint), **model_args}).field == f"model_args.{field}"

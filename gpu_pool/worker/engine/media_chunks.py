@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gpu_pool.chunk_messages import MediaGenerationChunk, MediaLoglikelihoodChunk
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.preparation import Pending
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
@@ -28,12 +29,18 @@ class MediaChunk:
         """Of what is asked."""
         return self.asked.chunk_id
 
-    def windows(self, errors: dict[int, str]) -> Iterator[dict[int, PromptInputs]]:
-        """The inputs by their prompts' numbers, some at a time; those that cannot be made go into `errors`."""
+    def windows(self, errors: dict[int, str], should_stop: Callable[[], bool]) -> Iterator[dict[int, PromptInputs]]:
+        """The inputs by their prompts' numbers, some at a time; why others cannot be made goes into `errors`.
+
+        Raises:
+            Cancelled: `should_stop`, which is asked before each prompt that may have to be waited for, said so.
+        """
         window: dict[int, PromptInputs] = {}
         held = 0
         most = max(_WINDOW, self.asked.batch_size or 0)
         for number, pending in enumerate(self.inputs):
+            if should_stop():
+                raise Cancelled
             try:
                 window[number] = pending.take()
             except MediaError as error:

@@ -53,7 +53,7 @@ def generate(
     seeds = asked.seeds or (0,) * len(asked.prompts)
     texts: dict[int, str] = {}
     errors: dict[int, str] = {}
-    for window in chunk.windows(errors):
+    for window in chunk.windows(errors, should_stop):
         prompts: list[_Prompt] = []
         for number, inputs in window.items():
             try:

@@ -68,7 +68,7 @@ def score(
     requests: dict[int, list[int]] = {}
     for request, number in enumerate(asked.prompt_of):
         requests.setdefault(number, []).append(request)
-    for window in chunk.windows(unread):
+    for window in chunk.windows(unread, should_stop):
         questions: list[_Question] = []
         for number, inputs in window.items():
             question = _Question(inputs)

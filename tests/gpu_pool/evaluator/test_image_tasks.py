@@ -13,6 +13,7 @@ from digits import CHOICE, GENERATION, MODEL, held_out, image_bytes, write_docum
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator import images
 from gpu_pool.evaluator.catalogue import TaskLibrary
+from gpu_pool.evaluator.image_prompts import ImagePrompts
 from gpu_pool.evaluator.images import ImageFiles
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
@@ -54,7 +55,7 @@ def build(
         assert encoder.reads_images
         evaluation = Evaluation(model="m", tasks=(name,), apply_chat_template=chat, **options)
         spec = ModelSpec(kind="hf", args=model, fingerprint="f")
-        builder = RequestBuilder(spec, encoder, 0, files, is_chat=chat)
+        builder = RequestBuilder(spec, encoder, 0, ImagePrompts(files, encoder, is_chat=chat))
         task = library.load([name])["tasks"][name]
         harness.configure_task(name, task, evaluation, False, reads_images=True)
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
