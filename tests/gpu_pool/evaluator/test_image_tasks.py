@@ -34,10 +34,32 @@ def files(tmp_path: Path) -> Generator[ImageFiles]:
 
 
 @pytest.fixture
+def roots(tmp_path: Path) -> dict[str, str]:
+    """A little of the data sets of two stock tasks, as the hub has them."""
+    files = [{"bytes": image_bytes(image), "path": None} for image, _ in held_out(3)]
+    options = {"options": "['red', 'green']", "answer": "B", "question_type": "multiple-choice"}
+    mmmu = {f"image_{number}": files[number - 1] if number < 4 else None for number in range(1, 8)}
+    question = "Is <image 2> like <image 1>, or like <image 2>?"
+    write_rows(tmp_path / "mmmu" / "Art" / "validation.parquet", {"question": question, **options, **mmmu}, list(mmmu))
+    chart = {"query": "How many?", "label": ["7"], "image": files[0]}
+    write_rows(tmp_path / "chartqa" / "test.parquet", chart, ["image"])
+    return {"MMMU/MMMU": f"{tmp_path}/mmmu/{{config}}", "HuggingFaceM4/ChartQA": f"{tmp_path}/chartqa"}
+
+
+def write_rows(path: Path, row: dict[str, Any], columns: list[str]) -> None:
+    """A Parquet file of one document whose `columns` hold images."""
+    path.parent.mkdir(parents=True)
+    data = datasets.Dataset.from_list([row])
+    for column in columns:
+        data = data.cast_column(column, datasets.Image())
+    data.to_parquet(path)
+
+
+@pytest.fixture
 def build(
-    tmp_path: Path, data_dir: Path, files: ImageFiles, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., TaskRequests]:
-    """`build("name", chat=True, num_fewshot=2, max_images=1)`: the requests of a task of digits."""
+    tmp_path: Path, data_dir: Path, files: ImageFiles, roots: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Build:
+    """`build("name", chat=True, num_fewshot=2, args={"max_images": 1})`: the requests of a task."""
     monkeypatch.setattr(datasets, "load_dataset", datasets.load_dataset)
     monkeypatch.setattr(datasets.Image, "decode_example", datasets.Image.decode_example)
     images.leave_undecoded()
@@ -47,16 +69,17 @@ def build(
     shots = {"fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}}
     write_task(tmp_path / "tasks", "generated", data, GENERATION | shots)
     write_task(tmp_path / "tasks", "chosen", data, CHOICE | shots)
-    library = TaskLibrary(data_dir, (str(tmp_path / "tasks"),), {}, False)
+    library = TaskLibrary(data_dir, (str(tmp_path / "tasks"),), roots, False)
 
     def make(name: str, chat: bool = False, args: dict[str, Any] | None = None, **options: Any) -> TaskRequests:
+        assert library.check([name], reads_images=True) == ()
         model = ModelArgs(pretrained=str(MODEL), **(args or {}))
         encoder = PromptEncoder(model)
         assert encoder.reads_images
         evaluation = Evaluation(model="m", tasks=(name,), apply_chat_template=chat, **options)
         spec = ModelSpec(kind="hf", args=model, fingerprint="f")
         builder = RequestBuilder(spec, encoder, 0, ImagePrompts(files, encoder, is_chat=chat))
-        task = library.load([name])["tasks"][name]
+        [task] = library.load([name])["tasks"].values()
         harness.configure_task(name, task, evaluation, False, reads_images=True)
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
         requests = TaskRequests()
@@ -121,3 +144,13 @@ def test_memory_holds_no_images_of_what_was_built(build: Build) -> None:
         assert set(instance.doc["image"]) == {"path", "sha256", "bytes"}
         [image] = instance.args[2]["visual"]
         assert set(image) == {"path", "sha256", "bytes"}
+
+
+def test_stock_tasks(build: Build, files: ImageFiles) -> None:
+    expected = [image_bytes(image) for image, _ in held_out(3)]
+    [mmmu] = [unit.shown for unit in units_of(build("mmmu_val_art", chat=True)) if unit.shown]
+    assert [files.read(digest) for digest in mmmu.media] == [expected[1], expected[0], expected[1]]
+    assert "Is <image>  like <image> , or like <image> ?" in mmmu.text
+    [chart] = [unit.shown for unit in units_of(build("chartqa", chat=True)) if unit.shown]
+    assert [files.read(digest) for digest in chart.media] == expected[:1]
+    assert "How many?" in chart.text
