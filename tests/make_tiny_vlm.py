@@ -47,9 +47,12 @@ def make(family: str) -> tuple[Any, Any]:
     return {
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_5_vl,
+        "qwen3_vl": _qwen3_vl,
         "llava": _llava,
         "idefics3": _idefics3,
         "gemma3": _gemma3,
+        "llava_next": _llava_next,
+        "paligemma": _paligemma,
     }[family]()
 
 
@@ -102,6 +105,14 @@ def _qwen2_5_vl() -> tuple[Any, Any]:
     return _qwen("qwen2_5_vl", tokenizer, vision | {"fullatt_block_indexes": [1]}, images)
 
 
+def _qwen3_vl() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(**QWEN_TOKENS)
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
+    vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    images = transformers.Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=32 * 32 * 9, patch_size=16)
+    return _qwen("qwen3_vl", tokenizer, vision, images)
+
+
 def _llava() -> tuple[Any, Any]:
     tokenizer = _tokenizer(image="<image>")
     config = AutoConfig.for_model(
@@ -122,6 +133,48 @@ def _llava() -> tuple[Any, Any]:
         chat_template=TEMPLATE.format(image="<image>"),
     )
     return _model(config), processor
+
+
+def _llava_next() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image="<image>")
+    shapes = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    config = AutoConfig.for_model(
+        "llava_next",
+        text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), **_ids(tokenizer)},
+        vision_config=CLIP,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=False,
+        **shapes,
+    )
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **shapes
+    )
+    processor = transformers.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.format(image="<image>"),
+    )
+    return _model(config), processor
+
+
+def _paligemma() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image="<image>")
+    config = AutoConfig.for_model(
+        "paligemma",
+        text_config=TEXT | {"model_type": "gemma", "vocab_size": len(tokenizer), **_ids(tokenizer)},
+        vision_config=SIGLIP,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+    images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    template = TEMPLATE.format(image="<image>")
+    return _model(config), transformers.PaliGemmaProcessor(images, tokenizer, chat_template=template)
 
 
 def _idefics3() -> tuple[Any, Any]:

@@ -68,9 +68,17 @@ class Asked:
             prompts.append(MediaPrompt(text=text, media=tuple(digests)))
         return cls(loaded, tuple(prompts), files)
 
+    @property
+    def placeholders(self) -> list[int]:
+        """Tokens that stand for images: where a random model writes one, a forward pass over it looks for its image."""
+        config = self.loaded.model.config
+        ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        return [token for token in ids if token is not None]
+
     def generate(self, batch_size: int | None = None, **options: Any) -> tuple[dict[int, str], dict[int, str]]:
         """Texts and errors, by the numbers of the prompts."""
-        chosen = GenerationOptions(**({"max_gen_toks": 8} | options))
+        suppressed = {"kwargs": {"suppress_tokens": self.placeholders}}
+        chosen = GenerationOptions(**({"max_gen_toks": 8} | suppressed | options))
         chunk = MediaGenerationChunk(chunk_id=1, prompts=self.prompts, options=chosen, batch_size=batch_size)
         return multimodal_generation.generate(self.loaded, self._planned(chunk), lambda: False)
 
@@ -95,7 +103,11 @@ class Asked:
         prompt = self.prompts[number]
         images = [Image.open(io.BytesIO(self.files[digest])) for digest in prompt.media]
         assert self.loaded.processor is not None
-        return dict(self.loaded.processor.processor(text=[prompt.text], images=images or None, return_tensors="pt"))
+        nested = images if self.loaded.model.config.model_type == "llava" else [images]
+        made = self.loaded.processor.processor(
+            text=[prompt.text], images=nested if images else None, return_tensors="pt"
+        )
+        return {name: made[name] for name in made if name != "labels"}
 
     @torch.inference_mode()
     def plain_text(self, number: int, count: int = 8) -> str:
@@ -103,24 +115,29 @@ class Asked:
         ends = self.loaded.model.generation_config.eos_token_id
         tokens: list[int] = []
         while len(tokens) < count:
-            token = int(self._logits(number, tokens)[-1].argmax())
+            logits = self._logits(number, tokens)[-1]
+            logits[self.placeholders] = -torch.inf
+            token = int(logits.argmax())
             tokens.append(token)
             if token in (ends if isinstance(ends, list) else [ends]):
                 break
         return self.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
 
     @torch.inference_mode()
-    def plain_score(self, number: int, continuation: Continuation) -> float:
-        """The log-probability of a continuation, by a forward pass over prompt and continuation."""
-        logits = self._logits(number, continuation)[-len(continuation) - 1 : -1].log_softmax(-1)
+    def plain_score(self, number: int, continuation: Continuation, **values: int) -> float:
+        """The log-probability of a continuation, by a forward pass over prompt and continuation.
+
+        `values` are those of its tokens in tensors that say something of each token; 0 in others.
+        """
+        logits = self._logits(number, continuation, **values)[-len(continuation) - 1 : -1].log_softmax(-1)
         return sum(float(row[token]) for row, token in zip(logits, continuation, strict=True))
 
-    def _logits(self, number: int, more: Sequence[int]) -> torch.Tensor:
+    def _logits(self, number: int, more: Sequence[int], **of_more: int) -> torch.Tensor:
         inputs = self.inputs(number)
         shape = inputs["input_ids"].shape
         for name, tensor in inputs.items():
             if tensor.shape == shape and more:
                 values = {"input_ids": list(more), "attention_mask": [1] * len(more)}
-                added = torch.tensor([values.get(name, [0] * len(more))], dtype=tensor.dtype)
+                added = torch.tensor([values.get(name, [of_more.get(name, 0)] * len(more))], dtype=tensor.dtype)
                 inputs[name] = torch.cat([tensor, added], dim=1)
         return self.loaded.model(**inputs).logits[0]

@@ -19,7 +19,7 @@ from PIL import Image
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.company import Company, are_equal
 from gpu_pool.worker.engine.media import MediaError
-from gpu_pool.worker.engine.multimodal_scoring import shared_logits, whole_logits
+from gpu_pool.worker.engine.multimodal_scoring import shared_logits
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _SIDE = 64
 """Pixels of the images' sides."""
 _QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can be seen in the picture?")
 """Two of equal length, one longer."""
+_NEW = 4
+"""New tokens that are compared."""
 _ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, MediaError)
 
 
@@ -90,39 +92,49 @@ def render(processor: Any, question: str) -> str:
 
 @torch.inference_mode()
 def _company(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> Company:
-    """As `company.probe_company` asks models of text: the first prompt alone, and beside one of the others."""
+    """As `company.probe_company` asks models of text: the first prompt alone, and beside one of the others.
+
+    The second new token's logits are compared: past the prompt, to probe the cache too.
+    """
     first, second, longer = prompts
-    alone = _generated_logits(loaded, [first])
+    alone = _generate(loaded, [first], 2).logits[1][0]
     for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
-        if other.kind == first.kind and are_equal(alone, _generated_logits(loaded, [first, other]), loaded.model.dtype):
+        if other.kind != first.kind:
+            continue
+        if are_equal(alone, _generate(loaded, [first, other], 2).logits[1][0], loaded.model.dtype):
             return company
     return Company.NONE
 
 
-def _generated_logits(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> torch.Tensor:
-    """Logits [vocabulary] of the first prompt's second new token."""
-    output = loaded.model.generate(
+@torch.inference_mode()
+def _shares(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> bool:
+    """Whether shared keys and values give the logits that generation gives, token by token.
+
+    That is what a continuation's log-probability means; a forward pass over prompt and continuation may say otherwise,
+    where a prompt's tokens look at all of it, before them and behind (PaliGemma).
+    """
+    generated = [_generate(loaded, [prompt], _NEW) for prompt in prompts]
+    texts = [tuple(output.sequences[0, -_NEW:].tolist()) for output in generated]
+    reads = [tokens[:end] for tokens in texts for end in (_NEW - 1, 1)]
+    first, others = shared_logits(loaded, prompts, reads)
+    assert others is not None
+    for number, output in enumerate(generated):
+        expected = torch.cat(output.logits)
+        long, short = others[2 * number], others[2 * number + 1]
+        for shared in (torch.cat([first[number][None], long]), torch.cat([first[number][None], short[:1]])):
+            if not are_equal(shared, expected[: len(shared)], loaded.model.dtype):
+                return False
+    return True
+
+
+def _generate(loaded: LoadedModel, prompts: Sequence[PromptInputs], count: int) -> Any:
+    """So many new tokens of each prompt, the most likely ones, with their logits."""
+    return loaded.model.generate(
         **collate(prompts, loaded.device, loaded.model.dtype),
         do_sample=False,
-        min_new_tokens=2,
-        max_new_tokens=2,
+        min_new_tokens=count,
+        max_new_tokens=count,
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=loaded.tokenizer.pad_token_id,
     )
-    return output.logits[1][0]
-
-
-@torch.inference_mode()
-def _shares(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> bool:
-    """Whether continuations score by shared keys and values what they score by a forward pass each."""
-    tokens = prompts[0].tensors["input_ids"][0, -1:].tolist()
-    continuations = [(*tokens * 4,), (*tokens * 2,)]
-    rows = [(prompt, continuation) for prompt in prompts for continuation in continuations]
-    first, others = shared_logits(loaded, prompts, [continuation[:-1] for _, continuation in rows])
-    assert others is not None
-    for row, (prompt, continuation) in enumerate(rows):
-        shared = torch.cat([first[row // len(continuations)][None], others[row, : len(continuation) - 1]])
-        if not are_equal(shared, whole_logits(loaded, prompt, continuation), loaded.model.dtype):
-            return False
-    return True

@@ -42,7 +42,7 @@ class PromptProcessor:
             made = self.processor(text=[prompt.text], images=nested, return_tensors="pt")
         except Exception as error:  # processors raise whatever their parts do
             raise MediaError(f"the processor refuses the prompt: {type(error).__name__}: {error}") from error
-        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: made[name] for name in made if isinstance(made[name], torch.Tensor) and name != "labels"}
         is_text = [token not in self._placeholders for token in tensors["input_ids"][0].tolist()]
         last_text = max((place for place, text in enumerate(is_text) if text), default=None)
         filler = self._filler if last_text is None else int(tensors["input_ids"][0, last_text])

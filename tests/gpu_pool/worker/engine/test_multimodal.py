@@ -18,7 +18,7 @@ from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.multimodal_checks import ImageFacts
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava", "idefics3", "gemma3")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "gemma3")
 SIZES = ((30, 40), (90, 50), (28, 28), (64, 64), (100, 30))
 CONTINUATIONS = (" Paris", " the city of it", "Z", " the city", " the capital")
 
@@ -145,3 +145,15 @@ def test_a_model_without_an_image_processor_reads_text(
         loaded = load_fresh(folder, dtype="float32")
     assert loaded.processor is None
     assert "reads text only" in caplog.text
+
+
+@pytest.mark.filterwarnings("default:__array__ implementation:DeprecationWarning")  # in its image processor
+def test_what_follows_a_prompt_that_looks_at_all_of_itself_looks_back_only(tiny_vlm: Callable[[str], Path]) -> None:
+    loaded = load_fresh(tiny_vlm("paligemma"), dtype="float32")
+    asked = Asked.of(loaded, *([noise(30 + width, 40, width), "What is this?"] for width in range(3)))
+    continuations = tokens_of(loaded)
+    assert loaded.images == ImageFacts(Company.ANY_LENGTH, shares_prompts=True)
+    answers, errors = asked.score(continuations)
+    assert errors == {}
+    expected = [asked.plain_score(number, tokens, token_type_ids=1) for number in range(3) for tokens in continuations]
+    assert [answers[request][0] for request in range(len(answers))] == pytest.approx(expected, rel=1e-5)
