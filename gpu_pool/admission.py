@@ -14,7 +14,7 @@ from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, located_at, resolve_hub_revision, resolve_model
+from gpu_pool.models import is_kind, located_at, reads_images, resolve_hub_revision, resolve_model
 from gpu_pool.records import CheckpointType, Evaluation, Merge, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
@@ -44,11 +44,11 @@ class Admission:
         place = self.place(evaluation)
         self.check_output_dir(evaluation.output_dir)
         if merge := await self.merge_for(evaluation):
-            await self.model_args(evaluation, merge.description_path, is_merged=False)
+            args = await self.model_args(evaluation, merge.description_path, is_merged=False)
         else:
             args = await self.model_args(evaluation)
             self.plan(evaluation, await self.size(evaluation, args, place), place)
-        await self._check_tasks(evaluation)
+        await self._check_tasks(evaluation, args)
 
     async def model_args(self, evaluation: Evaluation, path: str | None = None, *, is_merged: bool = True) -> ModelArgs:
         """What `model` and `model_args` mean, a hub id resolved to a commit; reads files or asks the hub, in a thread.
@@ -188,9 +188,10 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, evaluation: Evaluation) -> None:
+    async def _check_tasks(self, evaluation: Evaluation, args: ModelArgs) -> None:
         tasks = evaluation.tasks
-        problems = await self._desk.check(tasks, evaluation.num_fewshot)
+        images = await asyncio.to_thread(reads_images, args)
+        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=images)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,27 @@ _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state"
 _TOKENIZER_MARKS = ("token", "vocab", "merges", ".model", ".tiktoken", ".spm")
 
 _MULTIMODAL_MARKS = ("vision_config", "audio_config", "mm_vision_tower", "speech_config", "thinker_config")
-CAUSAL_MULTIMODAL_TYPES = frozenset(
+IMAGE_TEXT_TYPES = frozenset(
     {
-        *("dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2"),
-        *("llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
+        *("aria", "aya_vision", "blip-2", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge"),
+        *("cosmos3_omni", "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3"),
+        *("ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git"),
+        *("glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2", "granite4_vision"),
+        *("granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics", "idefics2", "idefics3", "inkling2"),
+        *("inkling_mm_model", "instructblip", "instructblipvideo", "internvl", "janus", "kimi_k25", "kosmos-2"),
+        *("kosmos-2.5", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video"),
+        *("llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral4"),
+        *("mistral_large4", "mllama", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2"),
+        *("paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
+        *("qwen4_exp", "shieldgemma2", "smolvlm", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava"),
+        "vipllava",
     }
 )
-"""Model types whose text part transformers' AutoModelForCausalLM loads from a multimodal checkpoint."""
+"""Model types that transformers' AutoModelForImageTextToText loads and that continue text with images in it."""
+
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Where a checkpoint says how images are processed."""
 
 ENCODER_DECODER_TYPES = frozenset(
     {
@@ -55,6 +70,9 @@ _HEADLESS_SUFFIXES = (
 """Ends of architecture names that have no causal language-model head."""
 _BARE_SUFFIX, _ENCODER_SUFFIXES = "Model", ("EncoderModel", "Encoder")
 """A bare encoder-decoder's head is its embedding (BART's base checkpoints are saved so); an encoder has none."""
+_CONDITIONAL_SUFFIX = "ForConditionalGeneration"
+_OTHER_TYPES = frozenset({"blip", "florence2", "pix2struct", "t5gemma2", "udop"})
+"""Model types with images and such a head that are encoder-decoders, or caption images without reading text."""
 _HEAD_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
 
@@ -84,7 +102,7 @@ def read_config(path: Path, field: str) -> dict[str, Any]:
         raise InvalidRequest(field, f"{path} cannot be read: {error}") from error
 
 
-def check_config(config: dict[str, Any], field: str) -> None:
+def check_config(config: Mapping[str, Any], field: str) -> None:
     """Raise InvalidRequest unless this config.json is a language model's; what cannot be told is left to the worker."""
     architectures = _architectures(config)
     name = ", ".join(architectures) or str(config.get("model_type") or "this model")
@@ -94,10 +112,10 @@ def check_config(config: dict[str, Any], field: str) -> None:
         return
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         return
-    if config.get("model_type") in CAUSAL_MULTIMODAL_TYPES or any(a.endswith(_HEAD_SUFFIXES) for a in architectures):
+    if reads_images(config) or any(a.endswith(_HEAD_SUFFIXES) for a in architectures):
         return
     if any(mark in config for mark in _MULTIMODAL_MARKS):
-        raise InvalidRequest(field, f"multimodal models are not served yet ({name})")
+        raise InvalidRequest(field, f"{name} is no model that continues text, or text with images in it")
     if config.get("is_encoder_decoder"):
         kinds = ", ".join(sorted(ENCODER_DECODER_TYPES))
         raise InvalidRequest(
@@ -105,6 +123,14 @@ def check_config(config: dict[str, Any], field: str) -> None:
         )
     if architectures and all(a.endswith(_HEADLESS_SUFFIXES) for a in architectures):
         raise InvalidRequest(field, f"{name} is no causal language model (an architecture such as LlamaForCausalLM)")
+
+
+def reads_images(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json is of a model that continues text with images in it; a new type is told by its parts."""
+    if config.get("is_encoder_decoder") or config.get("model_type") in ENCODER_DECODER_TYPES:
+        return False
+    looks_so = "vision_config" in config and any(a.endswith(_CONDITIONAL_SUFFIX) for a in _architectures(config))
+    return config.get("model_type") in IMAGE_TEXT_TYPES or (looks_so and config.get("model_type") not in _OTHER_TYPES)
 
 
 def _lacks_decoder(architecture: str) -> bool:
@@ -129,7 +155,7 @@ def check_tokenizer(folder: Path, field: str) -> None:
         raise InvalidRequest(field, f"{folder} has no tokenizer files; name a tokenizer in `model_args.tokenizer`")
 
 
-def _architectures(config: dict[str, Any]) -> list[str]:
+def _architectures(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [str(name) for name in cast("list[Any]", names)] if isinstance(names, list) else []
 

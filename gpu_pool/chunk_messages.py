@@ -55,7 +55,55 @@ class GenerationChunk(Message, frozen=True, kw_only=True):
     deterministic: bool = False
 
 
-ToWorkerData = Hello | LoglikelihoodChunk | GenerationChunk
+class Media(Message, frozen=True, kw_only=True):
+    """A file that prompts of later chunks on this connection show, as it is; the worker keeps it until ForgetMedia."""
+
+    digest: str
+    """sha256 hex of `data`."""
+    data: bytes
+
+
+class ForgetMedia(Message, frozen=True, kw_only=True):
+    """No later chunk shows these, unless they are sent again; those sent before are not affected.
+
+    The evaluator alone decides what a worker keeps: neither can be wrong about what the other one has.
+    """
+
+    digests: tuple[str, ...]
+
+
+class MediaPrompt(Record, frozen=True, kw_only=True):
+    """Text with the model's own placeholders of images, and the digests of the images in their order."""
+
+    text: str
+    media: tuple[str, ...] = ()
+
+
+class MediaLoglikelihoodChunk(Message, frozen=True, kw_only=True):
+    """Score each of `continuations` after the prompt of the number that `prompt_of` gives for it."""
+
+    chunk_id: int
+    prompts: tuple[MediaPrompt, ...]
+    continuations: TokenSequences
+    prompt_of: tuple[int, ...]
+    batch_size: int | None = None
+    deterministic: bool = False
+
+
+class MediaGenerationChunk(Message, frozen=True, kw_only=True):
+    """Continue each prompt, as GenerationChunk has it."""
+
+    chunk_id: int
+    prompts: tuple[MediaPrompt, ...]
+    options: GenerationOptions
+    seeds: tuple[int, ...] = ()
+    batch_size: int | None = None
+    deterministic: bool = False
+
+
+ToWorkerData = (
+    Hello | LoglikelihoodChunk | GenerationChunk | Media | ForgetMedia | MediaLoglikelihoodChunk | MediaGenerationChunk
+)
 
 
 # ---------------------------------------------------------------- worker -> evaluator (data channel)
@@ -84,20 +132,28 @@ class ChunkBegun(Message, frozen=True, kw_only=True):
 
 
 class LoglikelihoodDone(Message, frozen=True, kw_only=True):
-    """(sum of log-probabilities of the continuation, whether greedy decoding gives it), in request order."""
+    """(sum of log-probabilities of the continuation, whether greedy decoding gives it), in request order.
+
+    None where a request cannot be answered while the others are: `errors` says why, by its place.
+    """
 
     chunk_id: int
-    answers: tuple[tuple[float, bool], ...]
+    answers: tuple[tuple[float, bool] | None, ...]
     seconds: float
+    errors: dict[int, str] = {}
 
 
 class GenerationDone(Message, frozen=True, kw_only=True):
-    """Texts as lm-eval's HF backend returns them: special tokens skipped, cut at the first stop string."""
+    """Texts as lm-eval's HF backend returns them: special tokens skipped, cut at the first stop string.
+
+    None and `errors` as in LoglikelihoodDone.
+    """
 
     chunk_id: int
-    texts: tuple[str, ...]
+    texts: tuple[str | None, ...]
     seconds: float
     """Of the worker's time; for chunks that were computed together the mean of those that have ended."""
+    errors: dict[int, str] = {}
 
 
 class ChunkFailed(Message, frozen=True, kw_only=True):

@@ -62,13 +62,21 @@ class Desk:
         """Every task, group and tag; waits until the first index is built."""
         return await asyncio.shield(self._catalogue)
 
-    async def check(self, tasks: tuple[str, ...], num_fewshot: int | None) -> tuple[msg.TaskProblem, ...]:
-        """What is wrong with these tasks; raises DeskUnavailable when the process ends meanwhile."""
+    async def check(
+        self, tasks: tuple[str, ...], num_fewshot: int | None, *, reads_images: bool = False
+    ) -> tuple[msg.TaskProblem, ...]:
+        """What is wrong with these tasks for a model that reads images, or does not.
+
+        Raises:
+            DeskUnavailable: the process ends meanwhile.
+        """
         await self._ready.wait()
         assert self._child is not None
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._child.send(msg.CheckTasks(check_id=number, tasks=tasks, num_fewshot=num_fewshot))
+        self._child.send(
+            msg.CheckTasks(check_id=number, tasks=tasks, num_fewshot=num_fewshot, reads_images=reads_images)
+        )
         try:
             return await answer
         finally:

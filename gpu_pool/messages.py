@@ -118,6 +118,8 @@ class CheckTasks(Message, frozen=True, kw_only=True):
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
     """The request's: few-shot examples need a split of their own."""
+    reads_images: bool = False
+    """Whether the model does."""
 
 
 class BuildCatalogue(Message, frozen=True, kw_only=True):

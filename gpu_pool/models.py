@@ -10,15 +10,17 @@ from typing import Any
 
 import msgspec
 
+from gpu_pool import checkpoints
 from gpu_pool.checkpoints import check_checkpoint, check_config, check_gguf, check_tokenizer, read_config
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.quantization import check_bitsandbytes, check_quantization
 from gpu_pool.records import ModelArgs
 from gpu_pool.suggestions import close_names
+from gpu_pool.weight_files import finder
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "hf": (
-        *("hf-auto", "hf-causal", "huggingface", "transformers"),
+        *("hf-auto", "hf-causal", "hf-multimodal", "huggingface", "transformers"),
         # lmms-eval's names for families of models that transformers loads
         *("aria", "async_hf", "async_hf_model", "fuyu", "gemma3", "gemma4", "glm4v", "idefics2", "instructblip"),
         *("internvl_hf", "lfm2_5_vl", "llama4_scout", "llama_vision", "llava_hf", "llava_onevision", "mistral3_vl"),
@@ -120,6 +122,16 @@ def resolve_hub_revision(args: ModelArgs) -> ModelArgs:
     return msgspec.structs.replace(args, revision=commit)
 
 
+def reads_images(args: ModelArgs) -> bool:
+    """Whether the model of these resolved arguments reads images, as far as its configuration and local files tell."""
+    config = None if args.gguf_file else finder(args)("config.json")
+    if config is None or not checkpoints.reads_images(read_config(config, "model")):
+        return False
+    source = args.tokenizer or args.pretrained
+    find = finder(msgspec.structs.replace(args, pretrained=source))
+    return not os.path.exists(source) or any(map(find, checkpoints.IMAGE_PROCESSOR_FILES))
+
+
 # ---------------------------------------------------------------- names and values
 
 
@@ -177,9 +189,21 @@ def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
         raise InvalidRequest("model_args.max_length", "must be an integer of at least 2 tokens")
     if args.prefix_token_id is not None and args.prefix_token_id < 0:
         raise InvalidRequest("model_args.prefix_token_id", "must be a token id, 0 or more")
+    _check_images(args)
     if args.trust_remote_code and not allow_remote_code:
         problem = "refused: the operator has not allowed code that comes with a checkpoint (allow_remote_code)"
         raise InvalidRequest("model_args.trust_remote_code", problem)
+
+
+def _check_images(args: ModelArgs) -> None:
+    for key in ("max_images", "min_pixels", "max_pixels", "image_width", "image_height", "image_max_side"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise InvalidRequest(f"model_args.{key}", "must be an integer of at least 1")
+    if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
+        raise InvalidRequest("model_args.min_pixels", f"must be at most max_pixels ({args.max_pixels})")
+    if args.image_max_side and (args.image_width or args.image_height):
+        problem = "must be left out where image_width or image_height says how large images may be"
+        raise InvalidRequest("model_args.image_max_side", problem)
 
 
 def _check_attention(attention: str) -> None:

@@ -68,7 +68,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """Constructor arguments of a transformers model; names and meaning are those of lm-eval's HF backend."""
+    """Constructor arguments of a transformers model; names and meaning are those of lm-eval's HF backends.
+
+    Those from `image_token_id` on are of its `hf-multimodal`: how images stand in prompts, and how large they are.
+    """
 
     pretrained: str
     revision: str | None = None
@@ -94,6 +97,16 @@ class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     think_end_token: str | int | None = None
     enable_thinking: bool | None = None
     chat_template_args: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    image_string: str | None = None
+    interleave: bool = True
+    max_images: int = 999
+    convert_img_format: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    image_width: int | None = None
+    image_height: int | None = None
+    image_max_side: int | None = None
 
 
 class ModelSpec(Record, frozen=True, kw_only=True, dict=True):

@@ -48,7 +48,10 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     ]
     model_args: Annotated[
         dict[str, Any] | None,
-        Meta(description="An object of model arguments: pretrained, dtype, revision, attn_implementation, peft…"),
+        Meta(
+            description="An object of model arguments: pretrained, dtype, revision, attn_implementation, peft…; "
+            "of models that read images also min_pixels, max_pixels, image_max_side, max_images…"
+        ),
     ] = None
     num_fewshot: Annotated[
         Annotated[int, Meta(ge=0, le=10_000)] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -97,6 +98,17 @@ def rank_file_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     """The same, saved with `torch.save` by each rank."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
     return _make("make_sharded_checkpoint.py", tiny_model, folder, "rank-files")
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a family of models that read images, a random checkpoint, fp32, with a processor and a chat template."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return _make("make_tiny_vlm.py", family, tmp_path_factory.mktemp(family))
+
+    return make
 
 
 def _make(script: str, *arguments: Path | str) -> Path:

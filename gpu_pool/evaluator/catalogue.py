@@ -66,11 +66,13 @@ class TaskLibrary:
                 raise UnknownTask(f"There is no task {name!r}")
         return self._manager.load(list(dict.fromkeys(names)))
 
-    def check(self, names: Sequence[str], num_fewshot: int | None = None) -> tuple[TaskProblem, ...]:
-        """What keeps these tasks from running here; nothing is downloaded."""
+    def check(
+        self, names: Sequence[str], num_fewshot: int | None = None, *, reads_images: bool = False
+    ) -> tuple[TaskProblem, ...]:
+        """What keeps these tasks from running here, on a model that reads images or does not; nothing is downloaded."""
         self._refresh()
         broken = {path: reason for index in self._indexes.values() for path, reason in index.broken.items()}
-        return self._checker.check(names, self._manager.task_index, broken, num_fewshot)
+        return self._checker.check(names, self._manager.task_index, broken, num_fewshot, reads_images)
 
     def _refresh(self) -> None:
         """Take in what has changed in the operator's folders."""

@@ -39,6 +39,7 @@ class Dispatcher:
         on_failure: Callable[[str], None],
         on_silence: Callable[[str], None] = lambda _: None,
         paces: Paces | None = None,
+        read_media: Callable[[str], bytes] = lambda _: b"",
         *,
         deterministic: bool = False,
     ) -> None:
@@ -46,7 +47,7 @@ class Dispatcher:
         have an error in the place of an answer; `on_failure(error)` when the job cannot go on; `on_silence(worker_id)`
         while a worker owes answers and says nothing.
 
-        `paces` are what earlier jobs found out about the workers.
+        `paces` are what earlier jobs found out about the workers; `read_media` gives an image's file by its digest.
         """
         self.job_id = job_id
         self.batch_size = batch_size
@@ -56,6 +57,7 @@ class Dispatcher:
         self.on_silence = on_silence
         self._on_errors = on_errors
         self.paces = paces or Paces()
+        self.read_media = read_media
         self.welcome: Welcome | None = None
         """What the latest worker said of the loaded model."""
         self._lines: dict[str, Line] = {}
@@ -151,7 +153,7 @@ class Dispatcher:
             cause = self._suspects.failed(suspect)
             self._changed.notify_all()
         if cause is not None:
-            self._end_in_error(cause, error)
+            self.end_in_error(cause, error)
 
     def left(self, link: Link) -> None:
         """A worker is gone: what it did not answer is asked next. (It may have been attached again meanwhile.)"""
@@ -167,7 +169,7 @@ class Dispatcher:
                 del self._links[link.worker_id]
         ended = f"its worker process ended: {link.cause or 'it closed the connection'}"
         for unit in causes:
-            self._end_in_error(unit, ended)
+            self.end_in_error(unit, ended)
         if link.then:
             link.then()
 
@@ -203,7 +205,8 @@ class Dispatcher:
             line.put_back(link)
         return causes
 
-    def _end_in_error(self, unit: Unit, error: str) -> None:
+    def end_in_error(self, unit: Unit, error: str) -> None:
+        """There will be no answer to this unit, whoever is asked."""
         if self.shared is not None:
             self.shared.give_up([unit])
         unit.error = error

@@ -73,11 +73,13 @@ def _prepare_for_jobs(start: EvaluatorStart, library: TaskLibrary) -> OpenJob:
 
     from gpu_pool.evaluator import bootstrap
     from gpu_pool.evaluator.harness_lm_eval import memoise_templates
+    from gpu_pool.evaluator.images import leave_undecoded
     from gpu_pool.evaluator.job import JobRun, Workshop
     from gpu_pool.evaluator.prompts import import_model_code
 
     memoise_templates()
     bootstrap.install()
+    leave_undecoded()
     import_model_code()
     workshop = Workshop(
         library,

@@ -25,6 +25,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups, get_sample_size
 
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.images import described
 from gpu_pool.records import Evaluation
 from gpu_pool.results import hash_text, plain
 
@@ -55,16 +56,20 @@ def seed_everything(evaluation: Evaluation) -> None:
         np.random.seed(evaluation.numpy_random_seed)
 
 
-def configure_task(name: str, task: Task, evaluation: Evaluation, allow_code: bool) -> None:
+def configure_task(
+    name: str, task: Task, evaluation: Evaluation, allow_code: bool, *, reads_images: bool = False
+) -> None:
     """Apply the request's overrides to one task.
 
     Raises:
-        TaskError: the task runs code written by the model, or needs a multimodal model.
+        TaskError: the task runs code written by the model, or shows what the model does not read.
     """
     if getattr(task, "UNSAFE_CODE", False) and not allow_code:
         raise TaskError(f"{name} runs code written by the model, which the operator of this server does not allow")
-    if getattr(task, "MULTIMODAL", False):
-        raise TaskError(f"{name} needs a multimodal model")
+    if task.get_config("doc_to_audio"):
+        raise TaskError(f"{name} needs a model that hears; audio is not served yet")
+    if getattr(task, "MULTIMODAL", False) and not reads_images:
+        raise TaskError(f"{name} needs a model that reads images")
     if task.get_config("output_type") == "generate_until":
         if evaluation.gen_kwargs:
             task.set_config(key="generation_kwargs", value=evaluation.gen_kwargs, update=True)
@@ -95,6 +100,8 @@ def build_instances(
 ) -> Iterator[list[Instance]]:
     """Render the prompts of a task, by portions of documents of these sizes; all end up in `task.instances`."""
     documents = task.doc_iterator(limit=get_sample_size(task, evaluation.limit))
+    if getattr(task, "MULTIMODAL", False):
+        sizes = (min(size, FIRST_PORTION) for size in sizes)  # of documents with images memory holds few
     instances: list[Instance] = []
     some = list(itertools.islice(documents, next(sizes)))
     while some or not instances:  # lm-eval's refusal of a task without documents is wanted
@@ -209,7 +216,7 @@ def _sample(
     return (
         {
             "doc_id": doc_id,
-            "doc": doc,
+            "doc": described(doc) if getattr(task, "MULTIMODAL", False) else doc,
             "target": target,
             "arguments": [request.args for request in requests],
             "resps": [request.resps for request in requests],

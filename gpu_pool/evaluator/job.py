@@ -21,6 +21,8 @@ from gpu_pool.evaluator.chunking import Paces
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
+from gpu_pool.evaluator.image_prompts import ImagePrompts
+from gpu_pool.evaluator.images import ImageFiles
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
@@ -48,6 +50,7 @@ class Workshop:
         self.encoders = EncoderPool(memo_path(data_dir))
         self.paces = Paces()
         self.allow_code = allow_code
+        self.media_dir = data_dir / "cache"
 
 
 class JobRun:
@@ -59,6 +62,7 @@ class JobRun:
         self._workshop = workshop
         self._send = send
         self._progress = ProgressReporter(job.job_id, send)
+        self._images = ImageFiles(workshop.media_dir)
         batch_size = None if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
         self.dispatcher = Dispatcher(
             job.job_id,
@@ -68,6 +72,7 @@ class JobRun:
             self._on_failure,
             self._on_silence,
             workshop.paces,
+            self._images.read,
             deterministic=job.evaluation.deterministic,
         )
         self._shared: SharedAnswers | None = None
@@ -100,7 +105,7 @@ class JobRun:
         Raises:
             PoolError: the job cannot be completed, and why.
         """
-        with self._progress, self._sharing(), contextlib.closing(self.dispatcher):
+        with self._progress, contextlib.closing(self._images), self._sharing(), contextlib.closing(self.dispatcher):
             harness.seed_everything(self._evaluation)
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
@@ -127,11 +132,14 @@ class JobRun:
         """Build and queue every task's requests, publishing meanwhile what is complete."""
         for name, task in tasks.items():
             with _blame(name):
-                harness.configure_task(name, task, self._evaluation, self._workshop.allow_code)
+                harness.configure_task(
+                    name, task, self._evaluation, self._workshop.allow_code, reads_images=encoder.reads_images
+                )
         builder = RequestBuilder(
             self._job.model,
             encoder,
             self._evaluation.torch_random_seed,
+            ImagePrompts(self._images, encoder, is_chat=bool(self._evaluation.apply_chat_template)),
             deterministic=self._evaluation.deterministic,
         )
         template = self._chat_template(encoder)
@@ -140,7 +148,7 @@ class JobRun:
             with _blame(name):
                 self._open[name] = 1  # for what is not built yet
                 for instances in harness.build_instances(task, self._evaluation, template, sizes):
-                    self._ask(name, builder.build(instances))
+                    self._ask(name, builder.build(instances, getattr(task, "media_folders", ())))
                     self._progress.enter(Phase.EVALUATING)
                     if self._failure:
                         break
@@ -174,7 +182,7 @@ class JobRun:
         for unit in errored:
             self._count_errors({name: uses[unit]}, unit.error or "")
             _log.warning(_ERRORED, name, unit.error)
-        misses = in_trie_order(unit for unit in new if unit.answer is None)
+        misses = in_trie_order(unit for unit in new if unit.is_open)
         for unit in misses:
             unit.asked = True
         self.dispatcher.submit(misses)

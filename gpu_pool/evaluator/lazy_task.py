@@ -11,6 +11,7 @@ import functools
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.typed_content import IMAGE_PLACEHOLDER
 
 KEPT_PROCESSED = 128
 """Processed splits that are kept; lm-eval asks for them several times a job."""
@@ -35,6 +37,8 @@ class LazyTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any]) -> None:
         self._is_built = False
         self._fewshot_seed: int | None = None
+        self._shots: list[Any] = []
+        """Few-shot documents of the prompt that is being built."""
         super().__init__(config=config)
         self._is_built = True
 
@@ -50,7 +54,47 @@ class LazyTask(ConfigurableTask):
             raise NoFewshotDocuments(f"{self.config.task} has no documents to take few-shot examples from")
         kind = self.fewshot_cfg.sampler
         make = samplers.get_sampler(kind) if isinstance(kind, str) else kind
-        return make(list(documents), rnd=None).set_rnd(self._fewshot_seed)
+        sampler = make(list(documents), rnd=None).set_rnd(self._fewshot_seed)
+        if self.config.doc_to_image:
+            sampler.sample = self._remembering(sampler.sample)
+        return sampler
+
+    def fewshot_context(self, *args: Any, **kwargs: Any) -> Any:
+        """As in lm-eval."""
+        self._shots = []
+        return super().fewshot_context(*args, **kwargs)
+
+    def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
+        """As in lm-eval, with the images of the few-shot examples before the document's own: lm-eval leaves them out,
+        though the examples' text shows where they belong."""
+        made = super().construct_requests(doc, ctx, **kwargs)
+        shown = [self.doc_to_image(shot) for shot in self._shots if self._shows_images(shot)]
+        if shown:
+            for instance in made if isinstance(made, list) else [made]:
+                *others, media = instance.arguments
+                instance.arguments = (*others, {**media, "visual": [*shown, media["visual"]]})
+        return made
+
+    @property
+    def media_folders(self) -> list[Path]:
+        """Where relative paths of images may lie: beside the data files, or in the data folder."""
+        options = self.config.dataset_kwargs or {}
+        files = options.get("data_files") or ()
+        groups = files.values() if isinstance(files, dict) else [files]
+        names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+        folders = [Path(name).parent for name in names]
+        return [*folders, *(Path(str(place)) for place in (options.get("data_dir"), self.DATASET_PATH) if place)]
+
+    def _remembering(self, sample: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(sample)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            self._shots = list(sample(*args, **kwargs))
+            return self._shots
+
+        return remembered
+
+    def _shows_images(self, shot: Any) -> bool:
+        return IMAGE_PLACEHOLDER in str(self.doc_to_text(shot, self.fewshot_cfg.doc_to_text))
 
     def set_fewshot_seed(self, seed: int | None = None) -> None:
         """As in lm-eval, without making the sampler."""

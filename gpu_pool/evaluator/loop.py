@@ -72,9 +72,9 @@ class EvaluatorLoop:
         self._say_ready()
         while True:
             match self._inbox.get():
-                case CheckTasks(check_id=check_id, tasks=tasks, num_fewshot=num_fewshot):
-                    problems = self._library.check(tasks, num_fewshot)
-                    self._send(TasksChecked(check_id=check_id, problems=problems))
+                case CheckTasks() as asked:
+                    problems = self._library.check(asked.tasks, asked.num_fewshot, reads_images=asked.reads_images)
+                    self._send(TasksChecked(check_id=asked.check_id, problems=problems))
                 case BuildCatalogue():
                     self._send(Catalogue(entries=self._library.entries()))
                 case (message, job):

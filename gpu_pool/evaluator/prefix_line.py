@@ -19,6 +19,7 @@ from gpu_pool.token_sequences import TOKEN_BYTES, common_prefix, token_bytes
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
+    from gpu_pool.evaluator.tokenising import Tokens
 
 TOKENS_LIKE_A_NEW_ONE = 64
 """Tokens of a sequence that cost as much as a new one, shared or not: their keys are read."""
@@ -289,4 +290,9 @@ class Line:
 
 def unit_bytes(unit: Unit) -> bytes:
     """Tokens of prompt and continuation as one sequence."""
-    return b"".join(token_bytes(np.asarray(part, np.uint32).data) for part in (unit.prompt, unit.continuation))
+    return tokens_bytes(unit.prompt) + tokens_bytes(unit.continuation)
+
+
+def tokens_bytes(tokens: Tokens) -> bytes:
+    """An array of tokens as they travel."""
+    return token_bytes(np.asarray(tokens, np.uint32).data)

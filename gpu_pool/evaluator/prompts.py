@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import jinja2
 import numpy as np
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers.utils.hub import cached_file
 
-from gpu_pool.checkpoints import ENCODER_DECODER_TYPES
+from gpu_pool import checkpoints
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
+from gpu_pool.evaluator.typed_content import typed_content, with_image_strings
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import ModelArgs, ModelSpec
 
@@ -41,7 +44,7 @@ class PromptEncoder:
             self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
         except Exception as error:  # transformers raises whatever its parsers do
             raise PromptError(f"the tokenizer of {source} cannot be loaded: {explain(error)}") from error
-        self.is_encoder_decoder: bool = getattr(config, "model_type", None) in ENCODER_DECODER_TYPES
+        self.is_encoder_decoder: bool = getattr(config, "model_type", None) in checkpoints.ENCODER_DECODER_TYPES
         self.max_length: int = args.max_length or resolve_max_length(config, self.tokenizer)
         self.prefix_token_id = _prefix_token_id(args, self.tokenizer)
         self._prefix: Tokens = np.array([self.prefix_token_id], np.uint32)
@@ -53,6 +56,11 @@ class PromptEncoder:
         if self.is_encoder_decoder:  # whose prompts lm-eval gives to the tokenizer as they are
             prompt_special, bos = {}, None
         self._prompts = TextEncoder(tokeniser, prompt_special | {"truncation": args.truncation}, bos)
+        self.reads_images = checkpoints.reads_images(config.to_dict()) and _has_image_processor(args)
+        if self.reads_images and (template := _processor_template(args)) is not None:
+            self.tokenizer.chat_template = template
+        self.max_images = args.max_images
+        self._image_string = _image_string(args, config, self.tokenizer)
         self._template_args = dict(args.chat_template_args or {})
         if args.enable_thinking is not None:
             self._template_args["enable_thinking"] = args.enable_thinking
@@ -112,7 +120,12 @@ class PromptEncoder:
     def apply_chat_template(
         self, wanted: bool | str, history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """One conversation as a prompt; without its system turn if the template refuses that."""
+        """One conversation as a prompt; without its system turn if the template refuses that.
+
+        For a model that reads images, contents are lists of typed parts, as `hf-multimodal` makes them.
+        """
+        if self.reads_images:
+            history = [{**turn, "content": self._typed(turn["content"])} for turn in history]
         render = functools.partial(
             self.tokenizer.apply_chat_template,
             chat_template=self.chat_template(wanted),
@@ -126,6 +139,20 @@ class PromptEncoder:
         except jinja2.exceptions.TemplateError:
             _log.warning("The chat template refuses the conversation: trying without its system turn")
             return render([turn for turn in history if turn["role"] != "system"])
+
+    def place_images(self, prompt: str) -> str:
+        """A prompt without a chat template, which knows it: the model's own string where images belong.
+
+        Raises:
+            PromptError: nobody knows what that string is.
+        """
+        if self._image_string is None:
+            raise PromptError("Its configuration names no token for images: give image_string in model_args")
+        return with_image_strings(prompt, self._image_string, self.max_images)
+
+    def _typed(self, content: Any) -> Any:
+        options = {"interleave": self._args.interleave, "max_images": self.max_images}
+        return typed_content(content, **options) if isinstance(content, str) else content
 
     def description(self) -> dict[str, Any]:
         """lm-eval's tokenizer entries of a results file (`add_tokenizer_info`)."""
@@ -222,6 +249,44 @@ def _load_config(args: ModelArgs) -> Any:
 def _source_options(args: ModelArgs) -> dict[str, Any]:
     options: dict[str, Any] = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
     return options | {"subfolder": args.subfolder} if args.subfolder else options
+
+
+def _image_string(args: ModelArgs, config: Any, tokenizer: Any) -> str | None:
+    """What stands for an image in a prompt without a chat template (`HFMultimodalLM.__init__`).
+
+    Gemma's processors look for the token that begins an image, not for the one that `image_token_id` means.
+    """
+    if args.image_string is not None:
+        return args.image_string
+    if args.image_token_id is None and (begin := getattr(tokenizer, "boi_token", None)):
+        return begin
+    candidates = (args.image_token_id, *(getattr(config, f"image_token_{name}", None) for name in ("id", "index")))
+    token_id = next((candidate for candidate in candidates if candidate is not None), None)
+    return None if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _has_image_processor(args: ModelArgs) -> bool:
+    return any(_find(args, name) is not None for name in checkpoints.IMAGE_PROCESSOR_FILES)
+
+
+def _processor_template(args: ModelArgs) -> Any:
+    """The chat template of a processor that keeps it in a file of its own, as older checkpoints do."""
+    path = _find(args, "chat_template.json")
+    return None if path is None or _find(args, "chat_template.jinja") else json.loads(path.read_text())["chat_template"]
+
+
+def _find(args: ModelArgs, name: str) -> Path | None:
+    """A file of the tokenizer's and processor's folder or repository, if it has it."""
+    source = args.tokenizer or args.pretrained
+    found = cached_file(
+        source,
+        name,
+        revision=args.revision or "main",
+        subfolder=args.subfolder or "",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _prefix_token_id(args: ModelArgs, tokenizer: Any) -> int:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,8 +22,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
-from gpu_pool.chunk_messages import GenerationOptions
+from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.image_prompts import ImagePrompts, Shown, arguments, forget_images, shows_images, stand_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
@@ -43,6 +45,8 @@ class Unit:
     prompt: Tokens
     continuation: Tokens = field(default_factory=lambda: NO_TOKENS)
     options: GenerationOptions | None = None
+    shown: MediaPrompt | None = None
+    """The prompt of a question with images, which only a worker can make tokens of: `prompt` stands in for them."""
     kind: str = "loglikelihood"
     """Units of one kind may share a chunk: the same for equal `options`."""
     seed: int = 0
@@ -109,16 +113,28 @@ class RequestBuilder:
     """Makes the units of one job."""
 
     def __init__(
-        self, model: ModelSpec, encoder: PromptEncoder, seed: int | None, *, deterministic: bool = False
+        self,
+        model: ModelSpec,
+        encoder: PromptEncoder,
+        seed: int | None,
+        images: ImagePrompts | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
+        """`images` makes the prompts of instances with images; None: there are none."""
         self._encoder = encoder
+        self._images = images
+        self._folders: Sequence[Path] = ()
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._scope = cache_scope(model, deterministic)
         self._units: dict[bytes, Unit] = {}
 
-    def build(self, instances: Sequence[Instance]) -> TaskRequests:
+    def build(self, instances: Sequence[Instance], folders: Sequence[Path] = ()) -> TaskRequests:
         """The requests of these instances of one task, in their order.
+
+        Relative paths of images are looked for in `folders`. In the instances a description takes the place of each
+        image: a job's images are in its files, not in memory.
 
         Raises:
             PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
@@ -128,17 +144,26 @@ class RequestBuilder:
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generation,
+            "loglikelihood with images": self._loglikelihood_with_images,
+            "generate_until with images": self._generation_with_images,
+        }
+        self._folders = folders
+        kinds = {
+            id(instance): instance.request_type + " with images" * shows_images(instance) for instance in instances
         }
         repeats: dict[int, list[list[Unit]]] = {}
-        for kind in dict.fromkeys(instance.request_type for instance in instances):
-            some = [instance for instance in instances if instance.request_type == kind]
+        for kind in dict.fromkeys(kinds.values()):
+            if kind not in makers:
+                raise PromptError(f"{kind} cannot be asked: what is scored must follow the images")
+            some = [instance for instance in instances if kinds[id(instance)] == kind]
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
+        forget_images(instances)
         return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
             raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
-        texts: list[Any] = [instance.args for instance in instances]
+        texts: list[Any] = [instance.args[:2] for instance in instances]
         pairs = self._encoder.encode_pairs(texts)
         return [
             [[self._scoring(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
@@ -167,23 +192,76 @@ class RequestBuilder:
             for instance, option in zip(instances, options, strict=True)
         ]
 
-    def _scoring(self, context: Tokens, continuation: Tokens) -> Unit:
-        key = answer_key(self._scope, b"loglikelihood", context.tobytes(), continuation.tobytes())
-        return self._units.setdefault(key, Unit(prompt=context, continuation=continuation, key=key))
+    def _loglikelihood_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        if self._thinking:
+            raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
+        prompts = self._shown(instances)
+        pairs = self._encoder.encode_pairs(
+            [(prompt.text, arguments(instance)[1]) for instance, (prompt, _) in zip(instances, prompts, strict=True)]
+        )
+        repeats: list[list[list[Unit]]] = []
+        for instance, (prompt, problem), (context, continuation) in zip(instances, prompts, pairs, strict=True):
+            bare = msgspec.structs.replace(prompt, text=prompt.text.rstrip())  # the rest is the continuation's
+            unit = self._scoring(stand_in(bare, context), continuation, bare) if problem is None else _errored(problem)
+            repeats.append([[unit]] * (instance.repeats or 1))
+        return repeats
 
-    def _generating(self, instance: Instance, repeat: int, prompt: Tokens, options: GenerationOptions) -> Unit:
-        kind = msgspec.json.encode(options, order="sorted")
-        unit = Unit(prompt=prompt, options=options, kind=kind.decode())
+    def _generation_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+        prompts = self._shown(instances)
+        tokens = self._encoder.encode(prompt.text for prompt, _ in prompts)
+        repeats: list[list[list[Unit]]] = []
+        for instance, (prompt, problem) in zip(instances, prompts, strict=True):
+            options = generation_options(instance.arguments[1], self._encoder.end_of_text)
+            made = stand_in(prompt, tokens[prompt.text])
+            units = [
+                self._generating(instance, repeat, made, options, prompt) if problem is None else _errored(problem)
+                for repeat in range(instance.repeats or 1)
+            ]
+            repeats.append([[unit] for unit in units])
+        return repeats
+
+    def _shown(self, instances: Sequence[Instance]) -> list[Shown]:
+        assert self._images is not None, "nobody has said where image files go"
+        return self._images.of(instances, self._folders)
+
+    def _scoring(self, context: Tokens, continuation: Tokens, shown: MediaPrompt | None = None) -> Unit:
+        key = answer_key(self._scope, *_question(b"loglikelihood", context, shown), continuation.tobytes())
+        kind = "loglikelihood" if shown is None else "loglikelihood with images"
+        unit = Unit(prompt=context, continuation=continuation, shown=shown, kind=kind, key=key)
+        return self._units.setdefault(key, unit)
+
+    def _generating(
+        self,
+        instance: Instance,
+        repeat: int,
+        prompt: Tokens,
+        options: GenerationOptions,
+        shown: MediaPrompt | None = None,
+    ) -> Unit:
+        written = msgspec.json.encode(options, order="sorted")
+        kind = written.decode() if shown is None else f"{written.decode()} with images"
+        unit = Unit(prompt=prompt, options=options, shown=shown, kind=kind)
         if not is_deterministic(options):
             unit.seed = self._sampling_seed(instance, repeat)
             return unit
-        unit.key = answer_key(self._scope, b"generate", prompt.tobytes(), kind)
+        unit.key = answer_key(self._scope, *_question(b"generate", prompt, shown), written)
         return self._units.setdefault(unit.key, unit)
 
     def _sampling_seed(self, instance: Instance, repeat: int) -> int:
         """The same for the same document whatever else is evaluated, another one for each repeat."""
         place = f"{instance.task_name}/{instance.doc_id}/{instance.idx}/{repeat}".encode()
         return int.from_bytes(hashlib.sha256(self._seed + b"/" + place).digest()[:4], "big")
+
+
+def _question(kind: bytes, prompt: Tokens, shown: MediaPrompt | None) -> tuple[bytes, ...]:
+    """What tells a prompt from all others, as parts of a key."""
+    if shown is None:
+        return kind, prompt.tobytes()
+    return kind + b" with images", shown.text.encode(errors="surrogatepass"), "".join(shown.media).encode()
+
+
+def _errored(problem: str) -> Unit:
+    return Unit(prompt=NO_TOKENS, error=problem)
 
 
 def rolling_windows(tokens: Tokens, prefix_token_id: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:

@@ -49,7 +49,12 @@ class TaskChecker:
         self._needs.clear()
 
     def check(
-        self, names: Sequence[str], index: Index, broken: Mapping[str, str], num_fewshot: int | None
+        self,
+        names: Sequence[str],
+        index: Index,
+        broken: Mapping[str, str],
+        num_fewshot: int | None,
+        reads_images: bool = False,
     ) -> tuple[TaskProblem, ...]:
         """One problem for each name that cannot run; `broken` are unreadable YAML files and why."""
         problems: list[TaskProblem] = []
@@ -63,7 +68,7 @@ class TaskChecker:
             except Exception as error:  # a group's YAML is the user's: whatever is wrong with it, say so
                 problems.append(TaskProblem(task=name, reason=f"{name} cannot be read: {explain(error)}"))
                 continue
-            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot)
+            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot, reads_images)
             if reason:
                 problems.append(TaskProblem(task=name, reason=reason))
         return tuple(problems)
@@ -114,10 +119,12 @@ class TaskChecker:
 
     # ------------------------------------------------------------ leaves to reasons
 
-    def _first_reasons(self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None) -> str | None:
+    def _first_reasons(
+        self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None, reads_images: bool
+    ) -> str | None:
         reasons: dict[str, list[str]] = {}
         for leaf in leaves:
-            reason = self._reason(leaf, num_fewshot)
+            reason = self._reason(leaf, num_fewshot, reads_images)
             if reason:
                 reasons.setdefault(reason, []).append(leaf.name)
         if not reasons:
@@ -129,7 +136,7 @@ class TaskChecker:
         more = f" (one of {failing} such tasks)" if failing > 1 else ""
         return f"{name} cannot run: its task {tasks[0]}{more}: {reason}"
 
-    def _reason(self, leaf: _Leaf, num_fewshot: int | None) -> str | None:
+    def _reason(self, leaf: _Leaf, num_fewshot: int | None, reads_images: bool) -> str | None:
         needs = self._needs_of(leaf)
         if isinstance(needs, str):
             return needs
@@ -137,8 +144,10 @@ class TaskChecker:
             return f"lm-eval does not know these keys of its YAML: {', '.join(needs.unknown_keys)}"
         if needs.eval_split is None and not needs.has_class:
             return "its YAML names neither a test_split nor a validation_split"
-        if needs.multimodal:
-            return "multimodal tasks are not served yet"
+        if needs.audio:
+            return "it needs a model that hears; audio is not served yet"
+        if needs.images and not reads_images:
+            return "it shows images, and the model reads text only (its config.json, or no processor_config.json)"
         if needs.runs_code and not self._allow_code:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
         if needs.missing_modules:

@@ -32,7 +32,9 @@ class TaskNeeds:
     name: str
     unknown_keys: tuple[str, ...]
     """Keys of the YAML that lm-eval does not know, and refuses."""
-    multimodal: bool
+    images: bool
+    audio: bool
+    """Whether documents show or sound something."""
     runs_code: bool
     missing_modules: tuple[str, ...]
     """Python libraries that its code imports and that are not installed."""
@@ -63,7 +65,8 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
     return TaskNeeds(
         name=name,
         unknown_keys=tuple(sorted(set(config) - _KNOWN_KEYS)) if "class" not in config else (),
-        multimodal=bool(config.get("doc_to_image") or config.get("doc_to_audio")),
+        images=bool(config.get("doc_to_image")),
+        audio=bool(config.get("doc_to_audio")),
         runs_code=_runs_code(config, sources),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
         dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -21,10 +21,13 @@ from gpu_pool.chunk_messages import (
     Hello,
     LoglikelihoodChunk,
     LoglikelihoodDone,
+    MediaGenerationChunk,
+    MediaLoglikelihoodChunk,
     Welcome,
     decode_from_worker_data,
 )
-from gpu_pool.evaluator.prefix_line import Chunk, unit_bytes
+from gpu_pool.evaluator.prefix_line import Chunk, tokens_bytes, unit_bytes
+from gpu_pool.evaluator.sent_media import SentMedia
 from gpu_pool.evaluator.suspects import Suspect
 from gpu_pool.messages import MAX_MESSAGE_BYTES, Message, encode
 from gpu_pool.token_sequences import TokenSequences
@@ -56,6 +59,7 @@ class Link(threading.Thread):
         """It is asked for no more chunks."""
         self.gone = False
         """Its thread is about to end."""
+        self._sent = SentMedia(dispatcher.read_media)
         self.then: Callable[[], None] | None = None
         """Called when it is used no more."""
         self.cause: str | None = None
@@ -108,10 +112,16 @@ class Link(threading.Thread):
             while len(self.in_flight) < IN_FLIGHT and (chunk := self._dispatcher.take(self)):
                 self._chunks += 1
                 self.in_flight[self._chunks] = chunk
+                self._send_media(connection, chunk.units)
                 connection.send_bytes(encode(_message(self._chunks, chunk.units, self._dispatcher)))
             if not self.in_flight:
                 return
             self._receive(connection)
+
+    def _send_media(self, connection: Connection[Any, Any], units: Sequence[Unit]) -> None:
+        digests = [digest for unit in units if unit.shown for digest in unit.shown.media]
+        for message in self._sent.before(digests) if digests else ():
+            connection.send_bytes(encode(message))
 
     def _receive(self, connection: Connection[Any, Any]) -> None:
         while not connection.poll(SILENCE_SECONDS):
@@ -123,21 +133,29 @@ class Link(threading.Thread):
             case ChunkBegun():
                 self.begun.add(message.chunk_id)
             case LoglikelihoodDone():
-                self._answered(message.chunk_id, message.answers, message.seconds)
+                self._answered(message.chunk_id, message.answers, message.seconds, message.errors)
             case GenerationDone():
-                self._answered(message.chunk_id, message.texts, message.seconds)
+                self._answered(message.chunk_id, message.texts, message.seconds, message.errors)
             case ChunkFailed():
                 self._dispatcher.failed(self, self._ended(message.chunk_id), message.error)
             case _:
                 assert_never(message)
 
-    def _answered(self, chunk_id: int, answers: Sequence[Answer], seconds: float) -> None:
-        for unit, answer in zip(self.in_flight[chunk_id].units, answers, strict=True):
+    def _answered(
+        self, chunk_id: int, answers: Sequence[Answer | None], seconds: float, errors: Mapping[int, str]
+    ) -> None:
+        asked = list(zip(self.in_flight[chunk_id].units, answers, strict=True))
+        for unit, answer in asked:
             unit.answer = answer
         chunk = self._ended(chunk_id)
         if isinstance(chunk, Chunk):
             self.pace.measured(chunk.kind, chunk.cost, seconds)
-        self._dispatcher.on_answers(self.worker_id, chunk.units)
+        answered = [unit for unit, answer in asked if answer is not None]
+        if answered:
+            self._dispatcher.on_answers(self.worker_id, answered)
+        for place, (unit, answer) in enumerate(asked):
+            if answer is None:
+                self._dispatcher.end_in_error(unit, errors[place])
 
     def _ended(self, chunk_id: int) -> Chunk | Suspect:
         chunk = self.in_flight.pop(chunk_id)
@@ -148,6 +166,8 @@ class Link(threading.Thread):
 
 def _message(chunk_id: int, units: Sequence[Unit], asked: Dispatcher) -> Message:
     options = units[0].options
+    if units[0].shown is not None:
+        return _message_with_images(chunk_id, units, asked)
     if options is None:
         return LoglikelihoodChunk(
             chunk_id=chunk_id,
@@ -161,6 +181,29 @@ def _message(chunk_id: int, units: Sequence[Unit], asked: Dispatcher) -> Message
         prompts=TokenSequences.pack_bytes(map(unit_bytes, units)),
         options=options,
         seeds=() if units[0].key else tuple(unit.seed for unit in units),
+        batch_size=asked.batch_size,
+        deterministic=asked.deterministic,
+    )
+
+
+def _message_with_images(chunk_id: int, units: Sequence[Unit], asked: Dispatcher) -> Message:
+    options = units[0].options
+    prompts = [unit.shown for unit in units if unit.shown is not None]
+    if options is not None:
+        return MediaGenerationChunk(
+            chunk_id=chunk_id,
+            prompts=tuple(prompts),
+            options=options,
+            seeds=() if units[0].key else tuple(unit.seed for unit in units),
+            batch_size=asked.batch_size,
+            deterministic=asked.deterministic,
+        )
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return MediaLoglikelihoodChunk(
+        chunk_id=chunk_id,
+        prompts=tuple(numbers),
+        continuations=TokenSequences.pack_bytes(tokens_bytes(unit.continuation) for unit in units),
+        prompt_of=tuple(numbers[prompt] for prompt in prompts),
         batch_size=asked.batch_size,
         deterministic=asked.deterministic,
     )

@@ -9,12 +9,21 @@ from typing import NoReturn, assert_never
 
 import torch
 
-from gpu_pool.chunk_messages import GenerationChunk, GenerationDone, LoglikelihoodChunk, LoglikelihoodDone
+from gpu_pool.chunk_messages import (
+    GenerationChunk,
+    GenerationDone,
+    LoglikelihoodChunk,
+    LoglikelihoodDone,
+    MediaLoglikelihoodChunk,
+)
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.control import end_process
+from gpu_pool.worker.engine import multimodal_generation, multimodal_scoring
+from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.generation import generate_chunks
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
+from gpu_pool.worker.engine.media_chunks import MediaChunk
 
 Answer = LoglikelihoodDone | GenerationDone
 MAX_ERROR_CHARACTERS = 500
@@ -48,6 +57,9 @@ def compute(
                     for count, (chunk_id, texts) in enumerate(ended, start=1):
                         seconds = (time.perf_counter() - started) / count
                         yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds)
+                case MediaChunk():
+                    with layers_for(deterministic=chunk.asked.deterministic):
+                        yield _answer_media(loaded, chunk, should_stop, started)
                 case _:
                     assert_never(chunk)
     except RuntimeError as error:
@@ -55,6 +67,22 @@ def compute(
             traceback.print_exc()
             lost(in_short(error))
         raise
+
+
+def _answer_media(loaded: LoadedModel, chunk: MediaChunk, should_stop: Callable[[], bool], started: float) -> Answer:
+    if isinstance(chunk.asked, MediaLoglikelihoodChunk):
+        answers, errors = multimodal_scoring.score(loaded, chunk, should_stop)
+        found = tuple(map(answers.get, range(len(chunk.asked.prompt_of))))
+        seconds = time.perf_counter() - started
+        return LoglikelihoodDone(chunk_id=chunk.chunk_id, answers=found, seconds=seconds, errors=_shortened(errors))
+    texts, errors = multimodal_generation.generate(loaded, chunk, should_stop)
+    found = tuple(map(texts.get, range(len(chunk.inputs))))
+    seconds = time.perf_counter() - started
+    return GenerationDone(chunk_id=chunk.chunk_id, texts=found, seconds=seconds, errors=_shortened(errors))
+
+
+def _shortened(errors: dict[int, str]) -> dict[int, str]:
+    return {place: " ".join(error.split())[:MAX_ERROR_CHARACTERS] for place, error in errors.items()}
 
 
 def is_device_lost(error: RuntimeError, device: torch.device) -> bool:

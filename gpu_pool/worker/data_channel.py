@@ -16,24 +16,32 @@ import msgspec
 
 from gpu_pool.channel import Channel
 from gpu_pool.chunk_messages import (
+    ForgetMedia,
     FromWorkerData,
     GenerationChunk,
     Hello,
     LoglikelihoodChunk,
+    Media,
+    MediaGenerationChunk,
+    MediaLoglikelihoodChunk,
     ToWorkerData,
     Welcome,
     decode_to_worker_data,
 )
 from gpu_pool.worker.chunk_queue import ChunkQueue, Client
 from gpu_pool.worker.control import end_process
+from gpu_pool.worker.engine.media_chunks import MediaChunk
+from gpu_pool.worker.engine.preparation import MissingMedia, Preparation
 
 
 class ProtocolError(Exception):
-    """Hello must come first, and once."""
+    """Hello must come first, and once; files before the chunks that show them."""
 
 
-def listen(path: str, queue: ChunkQueue, welcome: Welcome) -> None:
+def listen(path: str, queue: ChunkQueue, welcome: Welcome, preparation: Preparation) -> None:
     """Serve evaluators on the unix socket at `path`, for the life of the process; returns once it listens.
+
+    What chunks show is prepared by `preparation` while they wait.
 
     Raises:
         OSError: the socket cannot be made.
@@ -42,7 +50,7 @@ def listen(path: str, queue: ChunkQueue, welcome: Welcome) -> None:
 
     def serve() -> None:
         try:
-            asyncio.run(_serve(path, queue, welcome, listening))
+            asyncio.run(_serve(path, queue, welcome, preparation, listening))
         except BaseException:  # nobody could reach this worker any more
             traceback.print_exc()
             end_process(1)
@@ -51,9 +59,11 @@ def listen(path: str, queue: ChunkQueue, welcome: Welcome) -> None:
     listening.result()
 
 
-async def _serve(path: str, queue: ChunkQueue, welcome: Welcome, listening: Future[None]) -> None:
+async def _serve(
+    path: str, queue: ChunkQueue, welcome: Welcome, preparation: Preparation, listening: Future[None]
+) -> None:
     try:
-        server = await asyncio.start_unix_server(partial(_serve_evaluator, queue, welcome), path)
+        server = await asyncio.start_unix_server(partial(_serve_evaluator, queue, welcome, preparation), path)
         os.chmod(path, 0o600)
     except OSError as error:
         listening.set_exception(error)
@@ -63,7 +73,11 @@ async def _serve(path: str, queue: ChunkQueue, welcome: Welcome, listening: Futu
 
 
 async def _serve_evaluator(
-    queue: ChunkQueue, welcome: Welcome, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    queue: ChunkQueue,
+    welcome: Welcome,
+    preparation: Preparation,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
 ) -> None:
     """One connection, until either side closes it."""
     channel = Channel(reader, writer, decode_to_worker_data)
@@ -77,9 +91,16 @@ async def _serve_evaluator(
                     channel.send(welcome)
                 case LoglikelihoodChunk() | GenerationChunk() if client is not None:
                     queue.put(client, message)
+                case MediaLoglikelihoodChunk() | MediaGenerationChunk() if client is not None:
+                    queue.put(client, MediaChunk(message, preparation.plan(message.prompts, client.media)))
+                case Media(digest=digest, data=data) if client is not None:
+                    client.media[digest] = data
+                case ForgetMedia(digests=digests) if client is not None:
+                    for digest in digests:
+                        client.media.pop(digest, None)
                 case _:
                     raise ProtocolError
-    except (ConnectionError, msgspec.DecodeError, ProtocolError) as error:
+    except (ConnectionError, msgspec.DecodeError, MissingMedia, ProtocolError) as error:
         print(f"data channel: a connection is closed: {error or error.__doc__}")
     finally:
         if client is not None:

@@ -25,6 +25,7 @@ from gpu_pool.worker.data_channel import listen
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loading import choose_ranks, load_model
+from gpu_pool.worker.engine.preparation import Preparation
 from gpu_pool.worker.pulse import Pulse
 from gpu_pool.worker.ranks import Ranks
 
@@ -52,7 +53,7 @@ def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
         replica = _load(start, control)
         _check_content(start.spec, Path(start.data_dir))
         say(f"loaded {start.spec.fingerprint}")
-        listen(start.socket_path, queue, _welcome(start.worker_id, replica.loaded))
+        listen(start.socket_path, queue, _welcome(start.worker_id, replica.loaded), Preparation(replica.loaded.prepare))
     except Exception as error:
         traceback.print_exc()
         why = {"content_changed": isinstance(error, ContentChanged), "out_of_memory": is_out_of_memory(error)}

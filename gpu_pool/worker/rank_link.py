@@ -13,12 +13,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn, TypeVar
 
-from gpu_pool.chunk_messages import FromRank, GenerationChunk, RankDone, RankJoin, RankStep, ToRank, decode_to_rank
+from gpu_pool.chunk_messages import (
+    FromRank,
+    GenerationChunk,
+    LoglikelihoodChunk,
+    RankDone,
+    RankJoin,
+    RankStep,
+    ToRank,
+    decode_to_rank,
+)
 from gpu_pool.messages import MAX_MESSAGE_BYTES, encode
-from gpu_pool.worker.chunk_queue import Chunk
 
 LAG_SECONDS = 60.0
 """How far one rank may lag behind another from step to step: they compute the same, so one that does is stuck."""
+
+TextChunk = LoglikelihoodChunk | GenerationChunk
+"""What several ranks compute."""
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], bool], Callable[[], GenerationChunk | None]], Iterator[T]]
@@ -29,7 +40,7 @@ def lead(
     run: Run[T],
     should_stop: Callable[[], bool],
     take_alike: Callable[[], GenerationChunk | None],
-    chunk: Chunk,
+    chunk: TextChunk,
     ranks: Sequence[tuple[Connection, queue.SimpleQueue[FromRank]]],
     lost: Callable[[str], NoReturn],
     lag_seconds: float = LAG_SECONDS,
@@ -83,7 +94,7 @@ def lead(
 
 
 def follow(
-    run: Callable[[Chunk, Callable[[], bool], Callable[[], GenerationChunk | None]], Iterable[object]],
+    run: Callable[[TextChunk, Callable[[], bool], Callable[[], GenerationChunk | None]], Iterable[object]],
     connection: Connection,
     lost: Callable[[str], NoReturn],
     lag_seconds: float = LAG_SECONDS,

@@ -23,6 +23,7 @@ from gpu_pool.supervisor import describe_exit
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.computing import Answer, compute
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.media_chunks import MediaChunk
 from gpu_pool.worker.entry import rank_main
 from gpu_pool.worker.rank_link import lead
 
@@ -76,6 +77,7 @@ class Ranks:
         take_alike: Callable[[], GenerationChunk | None],
     ) -> Iterator[Answer]:
         """`computing.compute` by all ranks; only this one asks `should_stop` and `take_alike`."""
+        assert not isinstance(chunk, MediaChunk), "models that read images are not sharded"
         run = partial(compute, loaded, chunk, lost=self._on_failure)
         return lead(run, should_stop, take_alike, chunk, self._links, self._on_failure)
 

@@ -41,7 +41,9 @@ class Gpus(Inventory):
 class OneTask:
     """A desk that knows one task."""
 
-    async def check(self, tasks: tuple[str, ...], num_fewshot: int | None) -> tuple[TaskProblem, ...]:
+    async def check(
+        self, tasks: tuple[str, ...], num_fewshot: int | None, *, reads_images: bool = False
+    ) -> tuple[TaskProblem, ...]:
         unknown = (task for task in tasks if task != "arc_easy")
         return tuple(TaskProblem(task=task, reason="unknown task", suggestions=("arc_easy",)) for task in unknown)
 

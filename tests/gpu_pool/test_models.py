@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpu_pool.checkpoints import CAUSAL_MULTIMODAL_TYPES, ENCODER_DECODER_TYPES, check_config
+from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.models import model_kinds, resolve_hub_revision, resolve_model
+from gpu_pool.models import model_kinds, reads_images, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
 
+NEW_IMAGE_TEXT = {"model_type": "of_tomorrow", "vision_config": {}, "architectures": ["XForConditionalGeneration"]}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
@@ -104,7 +106,8 @@ def test_a_kind_without_a_model_is_refused(pretrained: str | None) -> None:
         ("gguf_file", "none.gguf"),
         ("batch_size", 4),
         ("device", "cpu"),
-        ("max_pixels", 4),
+        ("max_pixels", 0),
+        ("image_size", 224),
         ("pretrained", 5),
     ],
 )
@@ -223,8 +226,11 @@ def test_language_models_are_accepted(config: dict[str, Any]) -> None:
         ({"architectures": ["WhisperX"], "model_type": "whisper", "is_encoder_decoder": True}, "those that are: bart"),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "no language model"),
         ({"architectures": ["BartForSequenceClassification"], "model_type": "bart"}, "no language model"),
-        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}, "not served yet"),
-        ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "not served yet"),
+        ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "no model that continues text"),
+        (
+            {"architectures": ["BlipForConditionalGeneration"], "vision_config": {}, "model_type": "blip"},
+            "no model that",
+        ),
     ],
 )
 def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
@@ -232,12 +238,13 @@ def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
         check_config(config, "model")
 
 
-def test_multimodal_types_are_those_that_transformers_loads_as_causal() -> None:
+def test_image_text_types_are_those_that_transformers_loads_and_that_continue_text() -> None:
     from transformers.models.auto import modeling_auto
 
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    assert set(causal) >= CAUSAL_MULTIMODAL_TYPES
-    assert set(causal) & set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= CAUSAL_MULTIMODAL_TYPES
+    others = {"blip", "pi0", "diffusion_gemma", "evolla", "pp_formulanet"}  # captions, robots, diffusion, proteins
+    encoder_decoders = {"florence2", "pix2struct", "t5gemma2", "udop", "vision-encoder-decoder"}
+    known = set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert known - others - encoder_decoders == IMAGE_TEXT_TYPES
 
 
 def test_encoder_decoder_types_are_those_that_transformers_loads_and_that_read_text() -> None:
@@ -277,3 +284,36 @@ def test_the_local_hub_cache_is_used_offline(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     out = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stdout
     assert out.split() == [commit, str(repo / "snapshots" / commit), "False"]
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "reads"),
+    [
+        ({"model_type": "qwen2_vl"}, ["preprocessor_config.json"], True),
+        ({"model_type": "qwen2_vl"}, ["processor_config.json"], True),
+        ({"model_type": "qwen2_vl"}, [], False),
+        (NEW_IMAGE_TEXT, ["processor_config.json"], True),
+        (NEW_IMAGE_TEXT | {"is_encoder_decoder": True}, ["processor_config.json"], False),
+        (LLAMA, ["processor_config.json"], False),
+        ({"model_type": "t5gemma2", "vision_config": {}}, ["processor_config.json"], False),
+    ],
+)
+def test_which_models_read_images(tmp_path: Path, config: dict[str, Any], files: list[str], reads: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert reads_images(ModelArgs(pretrained=str(tmp_path))) is reads
+
+
+@pytest.mark.parametrize(
+    ("model_args", "field"),
+    [
+        ({"max_images": 0}, "max_images"),
+        ({"min_pixels": 500, "max_pixels": 400}, "min_pixels"),
+        ({"image_max_side": 400, "image_width": 100}, "image_max_side"),
+        ({"image_height": -1}, "image_height"),
+        ({"interleave": "yes"}, "interleave"),
+    ],
+)
+def test_sizes_and_numbers_of_images(checkpoint: Path, model_args: dict[str, Any], field: str) -> None:
+    assert refused("hf-multimodal", {"pretrained": str(checkpoint), **model_args}).field == f"model_args.{field}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
 from gpu_pool.worker.engine.blocks import Tokens
 from gpu_pool.worker.engine.company import Company, generated_logits, probe_company
@@ -20,9 +21,13 @@ from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.encoder_decoder import decoded_logits
 from gpu_pool.worker.engine.head import find_layers
 from gpu_pool.worker.engine.limits import Limits
+from gpu_pool.worker.engine.media import MediaError
+from gpu_pool.worker.engine.multimodal_checks import ImageFacts, check_images
 from gpu_pool.worker.engine.packed import measure_token_bytes
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
+from gpu_pool.worker.engine.processing import PromptProcessor
+from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
 from gpu_pool.worker.engine.token_tree import GRID, Room
@@ -46,6 +51,8 @@ class LoadedModel:
     limits: Limits
     forward_names: frozenset[str]
     """Keyword arguments that the model's own forward takes."""
+    processor: PromptProcessor | None = None
+    """Of a model that reads images."""
 
     @property
     def dtype(self) -> str:
@@ -119,6 +126,11 @@ class LoadedModel:
         return probe_company(self.model, partial(generated_logits, self.model))
 
     @cached_property
+    def images(self) -> ImageFacts:
+        """What prompts with images may share."""
+        return check_images(self)
+
+    @cached_property
     def scoring_company(self) -> Company:
         """Which rows may be scored together the plain way, padded on the right behind no mask."""
 
@@ -152,8 +164,23 @@ class LoadedModel:
         return logits[:, positions.to(logits.device) + virtual_tokens]
 
     @property
+    def last_logits(self) -> dict[str, int]:
+        """Arguments of a forward pass of which only the last position's logits are looked at."""
+        return {"logits_to_keep": 1} if self.narrows_logits else {}
+
+    @property
     def _without_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if "use_cache" in self.forward_names else {}
+
+    def prepare(self, prompt: MediaPrompt, media: Mapping[str, bytes]) -> PromptInputs:
+        """What forward takes for a prompt with images, whose files are `media`, by digest.
+
+        Raises:
+            MediaError: an image cannot be shown, or not to this model.
+        """
+        if self.processor is None:
+            raise MediaError("this model reads no images")
+        return self.processor.prepare(prompt, media)
 
     def generated_rows(self, longest: int, in_blocks: int = 0) -> int:
         """Sequences that may be continued at once, when each may grow to `longest` tokens of its own.
@@ -199,7 +226,8 @@ class LoadedModel:
         sharded = f", sharded over {ranks} ranks" if ranks > 1 else ""
         route, reason = self.route
         facts = f"{millions:.1f} M parameters, {self.dtype}{weights}, {self.attn_implementation} attention{sharded}"
-        return f"{name}, {facts}; {route} route: {reason}"
+        images = f"; images: {self.images}" if self.processor else ""
+        return f"{name}, {facts}; {route} route: {reason}{images}"
 
 
 def _quantization_methods(model: Any) -> list[str]:

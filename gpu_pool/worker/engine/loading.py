@@ -20,10 +20,12 @@ from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.cpu_layers import lay_out_weights
 from gpu_pool.worker.engine.limits import confine, find_limits
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.processing import PromptProcessor
+from gpu_pool.worker.engine.processors import NoProcessor, load_processor
 from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.sharding import why_not_sharded
 from gpu_pool.worker.engine.tokenizer import load_tokenizer
-from gpu_pool.worker.engine.weights import UnsupportedModel, load_weights, read_config
+from gpu_pool.worker.engine.weights import UnsupportedModel, load_weights, read_config, reads_images
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +74,32 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
     model = load_weights(args, spec.device, ranks, tokenizer, trust_remote_code=remote_code)
     if spec.device == "cpu":
         lay_out_weights(model)
-    loaded = wrap_model(model, tokenizer, args, budget)
+    loaded = wrap_model(model, tokenizer, args, budget, _processor(model, tokenizer, args, remote_code))
     route, reason = loaded.route  # decided and measured here: all ranks must take part
     print(f"engine: {route} route: {reason}", file=sys.stderr, flush=True)
     if route is Route.TREE:
         print(f"engine: keys and values take {loaded.token_bytes:,} bytes a token", file=sys.stderr, flush=True)
+    if loaded.processor:
+        print(f"engine: images: {loaded.images}", file=sys.stderr, flush=True)
     return loaded
 
 
-def wrap_model(model: Any, tokenizer: Any, args: ModelArgs, budget: int = 0) -> LoadedModel:
+def _processor(model: Any, tokenizer: Any, args: ModelArgs, trust_remote_code: bool) -> PromptProcessor | None:
+    """The processor of a model that reads images. One without serves prompts of text."""
+    config = unwrapped(model).config
+    if not reads_images(config):
+        return None
+    try:
+        processor = load_processor(args, config.model_type, trust_remote_code=trust_remote_code)
+    except NoProcessor as error:
+        logger.warning("%s reads text only, not images: %s", args.pretrained, error)
+        return None
+    return PromptProcessor(processor, config, args, tokenizer.pad_token_id)
+
+
+def wrap_model(
+    model: Any, tokenizer: Any, args: ModelArgs, budget: int = 0, processor: PromptProcessor | None = None
+) -> LoadedModel:
     """What the engine must know of a model that is already in memory; `budget` as in `limits.free_bytes`."""
     return LoadedModel(
         model=model,
@@ -92,6 +111,7 @@ def wrap_model(model: Any, tokenizer: Any, args: ModelArgs, budget: int = 0) -> 
         softmax_dtype=getattr(torch, args.softmax_dtype) if args.softmax_dtype else torch.float32,
         limits=find_limits(model, model.get_input_embeddings().weight.device, budget),
         forward_names=frozenset(inspect.signature(unwrapped(model).forward).parameters),
+        processor=processor,
     )
 
 

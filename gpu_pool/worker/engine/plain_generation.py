@@ -59,7 +59,7 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
     """Whether one more prompt, none longer than the first, may be generated together with the others."""
     limits, options = loaded.limits, chunk.options
     most_rows = min(chunk.batch_size or limits.generated_rows, limits.generated_rows)
-    company = _company(loaded, options)
+    company = company_of(loaded, options, loaded.company)
     boundary = rope_boundary(loaded) or loaded.max_length
 
     def fits(batch: list[Prompt], prompt: Prompt) -> bool:
@@ -73,14 +73,14 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
     return fits
 
 
-def _company(loaded: LoadedModel, options: GenerationOptions) -> Company:
-    """What both the model and the options allow."""
+def company_of(loaded: LoadedModel, options: GenerationOptions, company: Company) -> Company:
+    """What both the model, by its probe, and the options allow."""
     if beams(loaded.model, options) > 1 and options.do_sample:
         return Company.NONE  # their draws come from one generator for the whole batch
     defaults = loaded.model.generation_config
     if any(options.kwargs.get(name, getattr(defaults, name, None)) for name in _COUNT_PADDING):
-        return Company.NONE if loaded.company is Company.NONE else Company.EQUAL_LENGTH
-    return loaded.company
+        return Company.NONE if company is Company.NONE else Company.EQUAL_LENGTH
+    return company
 
 
 @torch.inference_mode()

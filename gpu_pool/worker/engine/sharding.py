@@ -14,6 +14,8 @@ _HEAD_COUNT = re.compile(r"num_(\w+_)?heads")
 
 def why_not_sharded(config: Any, args: ModelArgs, ranks: int) -> str | None:
     """Why the model of this transformers config cannot be sharded over `ranks` processes; None when it can."""
+    if getattr(config, "vision_config", None) is not None:
+        return "models that read images are not sharded"
     text_config = config.get_text_config()
     if not getattr(text_config, "base_model_tp_plan", None):
         return f"transformers has no tensor-parallel plan for {text_config.model_type} models"

@@ -11,8 +11,12 @@ import torch
 import transformers
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
+from gpu_pool import checkpoints
 from gpu_pool.quantization import bitsandbytes_options
 from gpu_pool.records import ModelArgs
 from gpu_pool.worker.engine.adapters import add_adapter, has_virtual_tokens
@@ -94,16 +98,24 @@ def _placement(device: str, ranks: int) -> dict[str, Any]:
 
 
 def _auto_class(config: Any) -> Any:
-    """transformers' loader for a model of this configuration (lm-eval's `_get_backend`).
+    """transformers' loader for a model of this configuration (lm-eval's `_get_backend`, and its `hf-multimodal`).
 
     Raises:
         UnsupportedModel: lm-eval would call it an encoder-decoder, but it reads speech and is none.
     """
+    if reads_images(config):
+        return transformers.AutoModelForImageTextToText
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
     if not config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is a speech model; only models that read text can be evaluated")
     return transformers.AutoModelForSeq2SeqLM
+
+
+def reads_images(config: Any) -> bool:
+    """Whether this is the configuration of a model that continues text with images in it."""
+    known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return known and checkpoints.reads_images(config.to_dict())
 
 
 def _device_map(device: str) -> dict[str, str] | str:

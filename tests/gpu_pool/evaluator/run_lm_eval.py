@@ -1,4 +1,4 @@
-"""lm-eval's own evaluation and result files: `python run_lm_eval.py REQUEST_JSON FOLDER` (see test_parity)."""
+"""lm-eval's own evaluation and result files: `python run_lm_eval.py REQUEST_JSON FOLDER` (see the tests of parity)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(request: dict, folder: Path) -> None:
     for name, options in request["options"].items():
         tracker = EvaluationTracker(output_path=str(folder / name))
         results = simple_evaluate(
-            model="hf",
+            model=request.get("backend", "hf"),
             model_args={"pretrained": request["model"], "dtype": "float32"},
             device="cpu",
             batch_size=1,  # its batches change what it lets an encoder-decoder generate

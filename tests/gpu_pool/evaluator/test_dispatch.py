@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_worker import (
     Behaviour,
@@ -20,7 +21,7 @@ from fake_worker import (
     unanswered,
 )
 
-from gpu_pool.chunk_messages import GenerationOptions, LoglikelihoodDone
+from gpu_pool.chunk_messages import GenerationOptions, LoglikelihoodChunk, LoglikelihoodDone
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.requests import Unit
 from gpu_pool.messages import Message
@@ -333,3 +334,30 @@ def test_several_workers_begin_with_long_generation(
     dispatcher.submit(make_units(100) + prompts)
     collect(events, 200)
     assert [type(worker.chunks[0]).__name__ for worker in workers] == ["GenerationChunk"] * 2
+
+
+def answering_but(*tokens: int) -> Behaviour:
+    """Answer all sequences but those that hold one of these, and say what is wrong with them."""
+
+    def behave(worker: FakeWorker, chunk: Chunk) -> Message:
+        done = answer(worker, chunk)
+        assert isinstance(done, LoglikelihoodDone)
+        assert isinstance(chunk, LoglikelihoodChunk)
+        wrong = {place for place, some in enumerate(chunk.sequences.unpack()) if {*tokens} & {*some}}
+        answers = tuple(None if place in wrong else one for place, one in enumerate(done.answers))
+        return msgspec.structs.replace(done, answers=answers, errors=dict.fromkeys(wrong, "it cannot be shown"))
+
+    return behave
+
+
+def test_requests_of_an_answered_chunk_may_be_in_error(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker
+) -> None:
+    units = make_units(60)
+    dispatcher.submit(units)
+    start_worker("a", answering_but(7, 30))  # tokens of the units 6 and 7, 29 and 30
+    found = collect(events, 60)
+    errored = {units.index(unit) for unit in found["error"]}
+    assert errored == {6, 7, 29, 30}
+    assert {unit.error for unit in found["error"]} == {"it cannot be shown"}
+    assert_answered([unit for place, unit in enumerate(units) if place not in errored])

@@ -1,0 +1,193 @@
+"""Images of tasks' documents: left as the files that they are, until a worker decodes them.
+
+A data set's images are handed to tasks undecoded. Most tasks only pass them on; to those whose code looks at one it is
+decoded then, and behaves as Pillow's.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.utils.file_utils import xopen
+from PIL import Image
+
+from gpu_pool.errors import PoolError
+
+MAX_FILE_BYTES = 128 << 20
+"""Of an image's file: what travels to a worker in one message is bounded."""
+
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
+
+
+class ImageProblem(PoolError):
+    """A document's image cannot be had."""
+
+
+class UndecodedImage(dict[str, Any]):
+    """{"bytes", "path"} of an image in a data set; whatever else it is asked for, the decoded image answers."""
+
+    def __init__(self, value: Mapping[str, Any], decode: Any) -> None:
+        super().__init__(value)
+        self._decode = decode
+
+    @cached_property
+    def decoded(self) -> Image.Image:
+        """The image as `datasets` decodes it: upright, in the mode that the data set asks for."""
+        return self._decode(dict(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.decoded, name)
+
+    def copy(self) -> Any:
+        """Pillow's, not a dictionary's."""
+        return self.decoded.copy()
+
+
+def leave_undecoded() -> None:
+    """Let `datasets` give UndecodedImages in this whole process."""
+    decode = datasets.Image.decode_example
+
+    def decode_example(self: datasets.Image, value: Any, token_per_repo_id: Any = None) -> Any:
+        if not isinstance(value, Mapping) or isinstance(value, UndecodedImage):
+            return value
+        return UndecodedImage(value, lambda value: decode(self, value, token_per_repo_id))
+
+    datasets.Image.decode_example = decode_example
+
+
+def images_in(visual: Any) -> Iterator[Any]:
+    """The images of what a task's `doc_to_image` gives: one, or lists of them."""
+    if isinstance(visual, list | tuple):
+        for item in visual:
+            yield from images_in(item)
+    else:
+        yield visual
+
+
+def image_file(image: Any, folders: Iterable[Path]) -> bytes:
+    """The file of one image: of a data set, a path (a relative one is looked for in `folders`), bytes, or of Pillow.
+
+    Raises:
+        ImageProblem: it is none of these, is not there, or is too large.
+    """
+    if isinstance(image, UndecodedImage) and "decoded" in vars(image):
+        image = image.decoded  # the task's code may have drawn on it
+    data = _file(image, folders)
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageProblem(f"the image's file has {len(data)} bytes; {MAX_FILE_BYTES} are allowed")
+    return data
+
+
+def _file(image: Any, folders: Iterable[Path]) -> bytes:
+    match image:
+        case bytes():
+            return image
+        case Image.Image():
+            return _encoded(image)
+        case {"bytes": bytes(data)}:
+            return data
+        case {"path": str(path)} | str(path):
+            return _read(path, folders)
+        case os.PathLike():
+            return _read(os.fspath(image), folders)
+        case None | {"bytes": None}:
+            raise ImageProblem("the document has no image")
+        case _:
+            raise ImageProblem(f"doc_to_image must give images, their bytes or paths, not {type(image).__name__}")
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """Without loss."""
+    file = io.BytesIO()
+    if image.mode in _PNG_MODES:
+        image.save(file, "PNG", compress_level=1)
+    else:
+        image.save(file, "TIFF")
+    return file.getvalue()
+
+
+def _read(path: str, folders: Iterable[Path]) -> bytes:
+    try:
+        if "://" in path:
+            with xopen(path, "rb") as file:
+                return file.read(MAX_FILE_BYTES + 1)
+        candidates = [Path(path)] if os.path.isabs(path) else [folder / path for folder in (*folders, Path())]
+        found = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+        with found.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageProblem(f"the image file {path} does not exist") from None
+    except OSError as error:
+        raise ImageProblem(f"the image file {path} cannot be read: {error.strerror or error}") from error
+
+
+def described(value: Any) -> Any:
+    """A document, or a part of one, with a digest and the size of each image in the place of the image."""
+    match value:
+        case UndecodedImage() if "decoded" in vars(value):
+            return described(value.decoded)
+        case bytes():
+            return {"sha256": hashlib.sha256(value).hexdigest(), "bytes": len(value)}
+        case Image.Image():
+            return {"image": f"{value.mode} {value.width} x {value.height}", **described(value.tobytes())}
+        case {"bytes": bytes(data), "path": path, **others} if not others:
+            return {"path": path, **described(data)}
+        case dict():
+            return {name: described(item) for name, item in value.items()}
+        case list() | tuple():
+            return [described(item) for item in value]
+        case _:
+            return value
+
+
+class ImageFiles:
+    """The image files of one job, each once, by their digests: on disk, because there may be more than memory holds."""
+
+    def __init__(self, folder: Path) -> None:
+        """A file without a name in `folder` holds them: it is gone when this process is."""
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._places: dict[str, tuple[int, int]] = {}
+        self._end = 0
+
+    def add(self, data: bytes) -> str:
+        """Keep a file; returns its digest (sha256 hex).
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        with self._lock:
+            if digest not in self._places:
+                if self._file is None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with the job)
+                self._file.seek(self._end)
+                self._file.write(data)
+                self._file.flush()
+                self._places[digest] = (self._end, len(data))
+                self._end += len(data)
+        return digest
+
+    def read(self, digest: str) -> bytes:
+        """A file that was added; from any thread."""
+        start, length = self._places[digest]
+        return os.pread(self._file.fileno(), length, start)
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,140 @@
+# pyright: basic
+"""What prompts with images may share without changing each other's answers: the loaded model is asked, with two images.
+
+A family of models may mix padding into its positions, count images in a state of its own, or read its cache otherwise
+than it was written. What does not come out as it does alone is computed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from gpu_pool.chunk_messages import MediaPrompt
+from gpu_pool.worker.engine.company import Company, are_equal
+from gpu_pool.worker.engine.media import MediaError
+from gpu_pool.worker.engine.multimodal_scoring import shared_logits
+from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
+
+if TYPE_CHECKING:
+    from gpu_pool.worker.engine.loaded_model import LoadedModel
+
+_SIDE = 64
+"""Pixels of the images' sides."""
+_QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can be seen in the picture?")
+"""Two of equal length, one longer."""
+_NEW = 4
+"""New tokens that are compared."""
+_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, MediaError)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What was found."""
+
+    company: Company
+    """Which prompts may be continued together."""
+    shares_prompts: bool
+    """Whether a prompt's keys and values serve all continuations that are scored after it."""
+    problem: str = ""
+    """What went wrong when it was asked."""
+
+    def __str__(self) -> str:
+        shared = "read once for all choices" if self.shares_prompts else "read again for each choice"
+        problem = f" ({self.problem})" if self.problem else ""
+        return f"prompts of {self.company.value} share batches, each {shared}{problem}"
+
+
+def check_images(loaded: LoadedModel) -> ImageFacts:
+    """Ask the model, on the images and questions above."""
+    try:
+        prompts = _prompts(loaded)
+        company = _company(loaded, prompts)
+    except _ERRORS as error:
+        return ImageFacts(Company.NONE, False, f"{type(error).__name__}: {error}")
+    try:
+        return ImageFacts(company, _shares(loaded, prompts[: 1 if company is Company.NONE else 2]))
+    except _ERRORS as error:
+        return ImageFacts(company, False, f"{type(error).__name__}: {error}")
+
+
+def _prompts(loaded: LoadedModel) -> list[PromptInputs]:
+    assert loaded.processor is not None
+    processor = loaded.processor
+    files = {str(seed): _image_file(seed) for seed in range(len(_QUESTIONS))}
+    return [
+        processor.prepare(MediaPrompt(text=render(processor.processor, question), media=(digest,)), files)
+        for question, digest in zip(_QUESTIONS, files, strict=True)
+    ]
+
+
+def _image_file(seed: int) -> bytes:
+    noise = hashlib.shake_256(bytes([seed])).digest(3 * _SIDE * _SIDE)
+    file = io.BytesIO()
+    Image.frombytes("RGB", (_SIDE, _SIDE), noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def render(processor: Any, question: str) -> str:
+    """A prompt with one image, by the chat template if there is one."""
+    if getattr(processor, "chat_template", None) is not None:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
+    return f"{placeholder}{question}"
+
+
+@torch.inference_mode()
+def _company(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> Company:
+    """As `company.probe_company` asks models of text: the first prompt alone, and beside one of the others.
+
+    The second new token's logits are compared: past the prompt, to probe the cache too.
+    """
+    first, second, longer = prompts
+    alone = _generate(loaded, [first], 2).logits[1][0]
+    for company, other in ((Company.ANY_LENGTH, longer), (Company.EQUAL_LENGTH, second)):
+        if other.kind != first.kind:
+            continue
+        if are_equal(alone, _generate(loaded, [first, other], 2).logits[1][0], loaded.model.dtype):
+            return company
+    return Company.NONE
+
+
+@torch.inference_mode()
+def _shares(loaded: LoadedModel, prompts: Sequence[PromptInputs]) -> bool:
+    """Whether shared keys and values give the logits that generation gives, token by token.
+
+    That is what a continuation's log-probability means; a forward pass over prompt and continuation may say otherwise,
+    where a prompt's tokens look at all of it, before them and behind (PaliGemma).
+    """
+    generated = [_generate(loaded, [prompt], _NEW) for prompt in prompts]
+    texts = [tuple(output.sequences[0, -_NEW:].tolist()) for output in generated]
+    reads = [tokens[:end] for tokens in texts for end in (_NEW - 1, 1)]
+    first, others = shared_logits(loaded, prompts, reads)
+    assert others is not None
+    for number, output in enumerate(generated):
+        expected = torch.cat(output.logits)
+        long, short = others[2 * number], others[2 * number + 1]
+        for shared in (torch.cat([first[number][None], long]), torch.cat([first[number][None], short[:1]])):
+            if not are_equal(shared, expected[: len(shared)], loaded.model.dtype):
+                return False
+    return True
+
+
+def _generate(loaded: LoadedModel, prompts: Sequence[PromptInputs], count: int) -> Any:
+    """So many new tokens of each prompt, the most likely ones, with their logits."""
+    return loaded.model.generate(
+        **collate(prompts, loaded.device, loaded.model.dtype),
+        do_sample=False,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+    )

@@ -1,0 +1,116 @@
+"""Images of documents: where their files come from, and that nothing is decoded which nobody looks at."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Generator
+from pathlib import Path
+
+import datasets
+import pytest
+from digits import image_bytes
+from PIL import Image
+
+from gpu_pool.evaluator import images
+from gpu_pool.evaluator.images import ImageFiles, ImageProblem, UndecodedImage, described, image_file, images_in
+
+RED = Image.new("RGB", (4, 3), "red")
+FILE = image_bytes(RED)
+
+
+@pytest.fixture
+def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.Image, "decode_example", datasets.Image.decode_example)
+    images.leave_undecoded()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Generator[ImageFiles]:
+    files = ImageFiles(tmp_path / "new")
+    yield files
+    files.close()
+
+
+def rows(*values: object) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "several": datasets.List(datasets.Image())})
+    return datasets.Dataset.from_list([{"image": value, "several": [value]} for value in values], features=features)
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_images_of_data_sets_are_left_as_files() -> None:
+    row = rows({"bytes": FILE, "path": None}, {"bytes": b"no image", "path": None})[1]
+    assert image_file(row["image"], ()) == image_file(row["several"][0], ()) == b"no image"
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_code_that_looks_at_an_image_finds_it_decoded() -> None:
+    image = rows({"bytes": FILE, "path": None})[0]["image"]
+    assert isinstance(image, UndecodedImage)
+    assert (image.size, image.mode, image.convert("L").mode) == ((4, 3), "RGB", "L")
+    assert image.copy().getpixel((0, 0)) == (255, 0, 0)
+    image.paste((0, 0, 255), (0, 0, 4, 3))
+    with Image.open(io.BytesIO(image_file(image, ()))) as shown:
+        assert shown.getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_processed_documents_keep_their_images() -> None:
+    mapped = rows({"bytes": FILE, "path": None}).map(lambda row: {"width": row["image"].width, **row})
+    assert mapped[0]["width"] == 4
+    assert image_file(mapped[0]["image"], ()) == FILE
+
+
+@pytest.mark.parametrize(
+    "image",
+    [FILE, {"bytes": FILE, "path": "x"}, {"bytes": None, "path": "red.png"}, "red.png", Path("red.png")],
+    ids=["bytes", "data set", "path of a data set", "path", "path object"],
+)
+def test_where_files_come_from(tmp_path: Path, image: object) -> None:
+    (tmp_path / "red.png").write_bytes(FILE)
+    assert image_file(image, [tmp_path / "elsewhere", tmp_path]) == FILE
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_images_of_code_are_encoded_without_loss(mode: str) -> None:
+    image = Image.new(mode, (5, 4), 1 if mode in ("1", "L", "P", "I;16", "F") else None)
+    with Image.open(io.BytesIO(image_file(image, ()))) as found:
+        assert found.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (None, "has no image"),
+        ({"bytes": None, "path": None}, "has no image"),
+        ("nowhere.png", "nowhere.png does not exist"),
+        (".", "cannot be read"),
+        (5, "not int"),
+        (bytes(images.MAX_FILE_BYTES + 1), "are allowed"),
+    ],
+)
+def test_images_that_cannot_be_had_say_why(tmp_path: Path, image: object, why: str) -> None:
+    with pytest.raises(ImageProblem, match=why):
+        image_file(image, [tmp_path])
+
+
+def test_one_image_or_lists_of_them() -> None:
+    assert list(images_in("a")) == ["a"]
+    assert list(images_in([["a", "b"], "c", []])) == ["a", "b", "c"]
+
+
+def test_descriptions_take_the_place_of_images() -> None:
+    digest = hashlib.sha256(FILE).hexdigest()
+    document = {"image": UndecodedImage({"bytes": FILE, "path": "x.png"}, None), "n": 1, "several": [FILE], "pil": RED}
+    found = described(document)
+    assert found["image"] == {"path": "x.png", "sha256": digest, "bytes": len(FILE)}
+    assert found["several"] == [{"sha256": digest, "bytes": len(FILE)}]
+    assert found["pil"]["image"] == "RGB 4 x 3"
+    assert found["n"] == 1
+
+
+def test_files_are_kept_once_on_disk(files: ImageFiles, tmp_path: Path) -> None:
+    digests = [files.add(data) for data in (b"one", b"two", b"one", b"")]
+    assert digests[0] == digests[2] == hashlib.sha256(b"one").hexdigest()
+    assert [files.read(digest) for digest in digests] == [b"one", b"two", b"one", b""]
+    assert list((tmp_path / "new").iterdir()) == [], "the file has no name"
