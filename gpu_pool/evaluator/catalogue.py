@@ -72,7 +72,7 @@ class TaskLibrary:
     def load(self, names: Sequence[str], model: str = "hf") -> TaskDict:
         """The tasks and groups of these names, newly built; their data stays warm between calls.
 
-        `model` is the kind of model, for which some tasks of lmms-eval have prompts of their own. Its tasks are
+        `model` is what the request calls it: for some kinds tasks of lmms-eval have prompts of their own. Its tasks are
         LmmsTasks, under their full names.
 
         Raises:

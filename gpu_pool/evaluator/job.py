@@ -111,7 +111,7 @@ class JobRun:
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
             files = ResultFiles(Path(self._job.output_dir), model_name(self._job), self._job.submitted_at)
-            loaded = self._workshop.library.load(self._evaluation.tasks, self._job.model.kind)
+            loaded = self._workshop.library.load(self._evaluation.tasks, self._evaluation.model)
             tasks: dict[str, Any] = loaded["tasks"]
             self._progress.expect(tasks)
             self._ask_all(tasks, encoder, files)

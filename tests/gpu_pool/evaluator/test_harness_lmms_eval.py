@@ -89,3 +89,13 @@ def test_an_error_is_raised_at_once_as_what_it_is(library: TaskLibrary) -> None:
 def test_examples_where_there_are_none_are_refused(library: TaskLibrary) -> None:
     with pytest.raises(TaskError, match="mme has no few-shot examples"):
         results_of(library, lambda _: "yes", "mme", num_fewshot=2)
+
+
+def test_a_kind_of_model_has_prompts_of_its_own(library: TaskLibrary) -> None:
+    def question(model: str) -> str:
+        task = library.load(["lmms:mmmu_val"], model)["tasks"]["lmms:mmmu_val"].task
+        return task.doc_to_text(task.eval_docs_no_media[0])
+
+    assert question("qwen3_vl").startswith("Question: ")
+    assert question("qwen2_5_vl") == question("/models/mine")
+    assert not question("/models/mine").startswith("Question: ")
