@@ -147,8 +147,16 @@ class TaskEntry(Record, frozen=True, kw_only=True):
 
     name: str
     kind: Literal["task", "group", "tag"]
+    library: Literal["lm-eval", "lmms-eval"] = "lm-eval"
+    """Whose task it is; the operator's own are lm-eval's."""
     output_type: str | None = None
-    """lm-eval's output type of a task, where its YAML says it."""
+    """The library's output type of a task, where its YAML says it."""
+    modality: Literal["text", "image", "audio", "video"] | None = None
+    """What its documents show beside text, where that is known."""
+    documents: int | None = None
+    """How many it has, where local files tell without being read."""
+    note: str | None = None
+    """Set where both libraries have a task of this name."""
 
 
 class Catalogue(Message, frozen=True, kw_only=True):

@@ -144,7 +144,8 @@ class Evaluation(Record, frozen=True, kw_only=True):
     output_dir: str | None = None
     use_cache: bool = True
     deterministic: bool = False
-    apply_chat_template: bool | str = False
+    apply_chat_template: bool | str | None = None
+    """None: as the task's library does. lm-eval's prompts are plain; lmms-eval's models generate by their template."""
     system_instruction: str | None = None
     fewshot_as_multiturn: bool = True
     random_seed: int | None = 0

@@ -109,7 +109,12 @@ def submit(
     predict_only: Annotated[bool, typer.Option("--predict-only", help="Predictions without metrics.")] = False,
     use_cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse this model's earlier answers.")] = True,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits whatever the batches.")] = False,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,
+    apply_chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--apply-chat-template/--no-chat-template", help="Prompts as chats; by default as the task's library."
+        ),
+    ] = None,
     chat_template: Annotated[str | None, typer.Option(help="Prompts as chats, by this template of several.")] = None,
     system_instruction: Annotated[str | None, typer.Option(help="A text before every prompt.")] = None,
     fewshot_as_multiturn: Annotated[bool, typer.Option(help="Few-shot examples as turns of the chat.")] = True,

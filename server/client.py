@@ -35,7 +35,7 @@ class MoreOptions(TypedDict, total=False):
     merge: Literal["regular", "ema"] | None
     use_cache: bool
     deterministic: bool
-    apply_chat_template: bool | str
+    apply_chat_template: bool | str | None
     system_instruction: str | None
     fewshot_as_multiturn: bool
     random_seed: int | None

@@ -101,8 +101,12 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
         bool, Meta(description="true or false: bits of answers that do not depend on batches, workers or cache; slower")
     ] = False
     apply_chat_template: Annotated[
-        bool | Name, Meta(description="true, false, or the name of one of the tokenizer's chat templates")
-    ] = False
+        bool | Name | None,
+        Meta(
+            description="true, false, or the name of one of the tokenizer's chat templates; null: lmms-eval's "
+            "tasks that generate take the model's, all others none"
+        ),
+    ] = None
     system_instruction: Annotated[str | None, Meta(description="A text put before every prompt")] = None
     fewshot_as_multiturn: Annotated[
         bool, Meta(description="true or false: few-shot examples as turns of a conversation (with a chat template)")

@@ -186,7 +186,15 @@ class TaskInfo(Response, frozen=True, kw_only=True):
 
     name: str
     kind: Literal["task", "group", "tag"]
+    library: Literal["lm-eval", "lmms-eval"]
+    """Whose it is; the operator's own tasks are lm-eval's."""
     output_type: str | None
+    modality: Literal["text", "image", "audio", "video"] | None
+    """What its documents show beside text, where that is known."""
+    documents: int | None
+    """How many it has, where that is known without reading them."""
+    note: str | None
+    """Which library the name means, where both have it."""
 
 
 class TaskList(Response, frozen=True, kw_only=True, omit_defaults=True):

@@ -167,7 +167,15 @@ def health(pool: Pool) -> responses.Health:
 def task_list(entries: tuple[TaskEntry, ...], details: bool) -> responses.TaskList:
     """Names of tasks, groups and tags; with `details` what each is."""
     infos = [
-        responses.TaskInfo(name=entry.name, kind=entry.kind, output_type=entry.output_type)
+        responses.TaskInfo(
+            name=entry.name,
+            kind=entry.kind,
+            library=entry.library,
+            output_type=entry.output_type,
+            modality=entry.modality,
+            documents=entry.documents,
+            note=entry.note,
+        )
         for entry in (entries if details else ())
     ]
     return responses.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)

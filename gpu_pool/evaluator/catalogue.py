@@ -1,10 +1,11 @@
-"""The tasks that can be evaluated here: lm-eval's library and the operator's own folders."""
+"""The tasks that can be evaluated here: lm-eval's library, the operator's own folders, lmms-eval's if it is there."""
 
 # pyright: basic
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,22 @@ from lm_eval.tasks.manager import TaskDict
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.dataset_roots import DatasetRoots
 from gpu_pool.evaluator.lazy_task import LazyTaskFactory
-from gpu_pool.evaluator.task_checks import TaskChecker
-from gpu_pool.evaluator.task_index import LIBRARY_ROOT, RootIndex, library_cache, load_index, root_state, to_entries
+from gpu_pool.evaluator.task_checks import TaskChecker, unknown
+from gpu_pool.evaluator.task_index import (
+    LIBRARY_ROOT,
+    LMMS_EVAL_ROOT,
+    IndexedTask,
+    RootIndex,
+    library_cache,
+    load_index,
+    root_state,
+    to_entries,
+)
+from gpu_pool.evaluator.task_names import Library, TaskNames
+from gpu_pool.evaluator.task_needs import lmms_task_needs
 from gpu_pool.messages import TaskEntry, TaskProblem
+
+_KINDS: dict[str, Literal["task", "group", "tag"]] = {"GROUP": "group", "TAG": "tag"}
 
 _log = logging.getLogger(__name__)
 
@@ -36,47 +50,109 @@ class TaskLibrary:
         self._cache_dir = data_dir / "cache"
         self._roots = DatasetRoots(dataset_roots, self._cache_dir / "datasets")
         self._roots.install()
-        self._folders = [Path(path) for path in include_paths]
+        self._folders = [LIBRARY_ROOT, *map(Path, include_paths)]
         self._factory = LazyTaskFactory()
-        self._checker = TaskChecker(self._roots, allow_code)
+        self._checkers: dict[Library, TaskChecker] = {
+            "lm": TaskChecker(self._roots, allow_code),
+            "lmms": TaskChecker(self._roots, allow_code, lmms_task_needs),
+        }
         self._indexes: dict[Path, RootIndex] = {}
+        self._lmms_entries = self._index_of_lmms_eval()
         self._refresh()
 
     def entries(self) -> tuple[TaskEntry, ...]:
         """Every task, group and tag, sorted by name."""
         self._refresh()
-        kinds: dict[str, Literal["task", "group", "tag"]] = {"GROUP": "group", "TAG": "tag"}
-        found = {
-            task.name: TaskEntry(name=task.name, kind=kinds.get(task.kind, "task"), output_type=task.output_type)
-            for index in self._indexes.values()
-            for task in index.tasks
-        }
-        return tuple(found[name] for name in sorted(found))
+        found = [self._entry("lm", task) for folder in self._folders for task in self._indexes[folder].tasks]
+        if LMMS_EVAL_ROOT is not None:
+            found += [self._entry("lmms", task) for task in self._indexes[LMMS_EVAL_ROOT].tasks]
+        by_name = {entry.name: entry for entry in found}  # the later ones win
+        return tuple(by_name[name] for name in sorted(by_name))
 
-    def load(self, names: Sequence[str]) -> TaskDict:
+    def load(self, names: Sequence[str], model: str = "hf") -> TaskDict:
         """The tasks and groups of these names, newly built; their data stays warm between calls.
+
+        `model` is what the request calls it: for some kinds tasks of lmms-eval have prompts of their own. Its tasks are
+        LmmsTasks, under their full names.
 
         Raises:
             UnknownTask: a name is not in the library. (lm-eval would take it for the path of a YAML file.)
             DatasetRootError, MissingSplit: the local files of a mapped data set lack something.
         """
         self._refresh()
+        wanted: dict[Library, list[str]] = {"lm": [], "lmms": []}
         for name in names:
-            if name not in self._manager.task_index:
+            meant = self._names.find(name)
+            if meant is None:
                 raise UnknownTask(f"There is no task {name!r}")
-        return self._manager.load(list(dict.fromkeys(names)))
+            wanted[meant[0]].append(meant[1])
+        loaded: TaskDict = self._manager.load(list(dict.fromkeys(wanted["lm"])))
+        if wanted["lmms"]:
+            from gpu_pool.evaluator.lmms_tasks import load_lmms_tasks  # which takes seconds, and torch
+
+            own_names = list(dict.fromkeys(wanted["lmms"]))
+            tasks, groups = load_lmms_tasks(own_names, self._lmms_entries, partial(self._names.full, "lmms"), model)
+            loaded["tasks"].update(tasks)
+            loaded["groups"] = {**loaded.get("groups", {}), **groups}
+        return loaded
 
     def check(
         self, names: Sequence[str], num_fewshot: int | None = None, *, reads_images: bool = False
     ) -> tuple[TaskProblem, ...]:
         """What keeps these tasks from running here, on a model that reads images or does not; nothing is downloaded."""
         self._refresh()
-        broken = {path: reason for index in self._indexes.values() for path, reason in index.broken.items()}
-        return self._checker.check(names, self._manager.task_index, broken, num_fewshot, reads_images)
+        problems: dict[str, TaskProblem] = {}
+        asked: dict[tuple[Library, str], str] = {}
+        for name in names:
+            meant = self._names.find(name)
+            if meant is None:
+                problems[name] = self._unknown(name)
+            else:
+                asked.setdefault(meant, name)
+        indexes: dict[Library, dict[str, Entry]] = {"lm": self._manager.task_index, "lmms": self._lmms_entries}
+        for library, checker in self._checkers.items():
+            some = [name for which, name in asked if which == library]
+            for problem in checker.check(some, indexes[library], self._broken, num_fewshot, reads_images):
+                name = asked[library, problem.task]
+                problems[name] = TaskProblem(task=name, reason=problem.reason, suggestions=problem.suggestions)
+        return tuple(problems[name] for name in dict.fromkeys(names) if name in problems)
+
+    def _unknown(self, name: str) -> TaskProblem:
+        if name.startswith("lmms:") and LMMS_EVAL_ROOT is None:
+            return TaskProblem(task=name, reason="lmms-eval is not installed on this server (see scripts/install-lmms)")
+        full_names = [
+            *self._manager.task_index,
+            *(self._names.full("lmms", other) for other in self._lmms_entries),
+        ]
+        return unknown(name, full_names, self._broken)
+
+    def _entry(self, library: Library, task: IndexedTask) -> TaskEntry:
+        documents = None
+        if task.dataset and task.split:
+            documents = self._roots.rows(task.dataset, task.config, task.split)
+        return TaskEntry(
+            name=self._names.full(library, task.name),
+            kind=_KINDS.get(task.kind, "task"),
+            library="lmms-eval" if library == "lmms" else "lm-eval",
+            output_type=task.output_type,
+            modality=task.modality,
+            documents=documents,
+            note=self._names.note(library, task.name),
+        )
+
+    @property
+    def _broken(self) -> dict[str, str]:
+        return {path: reason for index in self._indexes.values() for path, reason in index.broken.items()}
+
+    def _index_of_lmms_eval(self) -> dict[str, Entry]:
+        if LMMS_EVAL_ROOT is None:
+            return {}
+        self._indexes[LMMS_EVAL_ROOT] = load_index(LMMS_EVAL_ROOT, library_cache(self._cache_dir))
+        return to_entries([self._indexes[LMMS_EVAL_ROOT]])
 
     def _refresh(self) -> None:
         """Take in what has changed in the operator's folders."""
-        roots = [LIBRARY_ROOT, *self._folders]
+        roots = self._folders
         stale = [root for root in roots if root not in self._indexes or self._indexes[root].state != root_state(root)]
         if not stale:
             return
@@ -87,9 +163,10 @@ class TaskLibrary:
             if root != LIBRARY_ROOT:
                 for path, reason in self._indexes[root].broken.items():
                     _log.warning("%s is no task and is left out: %s", path, reason)
-        self._indexes = {root: self._indexes[root] for root in roots}
-        self._checker.forget()
-        self._manager = _IndexedTaskManager(to_entries(self._indexes.values()), self._factory)
+        for checker in self._checkers.values():
+            checker.forget()
+        self._manager = _IndexedTaskManager(to_entries(self._indexes[root] for root in roots), self._factory)
+        self._names = TaskNames(self._manager.task_index, self._lmms_entries)
 
 
 class _IndexedTaskManager(TaskManager):

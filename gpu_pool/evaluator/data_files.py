@@ -58,6 +58,12 @@ class SplitFiles:
         stats = [(path, path.stat()) for path in self.paths]
         return tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)
 
+    def rows(self) -> int | None:
+        """How many there are; None where only reading all of it would tell."""
+        if self.format != "parquet":
+            return None
+        return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self.paths)
+
 
 class DatasetShelf:
     """Data sets that were read, the longest unused given up first. Safe for threads."""

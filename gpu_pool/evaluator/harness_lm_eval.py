@@ -26,6 +26,7 @@ from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups,
 
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.images import described
+from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.records import Evaluation
 from gpu_pool.results import hash_text, plain
 
@@ -57,9 +58,15 @@ def seed_everything(evaluation: Evaluation) -> None:
 
 
 def configure_task(
-    name: str, task: Task, evaluation: Evaluation, allow_code: bool, *, reads_images: bool = False
+    name: str,
+    task: Task,
+    evaluation: Evaluation,
+    allow_code: bool,
+    *,
+    reads_images: bool = False,
+    output_dir: str | None = None,
 ) -> None:
-    """Apply the request's overrides to one task.
+    """Apply the request's overrides to one task, none of which writes files of its own.
 
     Raises:
         TaskError: the task runs code written by the model, or shows what the model does not read.
@@ -88,6 +95,11 @@ def _set_fewshots(name: str, task: Task, evaluation: Evaluation) -> None:
     elif default is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=evaluation.fewshot_random_seed)
+
+
+def wanted_template(task: Task, evaluation: Evaluation, *, has_template: bool) -> bool | str:
+    """None unless the request says so, as in lm-eval."""
+    return evaluation.apply_chat_template or False
 
 
 def portions() -> Iterator[int]:
@@ -133,18 +145,6 @@ def release(task: Task) -> None:
     task._instances = None
 
 
-class TaskScore:
-    """A scored task: lm-eval's accumulator with it alone in it, its samples, and how many documents it leaves out."""
-
-    def __init__(
-        self, name: str, accumulated: EvalAcc, samples: list[dict[str, Any]] | None, excluded: int = 0
-    ) -> None:
-        self.excluded = excluded
-        self.accumulated = accumulated
-        self.metrics = dict(accumulated.metrics[name])
-        self.samples = samples
-
-
 def score_task(
     name: str, task: Any, evaluation: Evaluation, errored: Mapping[int | None, str] | None = None
 ) -> TaskScore:
@@ -175,7 +175,9 @@ def score_task(
                 raw_metrics[metric, filter_name].append(value)
     accumulator: Any = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
     accumulated = _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
-    return TaskScore(name, accumulated, samples if keep_samples else None, excluded=len(errored))
+    return TaskScore(
+        dict(accumulated.metrics[name]), samples if keep_samples else None, accumulated, excluded=len(errored)
+    )
 
 
 def combine_scores(scores: Iterable[TaskScore], groups: Mapping[str, Group]) -> dict[str, Any]:

@@ -30,14 +30,15 @@ class Shown(NamedTuple):
 class ImagePrompts:
     """Makes the prompts of one job."""
 
-    def __init__(self, files: ImageFiles, encoder: PromptEncoder, *, is_chat: bool) -> None:
-        """Image files go into `files`. `is_chat`: a chat template has placed the images in the text already."""
+    def __init__(self, files: ImageFiles, encoder: PromptEncoder) -> None:
+        """Image files go into `files`."""
         self._files = files
         self._encoder = encoder
-        self._is_chat = is_chat
 
-    def of(self, instances: Sequence[Instance], folders: Sequence[Path]) -> list[Shown]:
+    def of(self, instances: Sequence[Instance], folders: Sequence[Path], *, is_chat: bool) -> list[Shown]:
         """Each instance's; relative paths of images are looked for in `folders`.
+
+        `is_chat`: a chat template has placed the images in the text already.
 
         Raises:
             PromptError: nobody knows what stands for an image in the model's prompts.
@@ -49,7 +50,7 @@ class ImagePrompts:
             if id(shown) not in known:
                 known[id(shown)] = self._keep_files(shown["visual"], folders)
             digests, problem = known[id(shown)]
-            placed = text if self._is_chat else self._encoder.place_images(text)
+            placed = text if is_chat else self._encoder.place_images(text)
             prompts.append(Shown(MediaPrompt(text=placed, media=digests), problem))
         return prompts
 

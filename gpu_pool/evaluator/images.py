@@ -22,6 +22,7 @@ from datasets.utils.file_utils import xopen
 from PIL import Image
 
 from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.failures import explain
 
 MAX_FILE_BYTES = 128 << 20
 """Of an image's file: what travels to a worker in one message is bounded."""
@@ -34,25 +35,63 @@ class ImageProblem(PoolError):
 
 
 class UndecodedImage(dict[str, Any]):
-    """{"bytes", "path"} of an image in a data set; whatever else it is asked for, the decoded image answers."""
+    """{"bytes", "path"} of an image in a data set; whatever else it is asked for, the decoded image answers.
+
+    It is an instance of Pillow's Image, too: tasks ask. It equals no plain dictionary: `datasets` would take the
+    elements of a list for decoded already.
+    """
 
     def __init__(self, value: Mapping[str, Any], decode: Any) -> None:
         super().__init__(value)
         self._decode = decode
 
+    @property
+    def __class__(self) -> Any:
+        return Image.Image
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UndecodedImage) and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:  # a dictionary has its own
+        return not self == other
+
     @cached_property
     def decoded(self) -> Image.Image:
-        """The image as `datasets` decodes it: upright, in the mode that the data set asks for."""
-        return self._decode(dict(self))
+        """The image as `datasets` decodes it: upright, in the mode that the data set asks for.
+
+        Raises:
+            ImageProblem: it cannot be decoded.
+        """
+        try:
+            return self._decode(dict(self))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
+            raise ImageProblem(f"the image cannot be decoded: {explain(error)}") from error
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") and name != "__array_interface__":
             raise AttributeError(name)
         return getattr(self.decoded, name)
+
+    def convert(self, mode: str | None = None, *args: Any, **options: Any) -> Any:
+        """Pillow's; of an image that has the mode already the file stays as it is."""
+        if mode is not None and "decoded" not in vars(self) and mode == _mode_of(self.get("bytes")):
+            return UndecodedImage(self, self._decode)
+        return self.decoded.convert(mode, *args, **options)
 
     def copy(self) -> Any:
         """Pillow's, not a dictionary's."""
         return self.decoded.copy()
+
+
+def _mode_of(file: bytes | None) -> str | None:
+    """The mode that an image file's header says."""
+    if file is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            return image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def leave_undecoded() -> None:
@@ -92,18 +131,18 @@ def image_file(image: Any, folders: Iterable[Path]) -> bytes:
 
 def _file(image: Any, folders: Iterable[Path]) -> bytes:
     match image:
-        case bytes():
-            return image
-        case Image.Image():
-            return _encoded(image)
-        case {"bytes": bytes(data)}:
+        case bytes(data) | {"bytes": bytes(data)}:
             return data
         case {"path": str(path)} | str(path):
             return _read(path, folders)
-        case os.PathLike():
-            return _read(os.fspath(image), folders)
+        case ImageProblem():
+            raise image
         case None | {"bytes": None}:
             raise ImageProblem("the document has no image")
+        case Image.Image():
+            return _encoded(image)
+        case os.PathLike():
+            return _read(os.fspath(image), folders)
         case _:
             raise ImageProblem(f"doc_to_image must give images, their bytes or paths, not {type(image).__name__}")
 
@@ -140,12 +179,14 @@ def described(value: Any) -> Any:
             return described(value.decoded)
         case bytes():
             return {"sha256": hashlib.sha256(value).hexdigest(), "bytes": len(value)}
-        case Image.Image():
-            return {"image": f"{value.mode} {value.width} x {value.height}", **described(value.tobytes())}
         case {"bytes": bytes(data), "path": path, **others} if not others:
             return {"path": path, **described(data)}
+        case ImageProblem():
+            return {"problem": str(value)}
         case dict():
             return {name: described(item) for name, item in value.items()}
+        case Image.Image():
+            return {"image": f"{value.mode} {value.width} x {value.height}", **described(value.tobytes())}
         case list() | tuple():
             return [described(item) for item in value]
         case _:

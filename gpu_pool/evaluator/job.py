@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from gpu_pool.cache import CachedModel, ResponseCache, cache_path
-from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.chunking import Paces
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
+from gpu_pool.evaluator.harness import combine, harness_of
+from gpu_pool.evaluator.harness_lm_eval import ChatTemplate, portions, seed_everything
 from gpu_pool.evaluator.image_prompts import ImagePrompts
 from gpu_pool.evaluator.images import ImageFiles
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
+from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.evaluator.shared_answers import SharedAnswers
 from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.fingerprint import memo_path
@@ -92,7 +94,7 @@ class JobRun:
         self._errored = Errored(job.evaluation.max_error_share)
         self._is_all_asked = False
         self._requests: dict[str, TaskRequests] = {}
-        self._scores: dict[str, harness.TaskScore] = {}
+        self._scores: dict[str, TaskScore] = {}
         self._hashes: dict[str, str] = {}
         self._samples: dict[str, str] = {}
         self._is_current = True
@@ -106,11 +108,11 @@ class JobRun:
             PoolError: the job cannot be completed, and why.
         """
         with self._progress, contextlib.closing(self._images), self._sharing(), contextlib.closing(self.dispatcher):
-            harness.seed_everything(self._evaluation)
+            seed_everything(self._evaluation)
             encoder, self._is_current = self._workshop.encoders.get(self._job.model)
             report = Report(self._job, encoder)
             files = ResultFiles(Path(self._job.output_dir), model_name(self._job), self._job.submitted_at)
-            loaded = self._workshop.library.load(self._evaluation.tasks)
+            loaded = self._workshop.library.load(self._evaluation.tasks, self._evaluation.model)
             tasks: dict[str, Any] = loaded["tasks"]
             self._progress.expect(tasks)
             self._ask_all(tasks, encoder, files)
@@ -132,23 +134,29 @@ class JobRun:
         """Build and queue every task's requests, publishing meanwhile what is complete."""
         for name, task in tasks.items():
             with _blame(name):
-                harness.configure_task(
-                    name, task, self._evaluation, self._workshop.allow_code, reads_images=encoder.reads_images
+                harness_of(task).configure_task(
+                    name,
+                    task,
+                    self._evaluation,
+                    self._workshop.allow_code,
+                    reads_images=encoder.reads_images,
+                    output_dir=self._job.output_dir,
                 )
         builder = RequestBuilder(
             self._job.model,
             encoder,
             self._evaluation.torch_random_seed,
-            ImagePrompts(self._images, encoder, is_chat=bool(self._evaluation.apply_chat_template)),
+            ImagePrompts(self._images, encoder),
             deterministic=self._evaluation.deterministic,
         )
-        template = self._chat_template(encoder)
-        sizes = harness.portions()
+        sizes = portions()
         for name, task in tasks.items():
             with _blame(name):
                 self._open[name] = 1  # for what is not built yet
-                for instances in harness.build_instances(task, self._evaluation, template, sizes):
-                    self._ask(name, builder.build(instances, getattr(task, "media_folders", ())))
+                template = self._chat_template(task, encoder)
+                folders = getattr(task, "media_folders", ())
+                for instances in harness_of(task).build_instances(task, self._evaluation, template, sizes):
+                    self._ask(name, builder.build(instances, folders, is_chat=template is not None))
                     self._progress.enter(Phase.EVALUATING)
                     if self._failure:
                         break
@@ -158,8 +166,9 @@ class JobRun:
         self._is_all_asked = True
         self._judge_errors()
 
-    def _chat_template(self, encoder: PromptEncoder) -> harness.ChatTemplate | None:
-        wanted = self._evaluation.apply_chat_template
+    def _chat_template(self, task: Any, encoder: PromptEncoder) -> ChatTemplate | None:
+        has_template = encoder.has_chat_template
+        wanted = harness_of(task).wanted_template(task, self._evaluation, has_template=has_template)
         return functools.partial(encoder.apply_chat_template, wanted) if wanted else None
 
     def _ask(self, name: str, requests: TaskRequests) -> None:
@@ -274,12 +283,12 @@ class JobRun:
         task = tasks[name]
         with _blame(name):
             errored = self._requests.pop(name).deliver()
-            score = harness.score_task(name, task, self._evaluation, errored)
+            score = harness_of(task).score_task(name, task, self._evaluation, errored)
             if score.samples is not None:
                 self._samples[name] = str(files.write_samples(name, score.samples))
                 self._hashes[name] = samples_hash(score.samples)
                 score.samples = None
-        harness.release(task)
+        harness_of(task).release(task)
         self._scores[name] = score
         [metrics] = self._errored.beside({name: plain_metrics(score.metrics)}, {}).values()
         _log.info("%s: %s", name, metrics)
@@ -297,7 +306,7 @@ class JobRun:
     def _finish(
         self, tasks: Mapping[str, Any], groups: Mapping[str, Any], report: Report, files: ResultFiles
     ) -> JobDone:
-        results = harness.combine_scores((self._scores[name] for name in tasks), groups)
+        results = combine(tasks, self._scores, groups)
         for scores in ("results", "groups"):
             if scores in results:
                 results[scores] = self._errored.beside(results[scores], results["group_subtasks"])

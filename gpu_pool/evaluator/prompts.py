@@ -20,7 +20,7 @@ from gpu_pool import checkpoints
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
-from gpu_pool.evaluator.typed_content import typed_content, with_image_strings
+from gpu_pool.evaluator.typed_content import first_images, typed_content, with_image_strings
 from gpu_pool.fingerprint import fingerprint_model
 from gpu_pool.records import ModelArgs, ModelSpec
 
@@ -107,7 +107,12 @@ class PromptEncoder:
             _log.warning("%d prompts are longer than %d tokens: their beginning is left out", cut, longest)
         return {prompt: ids[-longest:] for prompt, ids in tokens.items()}
 
-    def chat_template(self, wanted: bool | str) -> str | None:
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model has one at all."""
+        return self.tokenizer.chat_template is not None
+
+    def chat_template(self, wanted: bool | str | None) -> str | None:
         """The template that `apply_chat_template: wanted` uses (`TemplateLM.chat_template`)."""
         template = self.tokenizer.chat_template
         if not isinstance(template, dict):
@@ -152,7 +157,7 @@ class PromptEncoder:
 
     def _typed(self, content: Any) -> Any:
         options = {"interleave": self._args.interleave, "max_images": self.max_images}
-        return typed_content(content, **options) if isinstance(content, str) else content
+        return typed_content(content, **options) if isinstance(content, str) else first_images(content, self.max_images)
 
     def description(self) -> dict[str, Any]:
         """lm-eval's tokenizer entries of a results file (`add_tokenizer_info`)."""

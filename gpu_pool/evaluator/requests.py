@@ -125,16 +125,19 @@ class RequestBuilder:
         self._encoder = encoder
         self._images = images
         self._folders: Sequence[Path] = ()
+        self._is_chat = False
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._scope = cache_scope(model, deterministic)
         self._units: dict[bytes, Unit] = {}
 
-    def build(self, instances: Sequence[Instance], folders: Sequence[Path] = ()) -> TaskRequests:
+    def build(
+        self, instances: Sequence[Instance], folders: Sequence[Path] = (), *, is_chat: bool = False
+    ) -> TaskRequests:
         """The requests of these instances of one task, in their order.
 
-        Relative paths of images are looked for in `folders`. In the instances a description takes the place of each
-        image: a job's images are in its files, not in memory.
+        Relative paths of images are looked for in `folders`; `is_chat`: a chat template has placed the images. In the
+        instances a description takes the place of each image: a job's images are in its files, not in memory.
 
         Raises:
             PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
@@ -148,6 +151,7 @@ class RequestBuilder:
             "generate_until with images": self._generation_with_images,
         }
         self._folders = folders
+        self._is_chat = is_chat
         kinds = {
             id(instance): instance.request_type + " with images" * shows_images(instance) for instance in instances
         }
@@ -222,7 +226,7 @@ class RequestBuilder:
 
     def _shown(self, instances: Sequence[Instance]) -> list[Shown]:
         assert self._images is not None, "nobody has said where image files go"
-        return self._images.of(instances, self._folders)
+        return self._images.of(instances, self._folders, is_chat=self._is_chat)
 
     def _scoring(self, context: Tokens, continuation: Tokens, shown: MediaPrompt | None = None) -> Unit:
         key = answer_key(self._scope, *_question(b"loglikelihood", context, shown), continuation.tobytes())

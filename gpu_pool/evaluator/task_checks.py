@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,14 @@ class _Leaf:
 class TaskChecker:
     """Checks names against an index; what a YAML says is read once, until `forget`."""
 
-    def __init__(self, roots: DatasetRoots, allow_code: bool) -> None:
+    def __init__(
+        self,
+        roots: DatasetRoots,
+        allow_code: bool,
+        needs_of: Callable[[str, dict[str, Any]], TaskNeeds] = task_needs,
+    ) -> None:
+        """`needs_of` reads the configurations of one library's tasks."""
+        self._read_needs = needs_of
         self._roots = roots
         self._allow_code = allow_code
         self._hub = HubData()
@@ -61,7 +68,7 @@ class TaskChecker:
         sources: dict[str, str] = {}
         for name in dict.fromkeys(names):
             if name not in index:
-                problems.append(_unknown(name, index, broken))
+                problems.append(unknown(name, index, broken))
                 continue
             try:
                 leaves = list(self._leaves(name, index))
@@ -144,9 +151,10 @@ class TaskChecker:
             return f"lm-eval does not know these keys of its YAML: {', '.join(needs.unknown_keys)}"
         if needs.eval_split is None and not needs.has_class:
             return "its YAML names neither a test_split nor a validation_split"
-        if needs.audio:
-            return "it needs a model that hears; audio is not served yet"
-        if needs.images and not reads_images:
+        if needs.modality in ("audio", "video"):
+            verb = "hears" if needs.modality == "audio" else "watches"
+            return f"it needs a model that {verb}; {needs.modality} is not served yet"
+        if needs.modality == "image" and not reads_images:
             return "it shows images, and the model reads text only (its config.json, or no processor_config.json)"
         if needs.runs_code and not self._allow_code:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
@@ -162,7 +170,7 @@ class TaskChecker:
         if key not in self._needs:
             try:
                 config = read_config(path, leaf.overrides) if path else leaf.overrides
-                self._needs[key] = task_needs(leaf.name, config)
+                self._needs[key] = self._read_needs(leaf.name, config)
             except Exception as error:  # the user's file
                 self._needs[key] = f"its YAML cannot be read: {explain(error)}"
         return self._needs[key]
@@ -188,7 +196,8 @@ class TaskChecker:
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "include"})
 
 
-def _unknown(name: str, index: Index, broken: Mapping[str, str]) -> TaskProblem:
+def unknown(name: str, index: Collection[str], broken: Mapping[str, str]) -> TaskProblem:
+    """There is no such name."""
     unread = "".join(f"; {path} cannot be read: {reason}" for path, reason in list(broken.items())[:3])
     close = close_names(name, index)
     hint = f"; close names: {', '.join(close)}" if close else " (see GET /tasks)"

@@ -13,16 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from gpu_pool.evaluator.lmms_options import lmms_generation
+from gpu_pool.evaluator.package_files import function_file, is_file, module_file, parsed
 from gpu_pool.evaluator.requests import OptionsError, generation_options
+from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
 from gpu_pool.gen_kwargs import task_option_problem
 
-_TASKS_ROOT = Path(lm_eval.tasks.__file__).parent
 _KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(TaskConfig)) | {"group", "task_list"}
 _CODE_MARKS = ("HF_ALLOW_CODE_EVAL", "code_eval", "UNSAFE_CODE = True")
+_LMMS_RUNS_CODE = frozenset({"auxsolidmath", "mathvision", "megabench"})
+"""Folders of lmms-eval whose scoring passes the model's text to `eval` or `exec`."""
+_LMMS_OUTPUT_TYPES = ("generate_until", "multiple_choice", "loglikelihood")
+_PACKAGES_OF_TASKS = ("lm_eval.tasks", "lmms_eval")
+"""Whose modules are looked into, too."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,8 @@ class TaskNeeds:
     name: str
     unknown_keys: tuple[str, ...]
     """Keys of the YAML that lm-eval does not know, and refuses."""
-    images: bool
-    audio: bool
-    """Whether documents show or sound something."""
+    modality: Modality | None
+    """What its documents show beside text; None where nothing tells."""
     runs_code: bool
     missing_modules: tuple[str, ...]
     """Python libraries that its code imports and that are not installed."""
@@ -49,7 +54,7 @@ class TaskNeeds:
     fewshot_split: str | None
     """Where examples would be drawn from; None where they are written in the task."""
     options_problem: str | None
-    """What is wrong with its generation_kwargs."""
+    """What is wrong with its generation_kwargs, or with the way in which it asks."""
 
 
 def read_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -58,15 +63,14 @@ def read_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
-    """The needs of the task with this configuration."""
+    """The needs of the task of lm-eval with this configuration."""
     modules = _module_files(config)
-    sources = [_source(path) for path in modules]
+    sources = [parsed(path)[0] for path in modules]
     attributes = _class_attributes(config)
     return TaskNeeds(
         name=name,
         unknown_keys=tuple(sorted(set(config) - _KNOWN_KEYS)) if "class" not in config else (),
-        images=bool(config.get("doc_to_image")),
-        audio=bool(config.get("doc_to_audio")),
+        modality=lm_eval_modality(config),
         runs_code=_runs_code(config, sources),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
         dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),
@@ -77,6 +81,30 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=_fewshot_split(config),
         options_problem=_options_problem(config.get("generation_kwargs")),
+    )
+
+
+def lmms_task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
+    """The needs of the task of lmms-eval with this configuration."""
+    modules = _module_files(config)
+    output_type = config.get("output_type") or "generate_until"
+    problem = _options_problem(lmms_generation(config.get("generation_kwargs") or {}))
+    if output_type not in _LMMS_OUTPUT_TYPES:
+        problem = f"its output_type {output_type} is not served; those that are: {', '.join(_LMMS_OUTPUT_TYPES)}"
+    return TaskNeeds(
+        name=name,
+        unknown_keys=(),
+        modality=lmms_eval_modality(config),
+        runs_code=any(not _LMMS_RUNS_CODE.isdisjoint(path.parts) for path in modules),
+        missing_modules=tuple(sorted(set(_missing(modules, whole_file=False)))),
+        dataset=config.get("dataset_path"),
+        config=config.get("dataset_name"),
+        data_files=tuple(_texts((config.get("dataset_kwargs") or {}).get("data_files"))),
+        has_class="class" in config,
+        eval_split=config.get("test_split") or config.get("validation_split"),
+        default_fewshot=config.get("num_fewshot"),
+        fewshot_split=config.get("fewshot_split"),
+        options_problem=problem,
     )
 
 
@@ -124,34 +152,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _module_files(config: dict[str, Any]) -> list[Path]:
     """Files of the functions (and the class) that the configuration names."""
-    files: dict[Path, None] = {}
-    for text in _texts(config):
-        if text.startswith("/") and "\n" not in text:
-            stem, _, name = text.rpartition(".")
-            path = Path(stem.removesuffix(".py") + ".py")
-            if name.isidentifier() and _is_file(path):
-                files[path] = None
-    return list(files)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a text that is no path (too long)
-        return False
-
-
-def _source(path: Path) -> str:
-    return _parsed(path, path.stat().st_mtime_ns)[0]
-
-
-@functools.lru_cache(maxsize=2048)
-def _parsed(path: Path, _mtime_ns: int) -> tuple[str, ast.Module]:
-    text = path.read_text(errors="replace")
-    try:
-        return text, ast.parse(text)
-    except SyntaxError:  # reported when the task is loaded
-        return text, ast.Module(body=[], type_ignores=[])
+    named = [function_file(text) for text in _texts(config)]
+    return list(dict.fromkeys(found[0] for found in named if found))
 
 
 def _class_attributes(config: dict[str, Any]) -> dict[str, Any]:
@@ -160,9 +162,9 @@ def _class_attributes(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     stem, _, name = config["class"].rpartition(".")
     path = Path(stem + ".py")
-    if not _is_file(path):
+    if not is_file(path):
         return {}
-    tree = _parsed(path, path.stat().st_mtime_ns)[1]
+    tree = parsed(path)[1]
     return _constants(name, {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)})
 
 
@@ -189,7 +191,7 @@ def _missing(files: Iterable[Path], *, whole_file: bool) -> Iterator[str]:
         if path in seen:
             continue
         seen.add(path)
-        tree = _parsed(path, path.stat().st_mtime_ns)[1]
+        tree = parsed(path)[1]
         for module in _imports(ast.walk(tree) if whole_file else _top_level(tree.body)):
             neighbour = _neighbour(module, path.parent)
             if neighbour is not None:
@@ -214,17 +216,15 @@ def _imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module
-            yield from (
-                f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("lm_eval.tasks")
-            )
+            if node.module.startswith(_PACKAGES_OF_TASKS):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _neighbour(module: str, folder: Path) -> Path | None:
     """The file of a module that comes with the tasks, or None."""
-    if module.startswith("lm_eval.tasks."):
-        path = _TASKS_ROOT / (module.removeprefix("lm_eval.tasks.").replace(".", "/") + ".py")
-    else:
-        path = folder / (module.replace(".", "/") + ".py")
+    if module.startswith(_PACKAGES_OF_TASKS):
+        return module_file(module)
+    path = folder / (module.replace(".", "/") + ".py")
     return path if path.is_file() else None
 
 

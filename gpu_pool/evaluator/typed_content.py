@@ -32,3 +32,14 @@ def typed_content(text: str, *, interleave: bool, max_images: int) -> list[Part]
 def with_image_strings(text: str, image_string: str, max_images: int) -> str:
     """A prompt without a chat template: the model's own string for the first `max_images` placeholders."""
     return text.replace(IMAGE_PLACEHOLDER, image_string, max_images)
+
+
+def first_images(content: list[Part], max_images: int) -> list[Part]:
+    """A turn of typed parts with its first `max_images` images only."""
+    kept: list[Part] = []
+    images = 0
+    for part in content:
+        images += part["type"] == "image"
+        if part["type"] != "image" or images <= max_images:
+            kept.append(part)
+    return kept

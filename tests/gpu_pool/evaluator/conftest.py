@@ -221,13 +221,14 @@ def start_evaluator(
     """Start a real evaluator that knows the local tasks; it is ready when this returns."""
     with ExitStack() as processes:
 
-        def start() -> Evaluator:
+        def start(dataset_roots: dict[str, str] | None = None) -> Evaluator:
             folder = tmp_path_factory.mktemp("evaluator")
             start = msg.EvaluatorStart(
                 evaluator_id="e",
                 data_dir=str(data_dir),
                 log_path=str(folder / "evaluator.log"),
                 include_paths=(str(local_tasks),),
+                dataset_roots=dataset_roots or {},
             )
             evaluator = Evaluator(_spawn(processes, evaluator_main, start), model, folder)
             assert isinstance(evaluator.receive(), msg.EvaluatorReady)

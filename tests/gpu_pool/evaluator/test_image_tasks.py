@@ -78,13 +78,13 @@ def build(
         assert encoder.reads_images
         evaluation = Evaluation(model="m", tasks=(name,), apply_chat_template=chat, **options)
         spec = ModelSpec(kind="hf", args=model, fingerprint="f")
-        builder = RequestBuilder(spec, encoder, 0, ImagePrompts(files, encoder, is_chat=chat))
+        builder = RequestBuilder(spec, encoder, 0, ImagePrompts(files, encoder))
         [task] = library.load([name])["tasks"].values()
         harness.configure_task(name, task, evaluation, False, reads_images=True)
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
         requests = TaskRequests()
         for instances in harness.build_instances(task, evaluation, template, harness.portions()):
-            requests.responses.extend(builder.build(instances).responses)
+            requests.responses.extend(builder.build(instances, is_chat=chat).responses)
         return requests
 
     return make

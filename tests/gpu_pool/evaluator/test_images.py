@@ -8,6 +8,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from digits import image_bytes
 from PIL import Image
@@ -52,6 +53,30 @@ def test_code_that_looks_at_an_image_finds_it_decoded() -> None:
     image.paste((0, 0, 255), (0, 0, 4, 3))
     with Image.open(io.BytesIO(image_file(image, ()))) as shown:
         assert shown.getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_images_in_lists_answer_as_others_do() -> None:
+    row = rows({"bytes": FILE, "path": None})[0]
+    [image] = row["several"]
+    assert isinstance(image, UndecodedImage)
+    assert isinstance(image, Image.Image)
+    assert np.asarray(image).shape == (3, 4, 3)
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_an_image_that_has_the_mode_stays_a_file() -> None:
+    image = rows({"bytes": FILE, "path": None})[0]["image"]
+    assert image_file(image.convert("RGB"), ()) == FILE
+    with Image.open(io.BytesIO(image_file(image.convert("L"), ()))) as grey:
+        assert grey.mode == "L"
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_an_image_that_cannot_be_decoded_is_a_problem_of_its_own() -> None:
+    image = rows({"bytes": FILE[:40], "path": None})[0]["image"]
+    with pytest.raises(ImageProblem, match="the image cannot be decoded"):
+        image.convert("L")
 
 
 @pytest.mark.usefixtures("undecoded")

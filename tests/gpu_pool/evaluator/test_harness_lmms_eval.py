@@ -1,0 +1,101 @@
+"""lmms-eval's steps on real tasks of its package, with answers that the test gives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from lmms_data import DOCUMENTS, write_lmms_data
+from stock_data import mmlu
+
+from gpu_pool.evaluator.catalogue import TaskLibrary
+from gpu_pool.evaluator.harness import combine, harness_of
+from gpu_pool.evaluator.harness_lm_eval import TaskError
+from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT
+from gpu_pool.records import Evaluation
+
+pytestmark = pytest.mark.skipif(LMMS_EVAL_ROOT is None, reason="lmms-eval is not installed")
+
+GROUP = "lmms:mmlu_other"
+Answer = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Generator[TaskLibrary]:
+    folder = tmp_path_factory.mktemp("roots")
+    roots = write_lmms_data(folder) | {"hails/mmlu_no_train": str(folder / "mmlu")}
+    for config in MMLU_OTHER:
+        for split, count in {"test": 4, "dev": 5, "validation": 5}.items():
+            path = folder / "mmlu" / config / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(mmlu(count)).to_parquet(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", datasets.load_dataset)
+        yield TaskLibrary(data_dir, (), roots, False)
+
+
+MMLU_OTHER = (
+    *("business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging"),
+    *("management", "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting"),
+    *("professional_medicine", "virology"),
+)
+
+
+def results_of(library: TaskLibrary, answer: Answer, *names: str, **options: Any) -> dict[str, Any]:
+    evaluation = Evaluation(model="m", tasks=names, bootstrap_iters=10, **options)
+    loaded = library.load(names)
+    tasks: dict[str, Any] = loaded["tasks"]
+    scores = {}
+    for name, task in tasks.items():
+        harness = harness_of(task)
+        harness.configure_task(name, task, evaluation, False, reads_images=True)
+        for instances in harness.build_instances(task, evaluation, None, itertools.repeat(3)):
+            for instance in instances:
+                instance.resps.append(answer(instance))
+        scores[name] = harness.score_task(name, task, evaluation)
+        harness.release(task)
+    return combine(tasks, scores, loaded.get("groups", {}))
+
+
+def test_groups_are_weighted_as_lmms_eval_weighs_them(library: TaskLibrary) -> None:
+    def first_is_best(instance: Any) -> tuple[float, bool]:
+        return float(-instance.idx), False
+
+    results = results_of(library, first_is_best, GROUP)
+    assert results["results"][GROUP]["acc,none"] == pytest.approx(0.25)
+    assert results["groups"][GROUP]["acc,none"] == pytest.approx(0.25)
+    assert len(results["group_subtasks"][GROUP]) == len(MMLU_OTHER)
+    members = results["group_subtasks"][GROUP]
+    assert all(results["results"][name]["acc,none"] == pytest.approx(0.25) for name in members)
+    assert "lmms:mmlu_nutrition" in members
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(0.5, [6, 6]), (0.1, [2, 2]), (4, [4, 4]), (100, [DOCUMENTS] * 2)])
+def test_a_limit_is_each_tasks_own(library: TaskLibrary, limit: float, counts: list[int]) -> None:
+    results = results_of(library, lambda _: "yes", "mme", "lmms:mmmu_val", limit=limit)
+    sizes = [results["n-samples"][name] for name in ("mme", "lmms:mmmu_val")]
+    assert sizes == [{"original": DOCUMENTS, "effective": count} for count in counts]
+
+
+def test_an_error_is_raised_at_once_as_what_it_is(library: TaskLibrary) -> None:
+    with pytest.raises(AssertionError, match="MME only supports pairwise evaluation"):
+        results_of(library, lambda _: "yes", "mme", limit=3)
+
+
+def test_examples_where_there_are_none_are_refused(library: TaskLibrary) -> None:
+    with pytest.raises(TaskError, match="mme has no few-shot examples"):
+        results_of(library, lambda _: "yes", "mme", num_fewshot=2)
+
+
+def test_a_kind_of_model_has_prompts_of_its_own(library: TaskLibrary) -> None:
+    def question(model: str) -> str:
+        task = library.load(["lmms:mmmu_val"], model)["tasks"]["lmms:mmmu_val"].task
+        return task.doc_to_text(task.eval_docs_no_media[0])
+
+    assert question("qwen3_vl").startswith("Question: ")
+    assert question("qwen2_5_vl") == question("/models/mine")
+    assert not question("/models/mine").startswith("Question: ")
