@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -27,9 +28,8 @@ __all__ = ["fake_nvml", "fake_nvml_library"]
 
 ROOT = Path(__file__).parents[1]
 
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # its fake GPUs are not those of the others: neither are the locks
-    os.environ["TMPDIR"] = tempfile.tempdir = os.path.join(tempfile.gettempdir(), f"evalpool-tests-{worker}")
-    os.makedirs(tempfile.tempdir, exist_ok=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # its fake GPUs are not those of other processes: neither are their locks
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="evalpool-tests-")
 
 # a busy machine says nothing about an example
 settings.register_profile("evalpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -38,6 +38,11 @@ settings.load_profile("evalpool")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the tests that are marked as exhaustive")
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
