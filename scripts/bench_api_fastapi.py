@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)] | None
 Status = Literal["queued", "running", "completed", "failed", "cancelled"]
-Phase = Literal["preparing", "evaluating", "scoring"]
+Phase = Literal["preparing", "evaluating", "scoring", "merging"]
 Values = dict[str, Any]
 
 
@@ -45,9 +45,10 @@ class EvaluateRequest(BaseModel):
     log_samples: bool = True
     predict_only: bool = False
     num_gpus: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    merge: Literal["regular", "ema"] | None = None
     output_dir: Name | None = None
     use_cache: bool = True
-    apply_chat_template: bool | Name = False
+    apply_chat_template: bool | Name | None = None
     system_instruction: str | None = None
     fewshot_as_multiturn: bool = True
     random_seed: Seed = 0
@@ -110,6 +111,8 @@ class JobInfo(BaseModel):
     model: ModelInfo | None
     retries: int
     tags: list[str]
+    kind: Literal["evaluation", "merge"]
+    merged_path: str | None
 
 
 class JobPage(BaseModel):

@@ -88,7 +88,7 @@ def test_no_room_for_the_data_folder(box: Box, disk: Path, quiet: Outcome):
             box.service.submit(box.model, "chaos_choice", limit=1)
         assert refused.value.response.status_code == 503
         assert f"the disk of {box.data_dir} is full; make room there" in refused.value.detail
-        assert not box.service.client.is_healthy()
+        until(lambda: not box.service.client.is_healthy(), "a change of state waits for room")
     job = box.service.ended(job_id)
     if job["status"] == "failed":
         assert "No space left on device" in job["error"]
