@@ -47,7 +47,8 @@ async def test_queue_and_health_agree(api: Any, fake_pool: FakePool):
 async def test_catalogue(api: Any):
     assert (await api.get("/tasks")).json() == {"tasks": ["arc_easy", "mmlu", "piqa"]}
     detailed = (await api.get("/tasks?details=true")).json()
-    assert detailed["entries"][1] == {"name": "mmlu", "kind": "group", "output_type": None}
+    untold = dict.fromkeys(("output_type", "modality", "documents", "note"))
+    assert detailed["entries"][1] == {"name": "mmlu", "kind": "group", "library": "lm-eval", **untold}
     assert (await api.get("/models")).json() == {"models": model_kinds()}
 
 
