@@ -114,42 +114,29 @@ def _qwen3_vl() -> tuple[Any, Any]:
 
 
 def _llava() -> tuple[Any, Any]:
-    tokenizer = _tokenizer(image="<image>")
-    config = AutoConfig.for_model(
-        "llava",
-        text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), **_ids(tokenizer)},
-        vision_config=CLIP,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=False,
-    )
-    size = {"shortest_edge": 28}
-    images = transformers.CLIPImageProcessorPil(size=size, crop_size={"height": 28, "width": 28})
-    processor = transformers.LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE.format(image="<image>"),
-    )
-    return _model(config), processor
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return _of_llava("llava", images, transformers.LlavaProcessor)
 
 
 def _llava_next() -> tuple[Any, Any]:
-    tokenizer = _tokenizer(image="<image>")
     shapes = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **shapes
+    )
+    return _of_llava("llava_next", images, transformers.LlavaNextProcessor, **shapes)
+
+
+def _of_llava(model_type: str, images: Any, make_processor: Any, **fields: Any) -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image="<image>")
     config = AutoConfig.for_model(
-        "llava_next",
+        model_type,
         text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), **_ids(tokenizer)},
         vision_config=CLIP,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=False,
-        **shapes,
+        **fields,
     )
-    images = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **shapes
-    )
-    processor = transformers.LlavaNextProcessor(
+    processor = make_processor(
         images,
         tokenizer,
         patch_size=14,

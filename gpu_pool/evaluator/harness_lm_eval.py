@@ -83,10 +83,10 @@ def configure_task(
         _log.info("%s: generation_kwargs %s", name, task.get_config("generation_kwargs"))
     if evaluation.predict_only:
         task.override_metric(metric_name="bypass")
-    _set_fewshots(name, task, evaluation)
+    set_fewshots(name, task, evaluation)
 
 
-def _set_fewshots(name: str, task: Task, evaluation: Evaluation) -> None:
+def set_fewshots(name: str, task: Any, evaluation: Evaluation) -> None:
     """A task that says 0 keeps 0; the seed is set whoever says the number."""
     default = task.get_config("num_fewshot")
     if evaluation.num_fewshot is not None and default != 0:

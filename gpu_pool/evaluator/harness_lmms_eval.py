@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 from lm_eval.api.instance import Instance
 
-from gpu_pool.evaluator.harness_lm_eval import FIRST_PORTION, ChatTemplate, TaskError
+from gpu_pool.evaluator.harness_lm_eval import FIRST_PORTION, ChatTemplate, TaskError, set_fewshots
 from gpu_pool.evaluator.images import ImageProblem, described
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
@@ -73,14 +73,9 @@ def configure_task(
         _log.info("%s: generation_kwargs %s", name, inner.config.generation_kwargs)
     if evaluation.predict_only:
         inner.override_metric(metric_name="bypass")
-    default = inner.get_config("num_fewshot")
-    if evaluation.num_fewshot is not None and default != 0:
-        inner.set_config(key="num_fewshot", value=evaluation.num_fewshot)
-    elif default is None:
-        inner.set_config(key="num_fewshot", value=0)
+    set_fewshots(name, inner, evaluation)
     if inner.config.num_fewshot and not hasattr(inner, "sampler"):
         raise TaskError(f"{name} has no few-shot examples (no fewshot_config in its YAML): num_fewshot must be 0")
-    inner.set_fewshot_seed(seed=evaluation.fewshot_random_seed)
 
 
 def wanted_template(task: LmmsTask, evaluation: Evaluation, *, has_template: bool) -> bool | str:

@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-import transformers
-
 from gpu_pool.chunk_messages import GenerationOptions, MediaGenerationChunk
 from gpu_pool.worker.engine.batching import run_batches
-from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, until_eos
 from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.media_chunks import MediaChunk
-from gpu_pool.worker.engine.plain_generation import company_of
+from gpu_pool.worker.engine.plain_generation import company_of, generate_texts, held_tokens
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
-from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -74,14 +69,9 @@ def _generate_window(
         return _generate_batch(loaded, batch, asked.options, should_stop)
 
     def on_shortage(batch: list[_Prompt]) -> None:
-        loaded.limits.shrink_generated(_held(loaded, asked.options, batch))
+        loaded.limits.shrink_generated(held_tokens(loaded, asked.options, len(batch), len(batch[0].inputs)))
 
     return dict(run_batches(run, prompts, _fits(loaded, asked), on_shortage))
-
-
-def _held(loaded: LoadedModel, options: GenerationOptions, batch: Sequence[_Prompt]) -> int:
-    """Padded tokens of a batch when all its rows, none longer than the first, have grown to their limit."""
-    return len(batch) * beams(loaded.model, options) * (len(batch[0].inputs) + options.max_gen_toks)
 
 
 def _fits(loaded: LoadedModel, asked: MediaGenerationChunk) -> Callable[[list[_Prompt], _Prompt], bool]:
@@ -94,30 +84,16 @@ def _fits(loaded: LoadedModel, asked: MediaGenerationChunk) -> Callable[[list[_P
         first = batch[0].inputs
         if first.kind != prompt.inputs.kind or not company.allows(len(first), len(prompt.inputs)):
             return False
-        return len(batch) < most_rows and _held(loaded, options, [*batch, prompt]) <= limits.generated_tokens
+        count = len(batch) + 1
+        return count <= most_rows and held_tokens(loaded, options, count, len(first)) <= limits.generated_tokens
 
     return fits
 
 
-@torch.inference_mode()
 def _generate_batch(
     loaded: LoadedModel, batch: list[_Prompt], options: GenerationOptions, should_stop: Callable[[], bool]
 ) -> list[tuple[int, str]]:
     """(number, text) of each prompt of one batch."""
     inputs = collate([prompt.inputs for prompt in batch], loaded.device, loaded.model.dtype)
-    rows, width = inputs["input_ids"].shape
-    until = stop_strings(options.until, loaded.tokenizer)
-    stopping = StopAtStrings(loaded.tokenizer, until, (rows, width), should_stop)
-    output = loaded.model.generate(
-        **inputs,
-        stopping_criteria=transformers.StoppingCriteriaList([stopping]),
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        use_cache=True,
-        **generate_kwargs(loaded.model, options, width + options.max_gen_toks, [prompt.seed for prompt in batch]),
-    )
-    lengths = stopping.lengths if beams(loaded.model, options) == 1 else [None] * rows  # a beam's end is its own
-    texts: list[tuple[int, str]] = []
-    for prompt, tokens, length in zip(batch, output.tolist(), lengths, strict=True):
-        kept = until_eos(tokens[width:][:length], loaded.model, options)
-        texts.append((prompt.number, finish_text(kept, loaded.tokenizer, until, loaded.think_end_token)))
-    return texts
+    texts = generate_texts(loaded, inputs, [prompt.seed for prompt in batch], options, should_stop)
+    return [(prompt.number, text) for prompt, text in zip(batch, texts, strict=True)]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
@@ -45,14 +45,14 @@ def generate_rows(
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
     def on_shortage(batch: list[Prompt]) -> None:
-        loaded.limits.shrink_generated(_held(loaded, chunk.options, batch))
+        loaded.limits.shrink_generated(held_tokens(loaded, chunk.options, len(batch), len(batch[0].tokens)))
 
     return dict(run_batches(run, prompts, _fits(loaded, chunk), on_shortage))
 
 
-def _held(loaded: LoadedModel, options: GenerationOptions, batch: Sequence[Prompt]) -> int:
-    """Padded tokens of a batch when all its rows, none longer than the first, have grown to their limit."""
-    return len(batch) * beams(loaded.model, options) * (len(batch[0].tokens) + options.max_gen_toks)
+def held_tokens(loaded: LoadedModel, options: GenerationOptions, rows: int, width: int) -> int:
+    """Padded tokens of a batch when all its rows, prompts of `width` tokens at most, have grown to their limit."""
+    return rows * beams(loaded.model, options) * (width + options.max_gen_toks)
 
 
 def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
@@ -68,7 +68,7 @@ def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt]
             return False
         if width + options.max_gen_toks > boundary and len(prompt.tokens) != width:
             return False
-        return _held(loaded, options, [*batch, prompt]) <= limits.generated_tokens
+        return held_tokens(loaded, options, count, width) <= limits.generated_tokens
 
     return fits
 
@@ -83,26 +83,38 @@ def company_of(loaded: LoadedModel, options: GenerationOptions, company: Company
     return company
 
 
-@torch.inference_mode()
 def _generate_batch(
     loaded: LoadedModel, batch: list[Prompt], options: GenerationOptions, should_stop: Callable[[], bool]
 ) -> list[tuple[int, str]]:
     """(index, text) of each prompt of one batch."""
     ids, mask = pad_left([prompt.tokens for prompt in batch], loaded.device)
-    rows, width = ids.shape
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    texts = generate_texts(loaded, inputs, [prompt.seed for prompt in batch], options, should_stop)
+    return [(prompt.index, text) for prompt, text in zip(batch, texts, strict=True)]
+
+
+@torch.inference_mode()
+def generate_texts(
+    loaded: LoadedModel,
+    inputs: Mapping[str, torch.Tensor],
+    seeds: Sequence[int],
+    options: GenerationOptions,
+    should_stop: Callable[[], bool],
+) -> list[str]:
+    """What follows each row of `inputs`: `input_ids` [rows, width], padded on the left, and what else forward takes."""
+    rows, width = inputs["input_ids"].shape
     until = stop_strings(options.until, loaded.tokenizer)
     stopping = StopAtStrings(loaded.tokenizer, until, (rows, width), should_stop)
     output = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        **inputs,
         stopping_criteria=transformers.StoppingCriteriaList([stopping]),
         pad_token_id=loaded.tokenizer.pad_token_id,
         use_cache=True,
-        **generate_kwargs(loaded.model, options, width + options.max_gen_toks, [prompt.seed for prompt in batch]),
+        **generate_kwargs(loaded.model, options, width + options.max_gen_toks, seeds),
     )
     lengths = stopping.lengths if beams(loaded.model, options) == 1 else [None] * rows  # a beam's end is its own
-    texts: list[tuple[int, str]] = []
-    for prompt, tokens, length in zip(batch, output.tolist(), lengths, strict=True):
+    texts: list[str] = []
+    for tokens, length in zip(output.tolist(), lengths, strict=True):
         kept = until_eos(tokens[width:][:length], loaded.model, options)
-        texts.append((prompt.index, finish_text(kept, loaded.tokenizer, until, loaded.think_end_token)))
+        texts.append(finish_text(kept, loaded.tokenizer, until, loaded.think_end_token))
     return texts
