@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # its fake GPUs are not those of other processes: neither are their locks
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="evalpool-tests-")
+    os.chmod(tempfile.tempdir, 0o711)  # a PostgreSQL that root starts runs as another user, who must get through
 
 # a busy machine says nothing about an example
 settings.register_profile("evalpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
