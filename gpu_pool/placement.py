@@ -87,11 +87,14 @@ def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) ->
     return found
 
 
-def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart: Iterable[str] = ()) -> Plan | None:
+def find_plan(
+    demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart: Iterable[str] = (), *, name_busy: bool = True
+) -> Plan | None:
     """The slots that are ready soonest for a new replica; None when there are not enough that could ever be.
 
     Slots in `taken` are promised to others. Slots of the workers `apart` are left out: one job gains nothing from two
-    replicas on one GPU.
+    replicas on one GPU. A plan that is BUSY may be without slots unless it is to `name_busy` ones: which jobs had
+    better end first takes a while to find out, where many ask and none will wait for it.
     """
     avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
     suited = [
@@ -103,6 +106,8 @@ def find_plan(demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart
         return None
     if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
         return plan
+    if not name_busy and _all_busy(demand, suited, ledger):
+        return Plan(slots=(), readiness=Readiness.BUSY)
     degrees: dict[str, Readiness] = {}
     ways = [_way(demand, slot, ledger, degrees) for slot in suited]
     more: tuple[Worker, ...] = ()
@@ -135,6 +140,14 @@ def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | No
         return None
     leaving.sort(key=lambda slot_id: slot_id in ledger.unusable)
     return Plan(slots=tuple([*free, *leaving][: demand.gpus]), readiness=Readiness.LEAVING)
+
+
+def _all_busy(demand: Demand, suited: list[Slot], ledger: Ledger) -> bool:
+    """Whether it is certain that jobs have to end before there are enough slots."""
+    if ledger.max_workers_per_gpu > 1 or ledger.max_gpus is not None:
+        return False
+    busy = {worker_id for worker_id, worker in ledger.workers.items() if readiness_of(worker, ledger) is Readiness.BUSY}
+    return sum(busy.isdisjoint(ledger.holders.get(slot.id, ())) for slot in suited) < demand.gpus
 
 
 def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:

@@ -83,7 +83,7 @@ class Placer:
 
     # ------------------------------------------------------------------ first workers
 
-    def _first_choice(self, demand: ev.Demand) -> Worker | Plan | None:
+    def _first_choice(self, demand: ev.Demand, *, name_busy: bool = False) -> Worker | Plan | None:
         """A loaded replica, else free slots, else a replica that loads, else slots that become free soonest.
 
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
@@ -92,7 +92,7 @@ class Placer:
         replicas = replicas_for(demand, self._ledger, self._ledger.promised)
         if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
-        plan = find_plan(demand, self._ledger, self._ledger.promised)
+        plan = find_plan(demand, self._ledger, self._ledger.promised, name_busy=name_busy)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
         self._full.add(demand)
@@ -146,7 +146,7 @@ class Placer:
 
     def _serve_head(self, demand: ev.Demand, head: Head) -> None:
         """Start it, or make room for it; for it slots are held, too, that others must first be done with."""
-        choice = self._first_choice(demand)
+        choice = self._first_choice(demand, name_busy=True)
         if choice is None:
             del self.heads[demand.spec.device]  # there are no such slots: others need not wait for them
         elif not self._begin(demand, choice):
