@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.client import FINAL, EvalClient, Json
+from server.client import EvalClient, Json
+from server.waiting import FINAL
 
 GIB = 1024**3
 POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server

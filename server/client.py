@@ -17,16 +17,15 @@ from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 
-Json = dict[str, Any]
+from server.waiting import JobFailed, Json, Waiting
+
+__all__ = ["AsyncEvalClient", "EvalClient", "EvalError", "JobFailed", "Json", "MergeOptions", "MoreOptions"]
+
 AnswerT = TypeVar("AnswerT", Json, Awaitable[Json])
 
 DEFAULT_URL = "http://localhost:8000"
 CONNECT_SECONDS = 10.0  # a server that is there accepts at once; without a limit a wrong host hangs for minutes
-FIRST_POLL_SECONDS = 0.1  # a small job on a warm model is done in less than a second
-LONGEST_POLL_SECONDS = 2.0
-POLL_GROWTH = 1.3
 SAMPLES_PER_PAGE = 100
-FINAL = ("completed", "failed", "cancelled")
 
 
 class MoreOptions(TypedDict, total=False):
@@ -67,14 +66,6 @@ class EvalError(httpx.HTTPStatusError):
         self.detail: str = problem.get("detail") or f"{response.status_code} {response.reason_phrase}"
         self.fields: list[Json] = problem.get("errors") or []
         super().__init__(self.detail, request=response.request, response=response)
-
-
-class JobFailed(RuntimeError):
-    """The job ended by an error. `job` is what GET /jobs/{id} says of it."""
-
-    def __init__(self, job: Json) -> None:
-        self.job = job
-        super().__init__(f"Job failed: {job.get('error') or 'Unknown error'}")
 
 
 def _problem(response: httpx.Response) -> Json:
@@ -221,53 +212,6 @@ class _Endpoints(ABC, Generic[AnswerT]):
         return self._json("POST", "/merge", json={**fields, **more}, headers={"Prefer": "respond-async"})
 
 
-class _Waiting:
-    """What waiting for a job does between two looks at it."""
-
-    def __init__(
-        self,
-        poll_interval: float | None,
-        timeout: float | None,
-        verbose: bool,
-        on_progress: Callable[[Json], object] | None,
-    ) -> None:
-        self._interval = poll_interval
-        self._delay = FIRST_POLL_SECONDS
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._verbose = verbose
-        self._on_progress = on_progress
-        self._said: str | None = None
-
-    def seconds_after(self, job: Json) -> float | None:
-        """How long to wait before the next look, None when `job` has ended; raises JobFailed and TimeoutError."""
-        self._say(job)
-        if self._on_progress:
-            self._on_progress(job)
-        if job["status"] == "failed":
-            raise JobFailed(job)
-        if job["status"] in FINAL:
-            return None
-        return self._next_delay(job)
-
-    def _next_delay(self, job: Json) -> float:
-        delay = self._delay if self._interval is None else self._interval
-        self._delay = min(self._delay * POLL_GROWTH, LONGEST_POLL_SECONDS)
-        if self._deadline is None:
-            return delay
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"Timeout waiting for job {job['job_id']}")
-        return min(delay, left)
-
-    def _say(self, job: Json) -> None:
-        said = job["status"]
-        if said == "queued":
-            said += f" (position: {job['position_in_queue']})"
-        if self._verbose and said != self._said:
-            print(f"Job {job['job_id'][:8]}... {said}")
-        self._said = said
-
-
 class EvalClient(_Endpoints[Json]):
     """Blocking client; use it as a context manager, or close it."""
 
@@ -335,7 +279,7 @@ class EvalClient(_Endpoints[Json]):
 
         `on_progress` is called with the job at each look. Looks are `poll_interval` s apart; None: 0.1 s, then rarer.
         """
-        waiting = _Waiting(poll_interval, timeout, verbose, on_progress)
+        waiting = Waiting(poll_interval, timeout, verbose, on_progress)
         while (delay := waiting.seconds_after(job := self.get_job(job_id))) is not None:
             time.sleep(delay)
         return job
@@ -406,7 +350,7 @@ class AsyncEvalClient(_Endpoints[Awaitable[Json]]):
         on_progress: Callable[[Json], object] | None = None,
     ) -> Json:
         """As `EvalClient.wait_for_job`."""
-        waiting = _Waiting(poll_interval, timeout, verbose, on_progress)
+        waiting = Waiting(poll_interval, timeout, verbose, on_progress)
         while (delay := waiting.seconds_after(job := await self.get_job(job_id))) is not None:
             await asyncio.sleep(delay)
         return job
