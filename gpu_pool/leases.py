@@ -205,6 +205,13 @@ class Leases:
         While NVML does not answer it confirms nothing, and this waits on. A GPU that is lost or gone has nothing to
         confirm: when it comes back it is as good as any that is found.
         """
+        try:
+            await self._confirm(worker_id)
+        finally:  # what nobody could look at is looked at again before it is leased
+            self.release(worker_id)
+
+    async def _confirm(self, worker_id: str) -> None:
+        """Return when the memory is back, or the GPUs where it is not are quarantined."""
         held = self._of(worker_id)
         for _, lease in held:
             lease.ended = True
@@ -221,7 +228,6 @@ class Leases:
             seconds = self._settings.gpu_return_timeout_s
             self._quarantined[uuid] = f"It is quarantined: {seconds:g} s after a worker ended, {reason}."
             logger.error("GPU %s: %s", uuid, self._quarantined[uuid])
-        self.release(worker_id)
 
     async def _not_back(self, held: Iterable[tuple[str, Lease]]) -> dict[str, str]:
         """GPUs whose memory is not back, and why."""
