@@ -77,13 +77,17 @@ class Intake:
             return await self._same(earlier, evaluation)
         await self._admission.admit(evaluation)
         job = Job(id=str(uuid.uuid4()), work=evaluation, request=request, created_at=datetime.now(UTC))
-        stored = await self._store.add(job)
+        stored = await self._store.add(job, late=self._welcome)
         if stored.id != job.id:  # another request with the key was faster
             return await self._same(stored, evaluation)
-        self._jobs[job.id] = job
-        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), evaluation.model)
-        self.take_up(job)
+        await self._welcome(job)
         return job
+
+    async def _welcome(self, job: Job) -> None:
+        """A new job is durable."""
+        self._jobs[job.id] = job
+        logger.info("job %s is queued: %s on %s", job.id, ", ".join(job.evaluation.tasks), job.evaluation.model)
+        self.take_up(job)
 
     async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
         if earlier.work != evaluation:
