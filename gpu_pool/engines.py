@@ -124,7 +124,7 @@ def _sqlite_engine(url: sa.URL, path: Path) -> sa.Engine:
         cursor.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_MS}")
         with alone(path):  # SQLite does not wait for its turn to change the journal of a new file
             cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits with the power
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 

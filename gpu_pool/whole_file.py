@@ -1,4 +1,7 @@
-"""Files that are there as a whole: readers see the old one or the new one, and a failure leaves nothing behind."""
+"""Files that are there as a whole: readers see the old one or the new one, and a failure leaves nothing behind.
+
+What must outlast a loss of power is on the disk before it gets its name, and then so is the name (`sync_folder`).
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,12 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in the folder are on the disk on return. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
