@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -76,8 +77,8 @@ class ResponseCache:
         self._owner = new_owner()
         self._pending = threading.Lock()
         """Held by whoever adds to the following, and writes it."""
-        self._unsaved: dict[bytes, bytes] = {}
-        """Answers that could not be written: the next attempt includes them."""
+        self._unsaved: dict[bytes, tuple[CachedModel, bytes]] = {}
+        """Answers that could not be written, each with its model: the next attempt includes them."""
         self._unreleased: set[bytes] = set()
         """Claims, likewise."""
 
@@ -94,21 +95,28 @@ class ResponseCache:
         So are those before that could not be written, which without `answers` is all that is done.
         """
         with self._pending:
-            self._unsaved.update((key, _encode(answer)) for key, answer in answers.items())
+            self._unsaved.update((key, (model, _encode(answer))) for key, answer in answers.items())
             self._unreleased.update(answers)
             if not self._unsaved and not self._unreleased:
                 return
-            if self._file.write(lambda connection: self._write_pending(connection, model), False):
+            if self._file.write(self._write_pending, False):
                 self._unsaved.clear()
                 self._unreleased.clear()
                 self._file.read(lambda connection: make_room(connection, self._max_bytes), 0)
             for key in list(self._unsaved)[: max(0, len(self._unsaved) - _MAX_UNSAVED)]:
                 del self._unsaved[key]
 
-    def _write_pending(self, connection: sqlite3.Connection, model: CachedModel) -> bool:
-        _insert(connection, self._unsaved, model)
+    def _write_pending(self, connection: sqlite3.Connection) -> bool:
+        self._insert_unsaved(connection)
         _delete_claims(connection, self._unreleased, self._owner)
         return True
+
+    def _insert_unsaved(self, connection: sqlite3.Connection) -> None:
+        of_model: defaultdict[CachedModel, dict[bytes, bytes]] = defaultdict(dict)
+        for key, (model, answer) in self._unsaved.items():
+            of_model[model][key] = answer
+        for model, answers in of_model.items():
+            _insert(connection, answers, model)
 
     # ------------------------------------------------------------------ claims
 
@@ -151,7 +159,7 @@ class ResponseCache:
         """End all claims of this process; note how many answers of the model were of use."""
 
         def work(connection: sqlite3.Connection) -> bool:
-            _insert(connection, self._unsaved, model)
+            self._insert_unsaved(connection)
             connection.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
             if hits:
                 connection.execute("UPDATE models SET hits = hits + ? WHERE id = ?", (hits, _id(connection, model)))

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from gpu_pool.claim_owners import is_alive
 from gpu_pool.file_lock import alone
 
 Answer = tuple[float, bool] | str
@@ -163,7 +164,7 @@ def _advice(code: int) -> str:
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables of a new file, bring an older one up to date; call it under `alone`."""
+    """Make the tables of a new file, bring an older one up to date, end void claims; call it under `alone`."""
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file: deleted pages can be given back
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
@@ -172,6 +173,16 @@ def prepare(connection: sqlite3.Connection) -> None:
         raise sqlite3.NotSupportedError("it is of a newer version")
     if version < _VERSION:
         _upgrade(connection)
+    with suppress(sqlite3.OperationalError):  # locked, or its disk is full: it can be read all the same
+        _end_void_claims(connection)
+
+
+def _end_void_claims(connection: sqlite3.Connection) -> None:
+    """Delete what processes have claimed that were killed: otherwise a claim goes when its request is made again."""
+    owners = connection.execute("SELECT DISTINCT owner FROM claims").fetchall()
+    void = [owner for owner in owners if not is_alive(*owner)]
+    if void:
+        connection.executemany("DELETE FROM claims WHERE owner = ?", void)
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -34,11 +34,15 @@ class Channel(Generic[Received]):
 
     @classmethod
     async def over(cls, connection: Connection, decode: Callable[[bytes], Received]) -> Channel[Received]:
-        """Take the descriptor of a duplex `multiprocessing.Pipe()` end over; `connection` is closed."""
+        """Take the descriptor of a duplex `multiprocessing.Pipe()` end over; `connection` is closed. Raises OSError."""
         sock = socket.socket(fileno=os.dup(connection.fileno()))
-        connection.close()
-        sock.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=sock)
+        try:
+            connection.close()
+            sock.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
         return cls(reader, writer, decode)
 
     def send(self, message: Message) -> None:

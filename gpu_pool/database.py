@@ -47,6 +47,8 @@ class Database:
         self._claim = claim
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
         self._giving_up = asyncio.Event()
+        self._had_it = False
+        """Whether a transaction has succeeded; who has the database to himself then is in our way only for a time."""
         self._troubled: dict[object, str] = {}
         """Why each of the transactions that wait to be tried again could not be carried out."""
 
@@ -99,9 +101,11 @@ class Database:
         try:
             while True:
                 try:
-                    return await loop.run_in_executor(self._thread, run, work)
+                    result = await loop.run_in_executor(self._thread, run, work)
+                    self._had_it = True
+                    return result
                 except Exception as error:
-                    reason = trouble(error, self._file)
+                    reason = self._reason(error)
                     if reason is None:
                         raise
                     if ticket not in self._troubled:
@@ -113,6 +117,15 @@ class Database:
                     await asyncio.wait_for(self._giving_up.wait(), RETRY_SECONDS)
         finally:
             self._troubled.pop(ticket, None)
+
+    def _reason(self, error: Exception) -> str | None:
+        """Why the database cannot be used now; None when that is no matter of time."""
+        if self._had_it and isinstance(error, DatabaseInUse):
+            return (
+                "another session has it; as a rule that is our own last one, until the database server notices that "
+                "its connection is lost"
+            )
+        return trouble(error, self._file)
 
     @property
     def trouble(self) -> str | None:
@@ -157,8 +170,9 @@ def _claim_connection(connection: DBAPIConnection, record: object) -> None:
     cursor = connection.cursor()
     try:  # waits a moment (lock_timeout): the connection of a server that was killed ends when its query has
         cursor.execute(f"SELECT pg_advisory_lock({_IN_USE})")
+        connection.commit()
     except Exception as error:
+        connection.close()
         if getattr(error, "sqlstate", None) == "55P03":
             raise DatabaseInUse("another server uses this database") from None
         raise
-    connection.commit()

@@ -19,6 +19,9 @@ from gpu_pool.file_lock import alone
 LOCK_WAIT_MS = 1000
 """One try waits so long for what another process holds (a backup, a person with a shell); then others have a turn."""
 CONNECT_WAIT_SECONDS = 5
+_KEEPALIVE = (15, 5, 3)
+"""Seconds of silence before the other end of a connection is asked whether it is there, between two such questions, and
+how many go unanswered before it is taken for lost. Otherwise that takes hours."""
 READS = "reads"
 """Execution option of a connection that only reads: it needs no write lock."""
 
@@ -69,8 +72,17 @@ def make_engine(url: sa.URL) -> sa.Engine:
     """An engine with one connection. Nothing is opened yet."""
     if path := sqlite_file(url):
         return _sqlite_engine(url, path)
-    query = {"options": f"-c lock_timeout={LOCK_WAIT_MS}", "connect_timeout": str(CONNECT_WAIT_SECONDS)} | url.query
-    return _engine(url.set(query=query))
+    return _engine(url.set(query=_postgres_parameters() | url.query))
+
+
+def _postgres_parameters() -> dict[str, str]:
+    """Of a connection, for libpq: both ends notice within half a minute that the other is gone, whatever is between."""
+    idle, interval, count = _KEEPALIVE
+    both = {"keepalives_idle": idle, "keepalives_interval": interval, "keepalives_count": count}
+    theirs = {"lock_timeout": LOCK_WAIT_MS} | {f"tcp_{name}": value for name, value in both.items()}
+    ours = {"connect_timeout": CONNECT_WAIT_SECONDS, "tcp_user_timeout": 1000 * (idle + interval * count)} | both
+    options = " ".join(f"-c {name}={value}" for name, value in theirs.items())
+    return {"options": options} | {name: str(value) for name, value in ours.items()}
 
 
 def trouble(error: BaseException, file: Path | None) -> str | None:
@@ -112,7 +124,7 @@ def _sqlite_engine(url: sa.URL, path: Path) -> sa.Engine:
         cursor.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_MS}")
         with alone(path):  # SQLite does not wait for its turn to change the journal of a new file
             cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits with the power
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 

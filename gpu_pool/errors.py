@@ -74,9 +74,9 @@ class DatabaseTooNew(PoolError):
 class DatabaseUnavailable(PoolError):
     """The database cannot be used now."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, outcome: str = "Nothing was changed; try again later") -> None:
         self.reason = reason
-        super().__init__(f"The job database cannot be used now: {reason}. Nothing was changed; try again later")
+        super().__init__(f"The job database cannot be used now: {reason}. {outcome}")
 
 
 class GpuNotFound(PoolError):

@@ -8,19 +8,20 @@ a digest is therefore kept only when the file was already `SETTLED_NS` old befor
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
+from gpu_pool.daemon_thread import map_in_daemon_threads
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.file_lock import alone
 from gpu_pool.records import ModelArgs, ModelSpec
+from gpu_pool.whole_file import replace_file
 
 SETTLED_NS = 2_000_000_000
 """Longest clock tick of a file system we expect (FAT and some network file systems: 2 s)."""
@@ -37,6 +38,7 @@ _DOCUMENT_SUFFIXES = (".md", ".log", ".png", ".jpg", ".pdf", ".lock", ".tmp", ".
 _HUB = "hub:"
 """What identities of models begin with whose weights are known by hub id and commit."""
 
+logger = logging.getLogger(__name__)
 FileState = tuple[int, int, int, int, int]
 """(device, inode, size, mtime_ns, ctime_ns)"""
 
@@ -205,8 +207,7 @@ class _Memo:
         missing = [path for path in states if path not in found]
         if missing and not self._may_read:
             raise InvalidRequest("model", f"{missing[0]} has not been read since it was written")
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            read = dict(zip(missing, pool.map(_read_digest, missing), strict=True))
+        read = map_in_daemon_threads(_read_digest, missing, min(8, os.cpu_count() or 1))
         settled = {path: digest for path, digest in read.items() if started_ns - states[path][4] > SETTLED_NS}
         if settled:
             used = started_ns // 1_000_000_000
@@ -217,18 +218,19 @@ class _Memo:
     def _load(self) -> dict[str, _Known]:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, _Known])
-        except (FileNotFoundError, msgspec.DecodeError):  # none yet, or not ours: the files are simply read again
+        except (OSError, msgspec.DecodeError):  # none yet, or not ours: the files are simply read again
             return {}
 
     def _remember(self, entries: dict[str, _Known]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(self._path):
-            merged = self._load() | entries
-            newest = sorted(merged.items(), key=lambda item: item[1].used, reverse=True)[:MAX_MEMO_FILES]
-            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode(dict(newest)))
-            os.replace(temporary, self._path)
+        """Keep them, where that is possible: what is not kept costs another read, and no job."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with alone(self._path):
+                merged = self._load() | entries
+                newest = sorted(merged.items(), key=lambda item: item[1].used, reverse=True)[:MAX_MEMO_FILES]
+                replace_file(self._path, msgspec.json.encode(dict(newest)))
+        except OSError as error:
+            logger.warning("%s cannot be written, and files will be read again: %s", self._path, error)
 
 
 def _key(state: FileState) -> str:

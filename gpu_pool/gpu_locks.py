@@ -7,13 +7,24 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from pathlib import Path
+
+SHARED_FOLDERS = (Path("/run/lock"), Path("/tmp"))
+"""Where everybody may leave files; the first that is so on this machine. `TMPDIR` says nothing of it, as each server's
+may be another one."""
 
 
 def default_folder() -> Path:
     """Where servers of all users on this machine meet."""
-    return Path(tempfile.gettempdir()) / "evalpool-locks"
+    return next(filter(_is_everybodys, SHARED_FOLDERS), SHARED_FOLDERS[-1]) / "evalpool-locks"
+
+
+def _is_everybodys(folder: Path) -> bool:
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISDIR(mode) and bool(mode & stat.S_ISVTX) and bool(mode & stat.S_IWOTH)
 
 
 class GpuLock:

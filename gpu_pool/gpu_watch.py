@@ -47,8 +47,8 @@ class GpuWatch:
     async def look(self) -> tuple[Gpu, ...]:
         """All GPUs now. While NVML answers nothing, or shows no GPU at all, those last seen, with that as `problem`."""
         gpus = await self._ask()
-        if gpus is None:
-            self.answers, self.reason = False, f"NVML has not answered for {LOOK_SECONDS:g} s."
+        if isinstance(gpus, str):
+            self.answers, self.reason, gpus = False, gpus, ()
         else:
             self.answers = bool(gpus) or self._inventory.answers
             self.reason, self.unknown = self._inventory.reason, self._inventory.unknown
@@ -61,11 +61,15 @@ class GpuWatch:
             for gpu in self.known
         )
 
-    async def _ask(self) -> tuple[Gpu, ...] | None:
-        """A look that begins now, or None: it does not end in time, or an earlier one has not ended even yet."""
+    async def _ask(self) -> tuple[Gpu, ...] | str:
+        """A look that begins now, or why there is none: it does not end in time, nor has an earlier one even yet."""
+        silence = f"NVML has not answered for {LOOK_SECONDS:g} s."
         async with self._turn:
             if self._looking is not None and not self._looking.done():
-                return None
+                return silence
             looking = self._looking = in_daemon_thread(self._inventory.gpus, "nvml")
             await asyncio.wait([looking], timeout=LOOK_SECONDS)
-            return looking.result() if looking.done() else None
+            try:
+                return looking.result() if looking.done() else silence
+            except OSError as error:  # no memory, no further thread: later there may be
+                return f"NVML could not be asked: {error.strerror}."

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.admission import Admission
-from gpu_pool.errors import InvalidRequest, KeyReused, ShuttingDown
-from gpu_pool.fingerprint import fingerprint_model, memo_path
+from gpu_pool.daemon_thread import in_daemon_thread
+from gpu_pool.errors import DatabaseUnavailable, InvalidRequest, KeyReused, ShuttingDown
+from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.merge import NotMergeable
 from gpu_pool.merges import Merges
@@ -26,6 +29,9 @@ from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
 
 _HOW_TO_USE_THE_CPU = "Jobs with device 'cpu' do not wait for it, nor do any with the setting max_gpus = 0."
+MODELS_READ_AT_ONCE = 2
+"""To know them by their content. Each is read by several threads; more models would only share the disk."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +53,7 @@ class Intake:
         self._admission = admission
         self._runner = runner
         self._merges = merges
+        self._reading = asyncio.Semaphore(MODELS_READ_AT_ONCE)
         self._awaited: dict[str, str] = {}
         """Job -> the job that merges its checkpoint."""
         self._unplaced: set[str] = set()
@@ -65,7 +72,7 @@ class Intake:
             if job.state is JobState.CANCELLING:
                 await self._jobs.settle(job, JobEvent.RELEASED)
                 continue
-            named = (job.work.model, job.work.model_args, job.work.merge)
+            named = (job.work.model, job.work.model_args, job.work.merge, _resolved(job))
             model = msgspec.json.encode(named, order="sorted")
             alike.setdefault(model, []).append(job)
         for jobs in alike.values():  # thousands may wait for a few models: each is looked at once
@@ -77,13 +84,17 @@ class Intake:
             return await self._same(earlier, evaluation)
         await self._admission.admit(evaluation)
         job = Job(id=str(uuid.uuid4()), work=evaluation, request=request, created_at=datetime.now(UTC))
-        stored = await self._store.add(job)
+        stored = await self._store.add(job, late=self._welcome)
         if stored.id != job.id:  # another request with the key was faster
             return await self._same(stored, evaluation)
-        self._jobs[job.id] = job
-        logger.info("job %s is queued: %s on %s", job.id, ", ".join(evaluation.tasks), evaluation.model)
-        self.take_up(job)
+        await self._welcome(job)
         return job
+
+    async def _welcome(self, job: Job) -> None:
+        """A new job is durable."""
+        self._jobs[job.id] = job
+        logger.info("job %s is queued: %s on %s", job.id, ", ".join(job.evaluation.tasks), job.evaluation.model)
+        self.take_up(job)
 
     async def _same(self, earlier: Job, evaluation: Evaluation) -> Job:
         if earlier.work != evaluation:
@@ -97,14 +108,19 @@ class Intake:
     async def _identify(self, *jobs: Job) -> None:
         """Find the content of the model that these jobs name, merged first, and let the scheduler have them."""
         try:
-            args = await self._admission.model_args(jobs[0].evaluation, await self._merged(jobs))
-            digest = await asyncio.to_thread(fingerprint_model, args, self._memo)
+            args = _resolved(jobs[0]) or await self._admission.model_args(jobs[0].evaluation, await self._merged(jobs))
+            digest = await self._fingerprint(args)
         except ShuttingDown:
             return  # the next start takes them up again
         except Exception as error:
             for job in jobs:
                 await self._refuse(job, error)
             return
+        try:
+            for job in jobs:
+                await self._note_model(job, args, digest)
+        except DatabaseUnavailable:
+            return  # the server ends: the next start takes them up again
         sizes: dict[str, ReplicaSize | None] = {}
         waiting = [job for job in jobs if self._admission.awaits_driver(job.evaluation)]
         for job in jobs:
@@ -116,6 +132,20 @@ class Intake:
             self._unplaced.difference_update(job.id for job in waiting)
         for job in waiting:
             await self._demand(job, args, digest, sizes)
+
+    async def _note_model(self, job: Job, args: ModelArgs, digest: str) -> None:
+        """What must be known of it later: that it is another one than before, or which commit of a hub it is."""
+        if job.id not in self._jobs:  # it was cancelled meanwhile
+            return
+        if job.model is None and is_of_hub(digest):
+            await self._jobs.note(self._jobs[job.id], model=ModelSpec(kind="hf", args=args, fingerprint=digest))
+        elif job.attempt and job.model and job.model.fingerprint != digest:
+            await self._jobs.note_other_model(job, digest)
+
+    async def _fingerprint(self, args: ModelArgs) -> str:
+        """Minutes for large files on a slow disk: neither threads that others need nor the server's end wait for it."""
+        async with self._reading:
+            return await in_daemon_thread(partial(fingerprint_model, args, self._memo), "fingerprint")
 
     async def _merged(self, jobs: Sequence[Job]) -> str | None:
         """Where their model is once it is merged; None where nothing is to be."""
@@ -182,3 +212,14 @@ class Intake:
         )
         logger.info("job %s: %s", job.id, plan.describe())
         self._runner.submit(demand)
+
+
+def _resolved(job: Job) -> ModelArgs | None:
+    """What a job's hub id was resolved to when it was submitted; None where it was not, or is to be once more.
+
+    Of a local model only the name stays, and means what it names now.
+    """
+    if job.model is None or not is_of_hub(job.model.fingerprint):
+        return None
+    folders = (job.model.args.peft, job.model.args.tokenizer)
+    return job.model.args if all(os.path.exists(folder) for folder in folders if folder) else None

@@ -180,7 +180,7 @@ class Leases:
             return reason
         if len(leases) >= self._settings.max_workers_per_gpu:
             return f"It is held by {', '.join(self._workers(gpu.uuid))}."
-        lock = self._locks.get(gpu.uuid) or GpuLock(gpu.uuid)
+        lock = self._locks.get(gpu.uuid) or self._lock_of(gpu)
         if not lock.acquire():
             return lock.problem
         self._locks[gpu.uuid] = lock
@@ -205,6 +205,13 @@ class Leases:
         While NVML does not answer it confirms nothing, and this waits on. A GPU that is lost or gone has nothing to
         confirm: when it comes back it is as good as any that is found.
         """
+        try:
+            await self._confirm(worker_id)
+        finally:  # what nobody could look at is looked at again before it is leased
+            self.release(worker_id)
+
+    async def _confirm(self, worker_id: str) -> None:
+        """Return when the memory is back, or the GPUs where it is not are quarantined."""
         held = self._of(worker_id)
         for _, lease in held:
             lease.ended = True
@@ -221,7 +228,6 @@ class Leases:
             seconds = self._settings.gpu_return_timeout_s
             self._quarantined[uuid] = f"It is quarantined: {seconds:g} s after a worker ended, {reason}."
             logger.error("GPU %s: %s", uuid, self._quarantined[uuid])
-        self.release(worker_id)
 
     async def _not_back(self, held: Iterable[tuple[str, Lease]]) -> dict[str, str]:
         """GPUs whose memory is not back, and why."""
@@ -273,7 +279,15 @@ class Leases:
         if gpu.uuid in self._leases:
             return why_busy(gpu, strangers, 0.0)
         busy = why_busy(gpu, strangers, self._settings.gpu_free_fraction)
-        return gpu.problem or _why_locked(gpu) or busy  # another server's workers would be strangers here
+        return gpu.problem or self._why_locked(gpu) or busy  # another server's workers would be strangers here
+
+    def _why_locked(self, gpu: Gpu) -> str | None:
+        lock = self._lock_of(gpu)
+        lock.look()
+        return lock.problem
+
+    def _lock_of(self, gpu: Gpu) -> GpuLock:
+        return GpuLock(gpu.uuid, self._settings.gpu_lock_dir)
 
     def _new_errors(self, gpu: Gpu) -> int:
         return max(0, gpu.uncorrectable_errors - self._accepted_errors.get(gpu.uuid, 0))
@@ -318,12 +332,6 @@ class Leases:
 
     def _workers(self, uuid: str) -> tuple[str, ...]:
         return tuple(lease.worker_id for lease in self._leases.get(uuid, ()))
-
-
-def _why_locked(gpu: Gpu) -> str | None:
-    lock = GpuLock(gpu.uuid)
-    lock.look()
-    return lock.problem
 
 
 def _waiting(lease: Lease) -> str:

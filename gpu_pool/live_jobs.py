@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -13,6 +14,9 @@ from gpu_pool.order import Line, rank
 from gpu_pool.records import Attempt, HistoryEntry, Job, JobState, ModelSpec, Progress
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent, advance_job
+
+_BLANK: Mapping[str, Any] = MappingProxyType({"progress": None, "metrics": {}, "samples": {}})
+"""Of a job of which no attempt has done anything, or whose last one does not count any more."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +82,34 @@ class LiveJobs(dict[str, Job]):
 
     async def note_loss(self, job: Job, cause: str) -> None:
         """The job lost a worker, which is part of its history and changes nothing else. Raises DatabaseUnavailable."""
+        await self._note_event(job, "worker_lost", cause)
+
+    async def note_other_model(self, job: Job, fingerprint: str) -> None:
+        """The files of its model are others than in its last attempt, so its next one evaluates another model.
+
+        Part of its history, which changes nothing else. Raises DatabaseUnavailable.
+        """
+        assert job.model is not None
+        cause = f"attempt {job.attempt} was on {job.model.fingerprint}, and its model is {fingerprint} now"
+        await self._note_event(job, "model_changed", cause)
+
+    async def _note_event(self, job: Job, event: str, cause: str) -> None:
         at = datetime.now(UTC)
-        lost = HistoryEntry(at=at, event="worker_lost", state=job.state, attempt=job.attempt, cause=cause)
-        await self._store.note(job.id, lost)
+        entry = HistoryEntry(at=at, event=event, state=job.state, attempt=job.attempt, cause=cause)
+        await self._store.note(job.id, entry)
 
     async def start(self, job: Job) -> Job:
-        """The job's next attempt begins: what the last one left is gone."""
+        """The job's next attempt begins."""
         attempt = Attempt(number=job.attempt + 1, started_at=datetime.now(UTC))
         fields: dict[str, Any] = {"started_at": attempt.started_at, "attempt": attempt.number, "model": job.model}
-        blank: dict[str, Any] = {"progress": None, "metrics": {}, "samples": {}, "error": None}
-        return await self.change(job, JobEvent.START, attempt, **fields, **blank)
+        return await self.change(job, JobEvent.START, attempt, **fields, **_BLANK, error=None)
 
     async def requeue(self, job: Job, cause: str, *, uses_retry: bool = False) -> Job:
-        """The attempt is over and the job waits again; losing its processes uses up a retry, a stop does not."""
+        """The attempt is over, with what it had, and the job waits again; losing its processes uses up a retry, a stop
+        does not."""
         self._rates.pop(job.id, None)
         logger.warning("job %s goes back to the queue: %s", job.id, cause)
-        fields: dict[str, Any] = {"progress": None, "retries": job.retries + uses_retry}
+        fields: dict[str, Any] = {"retries": job.retries + uses_retry, **_BLANK}
         return await self.change(job, JobEvent.REQUEUE, _ended(job, "requeued", cause), cause=cause, **fields)
 
     async def settle(self, job: Job, event: JobEvent, error: str | None = None, **fields: Any) -> None:

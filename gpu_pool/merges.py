@@ -68,14 +68,15 @@ class Merges:
                 if job.state in (JobState.QUEUED, JobState.RUNNING) and _same(job.work, merge):
                     return job
             job = Job(id=str(uuid.uuid4()), work=merge, request=request, created_at=datetime.now(UTC))
-            job = self._jobs[job.id] = await self._store.add(job, patient=patient)
+            job = self._jobs[job.id] = await self._store.add(job, patient=patient, late=self.recover)
             self._queue(job)
         logger.info("job %s is queued: %s into %s", job.id, merge.shards_path, merge.output_path)
         return job
 
     async def recover(self, job: Job) -> None:
-        """Take up one of the last run, which waits, or is settled where it was being cancelled."""
+        """Take up one that is in the store only, which waits, or is settled where it was being cancelled."""
         async with self._changed:
+            self._jobs[job.id] = job
             if job.state is JobState.CANCELLING:
                 await asyncio.to_thread(remove_staging, _merge(job), job.id)
                 await self._jobs.settle(job, JobEvent.RELEASED)

@@ -284,7 +284,7 @@ class HistoryEntry(Record, frozen=True, kw_only=True):
 
     at: datetime
     event: str
-    """"submitted", "started", "worker_lost", "requeued", or the name of the state that followed."""
+    """"submitted", "started", "worker_lost", "model_changed", "requeued", or the name of the state that followed."""
     state: JobState
     """The state that followed."""
     attempt: int

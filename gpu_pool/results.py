@@ -1,4 +1,4 @@
-"""Result files of a job: lm-eval's JSON and JSONL, field for field, written atomically.
+"""Result files of a job: lm-eval's JSON and JSONL, field for field, written atomically and durably.
 
 They lie in `<output folder>/<sanitised model name>/` and carry the job's own date, so jobs that share an output folder
 never touch each other's files, and a job that runs again replaces what its lost attempt left.
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterable
 from datetime import datetime
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gpu_pool.whole_file import sync_folder
 
 
 def sanitise_model_name(name: str) -> str:
@@ -80,7 +83,10 @@ class ResultFiles:
         try:
             with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(self._folder)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everybody

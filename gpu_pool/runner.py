@@ -205,10 +205,12 @@ class Runner:
                 assert_never(action)
 
     async def _reclaim(self, action: ev.ReclaimSlots) -> None:
-        await self._leases.reclaim(action.worker_id)
-        if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
-            await self.look()
-        self.put(ev.SlotsReturned, worker_id=action.worker_id)
+        try:
+            await self._leases.reclaim(action.worker_id)
+            if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
+                await self.look()
+        finally:  # or nobody would ever use the slots again
+            self.put(ev.SlotsReturned, worker_id=action.worker_id)
 
     # ------------------------------------------------------------------ what evaluators say of jobs
 

@@ -70,6 +70,9 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """GPUs that may be used: positions in PCI order ("0", of a MIG instance "0:1") or UUIDs; none given: all."""
     deny_gpus: tuple[str, ...] = ()
     """GPUs that may not, even if they are allowed."""
+    gpu_lock_dir: Path | None = None
+    """Folder of the lock files by which the servers on a machine keep off each other's GPUs: the same for all of them.
+    None: `evalpool-locks` in /run/lock, or in /tmp where not everybody may write in that."""
     yield_to_foreign: bool = False
     """Whether an idle worker ends at once when a process that is not ours appears on its GPU."""
     gpu_return_timeout_s: Annotated[float, Meta(gt=0)] = 30.0

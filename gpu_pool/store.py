@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from gpu_pool.database import PATIENCE_SECONDS, Database
-from gpu_pool.errors import JobNotFound
+from gpu_pool.errors import DatabaseUnavailable, JobNotFound
 from gpu_pool.job_pages import page_of_ids
+from gpu_pool.late_commits import LateCommits, TakeUp
 from gpu_pool.records import Attempt, HistoryEntry, Job, JobResult, JobState, ModelSpec, Progress
 from gpu_pool.tables import (
     attempts,
@@ -29,6 +30,7 @@ from gpu_pool.tables import (
 
 MOST_ENDED = 1000
 """How many jobs in a final state are kept in memory once read: several pages, some megabytes."""
+_UNKNOWN = "Whether the job was taken in, GET /jobs will show; to ask again is safe with an idempotency_key"
 _NO_JOBS: Mapping[str, Job] = MappingProxyType({})
 _EVENT_OF = {JobState.QUEUED: "requeued", JobState.RUNNING: "started"}
 """What a change to that state is called in the history; the others go by the state's name."""
@@ -96,6 +98,7 @@ class Store:
 
         Changed within transactions only, and so in their order.
         """
+        self._late = LateCommits(self._look)
 
     @classmethod
     async def open(cls, database: Path | str, *, alone: bool = False) -> Store:
@@ -116,16 +119,29 @@ class Store:
 
     async def close(self) -> None:
         """Finish what was begun and close the database."""
+        await self._late.close()
         await self._database.close()
 
-    async def add(self, job: Job, *, patient: bool = False) -> Job:
+    async def add(self, job: Job, *, patient: bool = False, late: TakeUp | None = None) -> Job:
         """Make a new job durable; returns it, or the job that has its idempotency key already.
 
-        Raises DatabaseUnavailable soon, as somebody waits for the answer; when `patient` only after `give_up`.
+        Raises DatabaseUnavailable soon, as somebody waits for the answer; when `patient` only after `give_up`. Where it
+        is not known then whether the job was written, `late` gets it as soon as it is found here.
         """
+        tried = False
+
+        def insert(connection: sa.Connection) -> None:
+            nonlocal tried
+            _insert(connection, job)
+            tried = True
+
         try:
-            patience_s = None if patient else PATIENCE_SECONDS
-            await self._database.transaction(lambda connection: _insert(connection, job), patience_s=patience_s)
+            await self._database.transaction(insert, patience_s=None if patient else PATIENCE_SECONDS)
+        except DatabaseUnavailable as error:
+            if not tried or late is None:
+                raise
+            self._late.look_for(job.id, late)
+            raise DatabaseUnavailable(error.reason, _UNKNOWN) from error
         except IntegrityError:
             earlier = await self.by_key(job.idempotency_key) or (await self._found([job.id])).get(job.id)
             if earlier is None:
@@ -139,7 +155,9 @@ class Store:
             return None
         values = {"key": idempotency_key}
         row = await self._database.read(lambda connection: connection.execute(_READ_BY_KEY, values).first())
-        return job_from(row) if row else None
+        job = job_from(row) if row else None
+        await self._late.seen(job)
+        return job
 
     async def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
@@ -178,6 +196,11 @@ class Store:
 
     async def _found(self, job_ids: Sequence[str]) -> dict[str, Job]:
         return await self._database.read(lambda connection: self._read(connection, job_ids))
+
+    async def _look(self, job_id: str) -> Job | None:
+        """The job, if there is one, whenever the database can be used again."""
+        found = await self._database.transaction(lambda connection: self._read(connection, [job_id]), patience_s=None)
+        return found.get(job_id)
 
     def _read(self, connection: sa.Connection, job_ids: Sequence[str]) -> dict[str, Job]:
         """Those of the jobs that exist, by id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -31,8 +32,8 @@ _spawn = multiprocessing.get_context("spawn")
 class Child(Generic[Received]):
     """One spawned process that leads its own process group, and the server's end of its control pipe."""
 
-    def __init__(self, name: str, process: Any, channel: Channel[Received], mark: str) -> None:
-        """`mark` is that of all that the process starts."""
+    def __init__(self, name: str, process: Any, pidfd: int, channel: Channel[Received], mark: str) -> None:
+        """`pidfd` is readable once the process is dead; `mark` is that of all that it starts."""
         self.name = name
         self.pid: int = process.pid
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -42,6 +43,7 @@ class Child(Generic[Received]):
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
         self._process = process
+        self._pidfd = pidfd
         self._channel = channel
         self._mark = mark
         self._dead = asyncio.Event()
@@ -52,14 +54,13 @@ class Child(Generic[Received]):
     ) -> asyncio.Task[None]:
         """Start to read messages and to wait for the end; the task is done after `on_death`."""
         loop = asyncio.get_running_loop()
-        descriptor = os.pidfd_open(self.pid)
 
         def died() -> None:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
             self._dead.set()
 
-        loop.add_reader(descriptor, died)
+        loop.add_reader(self._pidfd, died)
         self._task = asyncio.create_task(self._live(on_message, on_death), name=f"watch {self.name}")
         return self._task
 
@@ -90,23 +91,37 @@ class Child(Generic[Received]):
     ) -> None:
         reading = asyncio.create_task(self._read(on_message), name=f"read {self.name}")
         await self._dead.wait()
-        self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
-        await self._end_offspring()
-        self._channel.end_input()
-        await reading
-        self._channel.close()
-        self._process.join()
-        cause = self.why or describe_exit(self._process.exitcode)
-        self._process.close()
-        await on_death(cause)
-        self.gone.set_result(cause)
+        cause = "its process is gone"
+        try:
+            self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
+            await self._end_offspring()
+            self._channel.end_input()
+            await reading
+            cause = self._reap()
+        except Exception:  # whatever is left of it, others wait to hear that it is gone
+            logger.exception("what is left of %s cannot be cleared away", self.name)
+        finally:
+            reading.cancel()
+            self._channel.close()
+        try:
+            await on_death(self.why or cause)
+        finally:
+            self.gone.set_result(self.why or cause)
 
     async def _end_offspring(self) -> None:
         """What left the group too: it may hold the pipe, or memory of a GPU."""
         sweep = in_daemon_thread(partial(end_all, self._mark), "sweep")
-        _, unfinished = await asyncio.wait([sweep], timeout=SWEEP_SECONDS)
-        if unfinished:
-            logger.warning("processes that %s may have started cannot be looked for now", self.name)
+        await asyncio.wait([sweep], timeout=SWEEP_SECONDS)
+        problem = sweep.exception() if sweep.done() else f"it takes longer than {SWEEP_SECONDS:g} s"
+        if problem:
+            logger.warning("processes that %s may have started cannot be looked for now: %s", self.name, problem)
+
+    def _reap(self) -> str:
+        """How the dead process ended."""
+        self._process.join()
+        exitcode = self._process.exitcode
+        self._process.close()
+        return describe_exit(exitcode)
 
     async def _read(self, on_message: Callable[[Received], Awaitable[None]]) -> None:
         try:
@@ -121,11 +136,9 @@ class Child(Generic[Received]):
             self.kill(f"what it said could not be handled: {error!r}")
 
     def _signal_group(self) -> None:
-        for end in (lambda: os.killpg(self.pid, signal.SIGKILL), lambda: os.kill(self.pid, signal.SIGKILL)):
-            try:  # the group does not exist before the child has called setsid
-                end()
-            except ProcessLookupError:
-                continue
+        for end in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):  # the group does not exist before the child has called setsid
+                end(self.pid, signal.SIGKILL)
 
 
 async def spawn(
@@ -137,23 +150,38 @@ async def spawn(
 ) -> Child[Received]:
     """Start `target(connection, start, parent_pid)` in a new interpreter; `server_mark` is on all that it starts.
 
-    Must run on the main thread's loop: the kernel ends the child with the *thread* that started it.
+    Must run on the main thread's loop: the kernel ends the child with the *thread* that started it. Raises OSError when
+    it cannot be started, or not be watched; then there is no process.
     """
-    ours, theirs = _spawn.Pipe(duplex=True)
-    process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
-    mark = f"{server_mark or uuid.uuid4().hex}/{uuid.uuid4().hex}"
     resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
-    with marked(mark):
-        process.start()
-    mark_process(process.pid or 0, mark)
-    theirs.close()  # or its death would never show as the end of the pipe
-    return Child(name, process, await Channel[Received].over(ours, decode), mark)
+    mark = f"{server_mark or uuid.uuid4().hex}/{uuid.uuid4().hex}"
+    ours, theirs = _spawn.Pipe(duplex=True)
+    with ours, theirs:  # once it has its end, ours must be closed here, or its death would never show as the end
+        process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
+        with marked(mark):
+            process.start()
+        mark_process(process.pid or 0, mark)
+        with contextlib.ExitStack() as unless_watched:
+            unless_watched.callback(_end, process)
+            pidfd = os.pidfd_open(process.pid or 0)
+            unless_watched.callback(os.close, pidfd)
+            channel = await Channel[Received].over(ours, decode)
+            unless_watched.pop_all()
+    return Child(name, process, pidfd, channel, mark)
+
+
+def _end(process: Any) -> None:
+    """End a process that has just been started, and has started nothing itself."""
+    process.kill()
+    process.join()
+    process.close()
 
 
 def describe_exit(exitcode: int | None) -> str:
-    """An exit code in words: "killed by SIGKILL", "exit code 1"."""
+    """An exit code in words: "killed by SIGKILL", "killed by signal 40", "exit code 1"."""
     if exitcode is None:
         return "not ended"
-    if exitcode < 0:
-        return f"killed by {signal.Signals(-exitcode).name}"
-    return f"exit code {exitcode}"
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    named = {member.value: member.name for member in signal.Signals}  # most of the real-time signals have no name
+    return f"killed by {named.get(-exitcode, f'signal {-exitcode}')}"

@@ -102,11 +102,22 @@ class JobEventInfo(Response, frozen=True, kw_only=True):
     """One thing that happened to a job, and the state that followed.
 
     `worker_lost`: a worker of the job ended, could not load its model, or was on a GPU that is lost. Others compute
-    what it had; what comes of it otherwise is an event of its own.
+    what it had; what comes of it otherwise is an event of its own. `model_changed`: the files of its model are others
+    than in the last attempt, so that the next one evaluates another model; the cause has the fingerprints of both.
     """
 
     at: datetime
-    event: Literal["submitted", "started", "worker_lost", "requeued", "cancelling", "completed", "failed", "cancelled"]
+    event: Literal[
+        "submitted",
+        "started",
+        "worker_lost",
+        "model_changed",
+        "requeued",
+        "cancelling",
+        "completed",
+        "failed",
+        "cancelled",
+    ]
     status: JobStatus
     attempt: int
     cause: str | None

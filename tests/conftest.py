@@ -19,10 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from evalpool_server import Serve, Server, run_server
+from evalpool_server import LOCK_FOLDER, Serve, Server, run_server
 from fake_nvml import fake_nvml, fake_nvml_library
 from hypothesis import HealthCheck, settings
 from postgres_server import PostgresServer
+
+from gpu_pool import gpu_locks
 
 __all__ = ["fake_nvml", "fake_nvml_library"]
 
@@ -30,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # its fake GPUs are not those of other processes: neither are their locks
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="evalpool-tests-")
+    os.environ[LOCK_FOLDER] = os.path.join(tempfile.tempdir, "evalpool-locks")
+    gpu_locks.SHARED_FOLDERS = (Path(tempfile.tempdir),)
     os.chmod(tempfile.tempdir, 0o711)  # a PostgreSQL that root starts runs as another user, who must get through
 
 # a busy machine says nothing about an example

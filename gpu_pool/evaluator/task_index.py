@@ -9,8 +9,8 @@ importing it: that takes seconds, and reads each of its files again.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.package_files import package_folder
 from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
+from gpu_pool.whole_file import replace_file
 
 LIBRARY_ROOT = Path(lm_eval.tasks.__file__).parent
 _LMMS_EVAL = package_folder("lmms_eval")
@@ -32,6 +33,7 @@ LMMS_EVAL_ROOT = _LMMS_EVAL and _LMMS_EVAL / "tasks"
 INDEX_VERSION = 2
 """Of what an index says of the same files: 2 has modalities, and lmms-eval's tasks."""
 _IGNORED_FOLDERS = ("__pycache__", ".ipynb_checkpoints", ".git")
+_log = logging.getLogger(__name__)
 
 
 class IndexedTask(msgspec.Struct, frozen=True, array_like=True):
@@ -69,10 +71,14 @@ def load_index(root: Path, cache_dir: Path) -> RootIndex:
         index = msgspec.msgpack.decode(cached.read_bytes(), type=RootIndex)
         if index.state == state:
             return index
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError):
         pass  # the first time, or another version's
     index = _build(root, state)
-    _write(cached, msgspec.msgpack.encode(index))
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(cached, msgspec.msgpack.encode(index))
+    except OSError as error:
+        _log.warning("%s cannot be written, and the index will be built again: %s", cached, error)
     return index
 
 
@@ -162,11 +168,3 @@ def _indexed(entry: Entry, modality_of: Callable[[dict[str, Any]], Modality | No
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)

@@ -10,13 +10,15 @@ import ctypes
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pynvml
 import pytest
+from evalpool_server import LOCK_FOLDER
+
+from gpu_pool import gpu_locks
 
 SOURCE = Path(__file__).with_name("fake_nvml.c")
 
@@ -51,7 +53,7 @@ class FakeNvml:
         return {
             "LD_LIBRARY_PATH": str(self.library_folder),
             "FAKE_NVML_STATE": str(self.state_path),
-            "TMPDIR": str(self.folder),
+            LOCK_FOLDER: str(self.folder / "evalpool-locks"),
         }
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -68,7 +70,7 @@ class FakeNvml:
     def install_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let this process see the fake GPUs too, whatever NVML it has loaded before."""
         self.install(monkeypatch)
-        monkeypatch.setattr(tempfile, "tempdir", str(self.folder))
+        monkeypatch.setattr(gpu_locks, "SHARED_FOLDERS", (self.folder,))
         library = ctypes.CDLL(str(self.library_folder / "libnvidia-ml.so.1"))
         monkeypatch.setattr(pynvml, "nvmlLib", library)
         monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})

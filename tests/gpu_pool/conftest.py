@@ -1,6 +1,9 @@
-"""Two GPUs that a test scripts, and leases on them."""
+"""Two GPUs that a test scripts, leases on them, and a box that can start no more threads."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Generator
 
 import pytest
 from fake_nvml import FakeNvml
@@ -21,3 +24,11 @@ def nvml(fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 @pytest.fixture
 def leases(nvml: FakeNvml) -> Leases:
     return make_leases()
+
+
+@pytest.fixture
+def no_more_threads() -> Generator[None]:
+    """None can be started meanwhile: there is no room for its stack."""
+    size = threading.stack_size(1 << 47)
+    yield
+    threading.stack_size(size)

@@ -133,16 +133,52 @@ def test_what_one_has_claimed_another_does_not_get(cache: ResponseCache, path: P
 
 
 def test_claims_of_a_dead_process_are_void(cache: ResponseCache, path: Path) -> None:
+    cache.lookup([])  # open before
     process = multiprocessing.get_context("spawn").Process(
         target=fake_children.claim_and_die, args=(path, [b"a", b"b"])
     )
     process.start()
     process.join()
     assert process.exitcode == -9
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT count(*) FROM claims").fetchone() == (2,)
+    assert claims(path) == 2
     assert cache.unclaimed([b"a"]) == {b"a"}
     assert cache.reserve([b"a"]) == ({}, set())
+
+
+def test_claims_of_a_dead_process_go_when_the_file_is_opened_next(cache: ResponseCache, path: Path) -> None:
+    """Nobody may ever make those requests again."""
+    assert cache.reserve([b"mine"]) == ({}, set())
+    process = multiprocessing.get_context("spawn").Process(
+        target=fake_children.claim_and_die, args=(path, [b"a", b"b"])
+    )
+    process.start()
+    process.join()
+    assert claims(path) == 3
+    cache_use(path, 1 << 20)
+    assert claims(path) == 1
+    assert cache.unclaimed([b"a", b"b"]) == {b"a", b"b"}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_answers_that_could_not_be_written_stay_those_of_their_model(
+    cache: ResponseCache, path: Path, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    monkeypatch.setattr(cache_file, "PATIENCE_S", 0.05)
+    one, other = CachedModel("1" * 8, "one"), CachedModel("2" * 8, "other")
+    cache.store({b"a": "text"}, one)
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        cache.store({b"b": "text", b"c": "text"}, one)
+        cache.leave(one, 0)
+        holder.execute("ROLLBACK")
+    cache.leave(other, 1) if leaves else cache.store({b"d": "text"}, other)
+    used = {model.name: (model.entries, model.hits) for model in cache_use(path, 1 << 20).models}
+    assert used == {"one": (3, 0), "other": (0, 1) if leaves else (1, 0)}
+
+
+def claims(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT count(*) FROM claims").fetchone()[0]
 
 
 # ---------------------------------------------------------------- size

@@ -20,10 +20,11 @@ from databases import connection, execute, make_job, query
 from postgres_server import PostgresServer
 
 from gpu_pool import database as database_module
-from gpu_pool.database import Database
+from gpu_pool import store as store_module
+from gpu_pool.database import _IN_USE, Database
 from gpu_pool.engines import database_url
 from gpu_pool.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, PoolError
-from gpu_pool.records import JobState
+from gpu_pool.records import Job, JobState
 from gpu_pool.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits gives up after the first try, which waits a second for a lock."""
     monkeypatch.setattr(Database.transaction, "__kwdefaults__", {"patience_s": 0.0})
     monkeypatch.setattr(database_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -102,10 +104,9 @@ async def test_a_change_of_state_ends_with_the_server(store: Store, database: Pa
     assert (await store.get("1")).state is JobState.QUEUED
 
 
-async def test_a_commit_that_was_lost_sight_of_is_not_taken_for_a_rival(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The connection breaks after the commit and before its answer: what was written is found when tried again."""
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Unless it is set, the connection breaks after the next commit and before its answer, and this is set."""
     commit = Database._write
     broken = threading.Event()
 
@@ -118,7 +119,14 @@ async def test_a_commit_that_was_lost_sight_of_is_not_taken_for_a_rival(
             raise error
         return result
 
+    broken.set()
     monkeypatch.setattr(Database, "_write", commit_then_break)
+    return broken
+
+
+async def test_a_commit_that_was_lost_sight_of_is_not_taken_for_a_rival(store: Store, broken: threading.Event) -> None:
+    """What was written is found when tried again."""
+    broken.clear()
     job = make_job("1")
     assert await store.add(job) == job
     broken.clear()
@@ -126,6 +134,56 @@ async def test_a_commit_that_was_lost_sight_of_is_not_taken_for_a_rival(
     assert [entry.event for entry in await store.history("1")] == ["submitted", "started"]
     broken.clear()
     assert not await store.change_state("1", JobState.QUEUED, JobState.RUNNING, attempt=2)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("asked_again", [False, True])
+async def test_a_commit_that_was_lost_sight_of_for_good_is_found_later(
+    store: Store, broken: threading.Event, asked_again: bool
+) -> None:
+    """By itself, or when its key is asked for."""
+    late: asyncio.Queue[Job] = asyncio.Queue()
+    broken.clear()
+    with pytest.raises(DatabaseUnavailable, match="GET /jobs will show"):
+        await store.add(job := make_job("1", idempotency_key="k"), late=late.put)
+    if asked_again:
+        assert await store.by_key("k") == job
+        assert late.get_nowait() == job
+    else:
+        assert await asyncio.wait_for(late.get(), 30) == job
+    await store.change_state("1", JobState.QUEUED, JobState.RUNNING)  # after whoever looks for it
+    assert late.empty()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_was_never_to_be_committed_is_not_found_later(store: Store, database: Path | str) -> None:
+    late: asyncio.Queue[Job] = asyncio.Queue()
+    with locked(database), pytest.raises(DatabaseUnavailable, match="Nothing was changed"):
+        await store.add(make_job("1"), late=late.put)
+    assert await store.list(None, 5) == []
+    assert late.empty()
+
+
+async def test_our_own_lost_session_is_waited_for(postgres: PostgresServer) -> None:
+    """The database server may learn hours later that a connection is lost; until then its session has our lock."""
+    url = postgres.new_database()
+    store = await Store.open(url, alone=True)
+    await store.add(make_job("1"))
+    with connection(url) as other:
+        waits = asyncio.create_task(asyncio.to_thread(other.exec_driver_sql, f"SELECT pg_advisory_lock({_IN_USE})"))
+        with connection(url) as operator:
+            ours = f"objid = {_IN_USE} AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            while not operator.exec_driver_sql("SELECT 1 FROM pg_locks WHERE NOT granted AND " + ours).all():
+                await asyncio.sleep(0.01)
+            operator.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE granted AND " + ours)
+        await waits
+        change = asyncio.create_task(store.change_state("1", JobState.QUEUED, JobState.RUNNING))
+        while "our own last one" not in await troubled(store, change):
+            await asyncio.sleep(0.01)
+    assert await change
+    with pytest.raises(DatabaseInUse):
+        await Store.open(url, alone=True)
+    await store.close()
 
 
 async def test_a_postgresql_that_restarts_is_waited_for() -> None:

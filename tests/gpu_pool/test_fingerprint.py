@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from small_disk import full, mounted
 
 from gpu_pool import fingerprint
 from gpu_pool.errors import InvalidRequest
@@ -201,6 +202,31 @@ def test_threads_share_the_memo(tmp_path: Path, memo: Path) -> None:
         thread.join()
     assert len(msgspec.json.decode(memo.read_bytes())) == 8 * 3
     assert not list(memo.parent.glob(".fingerprints*"))
+
+
+@pytest.mark.usefixtures("files_settle_at_once")
+def test_a_full_disk_costs_the_memo_and_not_the_model(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = fingerprint_model(args(model), tmp_path / "elsewhere" / "memo.json")
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk", 1 << 16) as disk:
+        memo = disk / "memo.json"
+        with full(disk):
+            assert fingerprint_model(args(model), memo) == expected
+            assert f"{memo} cannot be written" in caplog.text
+            assert {path.name for path in disk.iterdir()} == {"filler", "memo.lock"}
+        assert fingerprint_model(args(model), memo) == expected
+        assert memo.exists()
+
+
+@pytest.mark.usefixtures("files_settle_at_once")
+def test_a_memo_that_is_no_file_costs_the_memo_and_not_the_model(model: Path, memo: Path) -> None:
+    expected = fingerprint_model(args(model), memo)
+    for path in memo.parent.iterdir():
+        path.unlink()
+    memo.mkdir()
+    assert fingerprint_model(args(model), memo) == expected
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(

@@ -159,6 +159,26 @@ def test_links_are_not_followed(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "victim").exists()
 
 
-def test_the_default_folder_is_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert default_folder() == tmp_path / "evalpool-locks"
+def test_the_default_folder_is_the_same_whatever_the_temporary_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As slurm and systemd give each job or service one of its own."""
+    command = [sys.executable, "-c", "from gpu_pool.gpu_locks import default_folder; print(default_folder())"]
+
+    def folder(temporary: str) -> str:
+        (tmp_path / temporary).mkdir()
+        environment = os.environ | {"TMPDIR": str(tmp_path / temporary)}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert folder("one") == folder("other")
+
+
+def test_the_default_folder_is_where_everybody_may_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = tuple(tmp_path / name for name in ("none", "file", "root's", "everybody's", "another"))
+    monkeypatch.setattr("gpu_pool.gpu_locks.SHARED_FOLDERS", shared)
+    assert default_folder() == tmp_path / "another" / "evalpool-locks"
+    (tmp_path / "file").touch()
+    for name, mode in (("root's", 0o755), ("everybody's", 0o1777), ("another", 0o1777)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    assert default_folder() == tmp_path / "everybody's" / "evalpool-locks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 
 import pytest
 from fake_nvml import FakeNvml, gpu_line
@@ -53,6 +54,15 @@ async def test_another_server_s_lock_is_respected_and_seen(leases: Leases, nvml:
     assert await leases.take("worker-1", [UUID[0]]) is None
     assert (await reasons(leases))[UUID[0]] is None
     assert not other.acquire()
+
+
+async def test_servers_that_are_told_to_meet_elsewhere_do(nvml: FakeNvml, tmp_path: Path) -> None:
+    one, other = (make_leases(gpu_lock_dir=tmp_path / "elsewhere") for _ in range(2))
+    assert await one.take("worker-1", [UUID[0]]) is None
+    assert not locked(0)
+    held = f"Another evalpool server on this machine (process {os.getpid()}) holds it."
+    assert (await reasons(other))[UUID[0]] == held
+    assert await other.take("worker-1", [UUID[0]]) == f"GPU 0: {held}"
 
 
 async def test_the_lock_of_a_gpu_that_is_held_does_not_grow_old(leases: Leases, nvml: FakeNvml) -> None:

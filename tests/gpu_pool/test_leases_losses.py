@@ -135,6 +135,14 @@ async def test_a_driver_that_hangs_stops_nobody(
     assert await leases.take("worker-2", [UUID[1]]) is None
 
 
+async def test_a_box_without_room_for_threads_confirms_nothing(
+    leases: Leases, nvml: FakeNvml, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("no_more_threads")
+    assert await leases.take("worker-1", [UUID[0]]) == "GPU 0: NVML could not be asked: can't start new thread."
+    assert leases.lost() == frozenset()
+
+
 async def test_a_gpu_that_is_divided_gives_way_to_its_instances(leases: Leases, nvml: FakeNvml) -> None:
     assert await leases.take("worker-1", [UUID[0]]) is None
     nvml.write(gpu_line(mig=True), TWO[1])  # no instance yet

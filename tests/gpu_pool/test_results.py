@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -37,6 +38,23 @@ def test_jobs_in_one_folder_have_files_of_their_own(tmp_path: Path) -> None:
     paths = {ResultFiles(tmp_path, "m").write_results({"job": i}) for i in range(3)}
     assert sorted(json.loads(path.read_text())["job"] for path in paths) == [0, 1, 2]
     assert set(tmp_path.rglob("*.*")) == paths  # no temporary file stays
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bytes | None, list[str]]] = []
+    fsync = os.fsync
+
+    def watch(descriptor: int) -> None:
+        opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        names = [path.name for path in (tmp_path / "m").iterdir()]
+        synced.append((opened.read_bytes() if opened.is_file() else None, names))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    path = ResultFiles(tmp_path, "m").write_results({"acc": 1})
+    assert synced == [(path.read_bytes(), [f".{path.name}.part"]), (None, [path.name])]
 
 
 KILLED_ATTEMPT = """

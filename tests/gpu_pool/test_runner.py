@@ -16,7 +16,7 @@ from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.ledger import Running
 from gpu_pool.live_jobs import LiveJobs
-from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec
+from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec, Slot
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
@@ -83,6 +83,25 @@ async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
     await runner.handle(ev.Tick)
     assert runner.scheduler.ledger.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)
+
+
+class Blind(Leases):
+    """Cannot look at what it holds."""
+
+    has_gpus = True
+
+    async def look(self) -> tuple[tuple[Slot, str | None], ...]:
+        raise RuntimeError("a defect")
+
+
+async def test_slots_return_whatever_goes_wrong_when_they_are_looked_at(store: Store, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1)
+    runner = make_runner(settings, LiveJobs(store, {}), Blind(settings, Inventory(visible_devices="")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        await runner._reclaim(ev.ReclaimSlots(worker_id="w", slot_ids=("cpu:0",)))
+    event, _ = runner._events.get_nowait()
+    assert isinstance(event, ev.SlotsReturned)
+    assert event.worker_id == "w"
 
 
 async def test_whoever_waits_for_an_event_hears_of_the_end(store: Store, tmp_path: Path) -> None:

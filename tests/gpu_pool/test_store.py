@@ -31,6 +31,8 @@ from gpu_pool.records import (
 )
 from gpu_pool.store import MOST_ENDED, Store
 
+FULL = 2  # of PRAGMA synchronous
+
 
 @pytest.fixture
 async def store(database: Path | str) -> AsyncIterator[Store]:
@@ -294,3 +296,10 @@ async def test_a_killed_writer_loses_nothing_that_was_committed(database: Path |
     assert len(jobs) in (committed + 1, committed + 2)  # the one in the making may have come through
     assert {job.state for job in jobs[: committed + 1]} == {JobState.RUNNING}
     assert [job.id for job in jobs] == [str(number) for number in range(len(jobs))]
+
+
+async def test_what_is_committed_outlasts_a_loss_of_power(tmp_path: Path) -> None:
+    """As far as SQLite and the disk can see to it; PostgreSQL does by itself."""
+    store = await Store.open(tmp_path / "jobs.sqlite")
+    assert await store._database.read(lambda opened: opened.exec_driver_sql("PRAGMA synchronous").scalar()) == FULL
+    await store.close()

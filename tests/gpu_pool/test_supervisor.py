@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import itertools
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import fake_children
@@ -170,6 +175,78 @@ async def test_what_a_killed_child_still_says_is_not_heard(tmp_path: Path) -> No
     watched.child.kill()  # its process is gone: nothing to signal
 
 
+@pytest.mark.usefixtures("no_more_threads")
+async def test_a_death_is_told_where_nothing_can_be_looked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = await start(fake_children.last_words, tmp_path)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert await watched.child.gone == "killed by SIGSEGV"
+    assert watched.causes == ["killed by SIGSEGV"]
+    assert "cannot be looked for now" in caplog.text
+
+
+async def test_a_death_by_a_signal_without_a_name_is_told(tmp_path: Path) -> None:
+    watched = await start(fake_children.deaf, tmp_path)
+    await watched.said.get()
+    os.kill(watched.child.pid, 40)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert await watched.child.gone == "killed by signal 40"
+    assert watched.causes == ["killed by signal 40"]
+
+
+async def test_who_waits_for_an_end_hears_of_it_whatever_others_make_of_it(tmp_path: Path) -> None:
+    async def on_message(message: FromWorker) -> None:
+        pass
+
+    async def on_death(cause: str) -> None:
+        raise KeyError("a defect")
+
+    child = await spawn("child", fake_children.last_words, str(tmp_path), decode_from_worker)
+    with pytest.raises(KeyError):
+        await child.watch(on_message, on_death)
+    assert await asyncio.wait_for(child.gone, PATIENCE_SECONDS) == "killed by SIGSEGV"
+
+
+async def test_without_descriptors_no_process_is_left(tmp_path: Path) -> None:
+    """However many there are left: it is started and watched, or it is not there."""
+    resource_tracker.ensure_running()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    failures = 0
+    for left in itertools.count():
+        before = (_children(), _descriptors())
+        with contextlib.ExitStack() as stack:
+            while (gap := os.open(os.devnull, os.O_RDONLY)) < max(before[1]):
+                stack.callback(os.close, gap)
+            os.close(gap)
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[1]) + 1 + left, limits[1]))
+            try:
+                watched = await start(fake_children.echo, tmp_path)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                failures += 1
+                watched = None
+        if watched is not None:
+            await watched.child.stop(PATIENCE_SECONDS)
+            assert watched.causes == ["exit code 0"]
+        assert (_children(), _descriptors()) == before
+        if watched is not None:
+            break
+    assert failures > 5  # it needs the two ends of the control pipe, those of another one, and a pidfd
+
+
+def _children() -> set[str]:
+    """Pids of all processes that this one has started and not yet reaped."""
+    return {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def _descriptors() -> set[int]:
+    found = {int(name) for name in os.listdir("/proc/self/fd")}
+    return {descriptor for descriptor in found if os.path.exists(f"/proc/self/fd/{descriptor}")}
+
+
 def test_children_die_with_a_parent_that_is_killed_even_while_they_compute(tmp_path: Path) -> None:
     script = f"""
 import asyncio, sys
@@ -199,4 +276,6 @@ if __name__ == "__main__":
 def test_exit_codes_in_words() -> None:
     assert describe_exit(0) == "exit code 0"
     assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(-34) == "killed by SIGRTMIN"
+    assert describe_exit(-40) == "killed by signal 40"
     assert describe_exit(None) == "not ended"

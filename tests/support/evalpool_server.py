@@ -18,6 +18,8 @@ from typing import NamedTuple
 from local_server import PROGRAM, START_SECONDS, STOP_SECONDS, evalpool_command, start
 
 ROOT = Path(__file__).parents[2]
+LOCK_FOLDER = "EVALPOOL_GPU_LOCK_DIR"
+"""The variable with a server's setting `gpu_lock_dir`: fake GPUs are not those of other test processes."""
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -94,7 +96,7 @@ def run_server(
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     log, token = data_dir.with_name(f"{data_dir.name}.log"), uuid.uuid4().hex
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("EVALPOOL_")}
+    environ = {name: os.environ[name] for name in os.environ if name == LOCK_FOLDER or not name.startswith("EVALPOOL_")}
     command = evalpool_command(data_dir, *arguments, program=program)
     started = start(command, log, cwd=ROOT, env={**environ, **variables, "STARTED_BY_TEST": token})
     server = Server(started.url, data_dir, started.process, log, token)

@@ -20,3 +20,16 @@ def mounted(folder: Path, size: int) -> Generator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextlib.contextmanager
+def full(folder: Path) -> Generator[None]:
+    """Nothing more can be written to that file system meanwhile."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+    try:
+        yield
+    finally:
+        filler.unlink()

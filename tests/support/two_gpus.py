@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from fake_nvml import gpu_line, gpu_uuid
 
-from gpu_pool.gpu_locks import GpuLock
+from gpu_pool.gpu_locks import GpuLock, default_folder
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.process_table import ProcessTable
@@ -29,7 +27,7 @@ PROCESSES = "nvmlDeviceGetComputeRunningProcesses_v3"
 
 
 def make_leases(*, in_container: bool = False, **settings: object) -> Leases:
-    folder = Path(tempfile.gettempdir())  # of the test's own, see FakeNvml.install_here
+    folder = default_folder().parent  # of the test's own, see FakeNvml.install_here
     values = PoolSettings(**{"data_dir": folder, "cpu_workers": 1, "gpu_return_timeout_s": 0.2} | settings)
     return Leases(values, Inventory.open({}), ProcessTable(in_container=in_container))
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from gpu_pool.child import say
 from gpu_pool.merge import METADATA, begin_mark, description_files, is_merged
 from gpu_pool.records import Merge, Phase, Progress, TaskProgress
+from gpu_pool.whole_file import sync_folder
 from gpu_pool.worker.merging.distcp import DistcpTensors
-from gpu_pool.worker.merging.publishing import publish, sync_folder
+from gpu_pool.worker.merging.publishing import publish
 from gpu_pool.worker.merging.rank_files import RankTensors
 from gpu_pool.worker.merging.tensors import MergeError, ShardedTensors
 from gpu_pool.worker.merging.weights import write_bytes, write_weights

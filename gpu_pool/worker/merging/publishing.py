@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from gpu_pool.merge import MARK, Mark, file_states
+from gpu_pool.whole_file import sync_folder
 
 _INDEX_SUFFIX = ".index.json"
 
@@ -62,12 +63,3 @@ def _write_mark(folder: Path, mark: Mark) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(folder / MARK)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in the folder are on the disk on return."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

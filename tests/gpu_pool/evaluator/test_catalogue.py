@@ -88,6 +88,15 @@ def test_a_damaged_index_is_built_again(tmp_path: Path) -> None:
     assert task_index.load_index(folder, tmp_path / "cache") == first
 
 
+def test_an_index_that_cannot_be_kept_is_an_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(MINE)
+    (tmp_path / "file").touch()
+    kept = task_index.load_index(tmp_path / "tasks", tmp_path / "cache")
+    assert task_index.load_index(tmp_path / "tasks", tmp_path / "file" / "cache") == kept
+    assert "cannot be written" in caplog.text
+
+
 def test_include_paths_win_and_follow_changes(data_dir: Path, tmp_path: Path, roots: dict[str, str]) -> None:
     library = TaskLibrary(data_dir, (str(tmp_path),), roots, False)
     assert "mine" not in names(library)
