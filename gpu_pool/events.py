@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from gpu_pool.losses import Losses
 from gpu_pool.records import ModelSpec, Record, Slot
 
 
@@ -28,8 +29,8 @@ class Demand(Record, frozen=True, kw_only=True):
     """Only this slot (a GPU or MIG instance by its UUID), or None for any."""
     timeout_s: float | None = None
     """Seconds that an attempt may run, not counting those without a worker; None: no limit."""
-    attempts: int = 0
-    """Attempts that ended because its processes were lost (restarts of the server not counted)."""
+    losses: Losses = Losses()
+    """Its attempts so far that were lost with their processes."""
     max_retries: int | None = None
     """Further attempts after the first one; None: the operator's limit."""
 
@@ -77,6 +78,8 @@ class JobProgressed(Event, frozen=True, kw_only=True):
     """Further requests of the job are answered: what it lost so far did not stop it."""
 
     job_id: str
+    done: int
+    """In this attempt; those that the response cache answered are among them."""
 
 
 class EvaluatorIsReady(Event, frozen=True, kw_only=True):
@@ -90,6 +93,8 @@ class EvaluatorDied(Event, frozen=True, kw_only=True):
 
     evaluator_id: str
     cause: str
+    from_outside: bool = False
+    """Whether somebody else killed it, which says nothing of its job."""
 
 
 class WorkerLoaded(Event, frozen=True, kw_only=True):
@@ -113,6 +118,8 @@ class WorkerDied(Event, frozen=True, kw_only=True):
 
     worker_id: str
     cause: str
+    from_outside: bool = False
+    """As of an evaluator."""
 
 
 class WorkerDroppedJob(Event, frozen=True, kw_only=True):

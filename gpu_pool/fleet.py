@@ -14,6 +14,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.leases import Leases
+from gpu_pool.post_mortem import PostMortem
 from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
@@ -81,6 +82,7 @@ class Fleet:
         self._background = background
         self._timers: dict[Deadline, asyncio.TimerHandle] = {}
         self._stalls = Stalls()
+        self._post_mortem = PostMortem()
         self._failed_starts = 0
 
     # ------------------------------------------------------------------ starting and ending
@@ -106,7 +108,8 @@ class Fleet:
         async def on_death(cause: str) -> None:
             del self.evaluators[evaluator_id]
             self._failed_starts += not child.killed and not was_ready
-            self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause)
+            from_outside = self._post_mortem.is_from_outside(child)
+            self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause, from_outside=from_outside)
 
         child.watch(on_message, on_death)
 
@@ -137,7 +140,8 @@ class Fleet:
             for deadline in [each for each in self._timers if each.worker_id == worker_id]:
                 if deadline.awaited != "last answers":  # its evaluator is to stop waiting for them all the same
                     self._disarm(deadline)
-            self._put(ev.WorkerDied, worker_id=worker_id, cause=cause)
+            from_outside = self._post_mortem.is_from_outside(child)
+            self._put(ev.WorkerDied, worker_id=worker_id, cause=cause, from_outside=from_outside)
 
         child.watch(on_message, on_death)
 

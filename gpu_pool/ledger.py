@@ -41,6 +41,8 @@ class Running(msgspec.Struct, kw_only=True):
     """Workers in a row that died before they were ready."""
     losses: int = 0
     """Workers that died under it since it last made progress."""
+    done: int = 0
+    """Requests that are done."""
     may_grow: bool = True
     """False once a further replica failed to load: the next one would fail too."""
     seconds: float = 0.0

@@ -158,7 +158,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     timeout_s: float | None = None
     """Seconds that the job may run, waiting not counted."""
     max_retries: int | None = None
-    """Further attempts after its processes were lost; None: as many as the operator allows."""
+    """Further attempts after its processes were lost in any way; None: as many as the operator allows."""
     max_error_share: float = 0.0
     """Share of its requests that may end in an error while it still completes."""
     tags: tuple[str, ...] = ()

@@ -218,7 +218,7 @@ class Runner:
                 before = self.jobs[job_id].progress if job_id in self.jobs else None
                 self.jobs.progressed(job_id, progress, self.ran_seconds(job_id))
                 if progress.done > (before.done if before else 0):
-                    self.put(ev.JobProgressed, job_id=job_id)
+                    self.put(ev.JobProgressed, job_id=job_id, done=progress.done)
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})

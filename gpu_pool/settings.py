@@ -51,7 +51,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     allow_remote_code: bool = False
     """Run code that comes with a checkpoint (`trust_remote_code`)."""
     max_attempts: Annotated[int, Meta(ge=1)] = 3
-    """Times a job is started before losing its processes makes it fail."""
+    """Times a job is started before processes that end by themselves make it fail, unless it gets further each time.
+    Those that somebody kills, for anything but want of memory, are not held against it (see `gpu_pool.losses`)."""
     evaluator_memory_bytes: Annotated[int, Meta(ge=1)] = 4 * 1024**3
     """An evaluator above this is replaced when its job is done."""
     gpu_free_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9

@@ -39,6 +39,8 @@ class Child(Generic[Received]):
         """Resolves to the cause when the process is dead and its last message was handed over."""
         self.why: str | None = None
         """Why we killed it, for people; or what it said itself before it ended. Its exit status tells less."""
+        self.exitcode: int | None = None
+        """Once it is gone; negative: the signal that ended it."""
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
         self._process = process
@@ -96,7 +98,8 @@ class Child(Generic[Received]):
         await reading
         self._channel.close()
         self._process.join()
-        cause = self.why or describe_exit(self._process.exitcode)
+        self.exitcode = self._process.exitcode
+        cause = self.why or describe_exit(self.exitcode)
         self._process.close()
         await on_death(cause)
         self.gone.set_result(cause)

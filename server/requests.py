@@ -126,8 +126,8 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     max_retries: Annotated[
         Annotated[int, Meta(ge=0, le=100)] | None,
         Meta(
-            description="Further attempts after its processes were lost, 0 or more (a restart of the server uses none "
-            "up); null: as many as the operator allows"
+            description="Further attempts after its processes were lost in any way, 0 or more (a restart of the server "
+            "uses none up); null: as many as the operator allows, who leaves kills by others out of account"
         ),
     ] = None
     max_error_share: Annotated[

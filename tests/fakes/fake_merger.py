@@ -13,7 +13,8 @@ from gpu_pool.records import Phase, Progress, TaskProgress
 
 
 def gate_of(output: str | Path) -> Path:
-    """The named pipe that holds up the merge into `output`: "done", "fail" or "die" written into it ends that."""
+    """The named pipe that holds up the merge into `output`: "done", "fail", "crash" or "die" written into it ends
+    that."""
     return Path(f"{output}.gate")
 
 
@@ -30,6 +31,8 @@ def merger(connection: Connection, start: MergeStart, parent_pid: int) -> None:
             connection.send_bytes(encode(MergeDone(job_id=start.job_id, progress=progress(2))))
         case "fail":
             connection.send_bytes(encode(JobFailed(job_id=start.job_id, error="a shard is missing")))
+        case "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
         case _:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -157,14 +157,24 @@ async def test_cancelling(box: Box) -> None:
 async def test_a_lost_process_is_started_again_and_not_for_ever(box: Box) -> None:
     job = await box.submit("a")
     await box.half_done(job)
-    await box.say("a", "die")
+    await box.say("a", "crash")
     again = await box.until(job, lambda job: job.attempt == 2 and job.progress and job.progress.done == 1)
     assert again.retries == 1
-    await box.say("a", "die")
+    await box.say("a", "crash")
     ended = await box.ended(job)
-    assert ended.error == "the process that merges ended: killed by SIGKILL (2 times)"
+    assert ended.error == "the process that merges ended: killed by SIGSEGV (2 times)"
     assert await box.events(job) == ["submitted", "started", "requeued", "started", "failed"]
     assert box.left() == []
+
+
+async def test_kills_are_not_held_against_a_merge(box: Box) -> None:
+    job = await box.submit("a")
+    for attempt in (1, 2, 3):
+        await box.until(job, lambda job: job.attempt == attempt and job.progress and job.progress.done == 1)  # noqa: B023
+        await box.say("a", "die")
+    await box.until(job, lambda job: job.attempt == 4 and job.progress and job.progress.done == 1)
+    await box.say("a", "done")
+    assert (await box.ended(job)).state is JobState.COMPLETED
 
 
 async def test_a_process_that_cannot_be_started(box: Box) -> None:
