@@ -55,7 +55,6 @@ from gpu_pool.retention import Retention
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
-from gpu_pool.transitions import JobEvent
 
 LOOK_SECONDS = 5.0
 """How often the hardware is looked at while nothing else asks."""
@@ -213,8 +212,7 @@ class Pool:
         if isinstance(self._jobs[job_id].work, Merge):
             await self._merges.cancel(job_id)
         else:
-            await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
-            await self._runner.handle(ev.CancelRequested, job_id=job_id)
+            await self._runner.cancel(job_id)
         job = await self.job(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobAlreadyFinished
