@@ -109,6 +109,9 @@ class Scheduler:
         elif run := self.ledger.running.get(event.job_id):
             self._moves.ask(ev.BeginCancel(job_id=event.job_id))
             self._end(run, "cancelled")
+        elif (ending := self.ledger.ending.get(event.job_id)) and ending.outcome == "failed":
+            self._moves.ask(ev.BeginCancel(job_id=event.job_id))
+            ending.outcome, ending.error = "cancelled", None
 
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.ledger.running.get(event.job_id):
