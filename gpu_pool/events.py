@@ -28,7 +28,9 @@ class Demand(Record, frozen=True, kw_only=True):
     slot_id: str | None = None
     """Only this slot (a GPU or MIG instance by its UUID), or None for any."""
     timeout_s: float | None = None
-    """Seconds that an attempt may run, not counting those without a worker; None: no limit."""
+    """Seconds that it may have a worker in all its attempts together; None: no limit."""
+    ran_s: float = 0.0
+    """Seconds that it had one in earlier attempts."""
     losses: Losses = Losses()
     """Its attempts so far that were lost with their processes."""
     max_retries: int | None = None

@@ -156,7 +156,8 @@ class Evaluation(Record, frozen=True, kw_only=True):
     priority: int = 0
     """Larger goes first."""
     timeout_s: float | None = None
-    """Seconds that the job may run, waiting not counted."""
+    """Seconds that the job may run, in all its attempts together; waiting is not counted. A restart of the server
+    begins them anew."""
     max_retries: int | None = None
     """Further attempts after its processes were lost in any way; None: as many as the operator allows."""
     max_error_share: float = 0.0

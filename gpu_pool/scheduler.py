@@ -159,7 +159,7 @@ class Scheduler:
         del self.ledger.running[run.demand.job_id]
         self._release_all(run)
         losses = run.demand.losses.and_another(done=run.done, from_outside=from_outside)
-        demand = msgspec.structs.replace(run.demand, losses=losses)
+        demand = msgspec.structs.replace(run.demand, losses=losses, ran_s=run.ran(self.ledger.now))
         if losses.are_too_many(max_attempts=self._max_attempts, max_retries=demand.max_retries):
             self._moves.ask(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({losses.times})"))
         else:

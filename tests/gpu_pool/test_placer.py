@@ -26,6 +26,14 @@ def run_on(box: Box, job_id: str, model: str, **fields: object) -> str:
     return start.worker_id
 
 
+def lose_evaluator(box: Box, **how: object) -> list[ev.Action]:
+    """The evaluator of the job j ends; another one becomes ready and takes it up, if it waits."""
+    actions = box.do(ev.EvaluatorDied, evaluator_id=box.ledger.running["j"].evaluator_id, cause="x", **how)
+    for start in box.of(ev.StartEvaluator, actions):
+        actions += box.do(ev.EvaluatorIsReady, evaluator_id=start.evaluator_id)
+    return actions
+
+
 def test_priority_goes_first_and_waiting_outweighs_it() -> None:
     box = box_of(1)
     run_on(box, "j", "a")
@@ -188,19 +196,23 @@ def test_time_without_a_worker_is_not_counted_as_run() -> None:
     assert not box.do(ev.Tick)
 
 
+def test_a_lost_evaluator_gives_a_job_no_more_time() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a", timeout_s=10.0)
+    box.now += 6.0
+    lose_evaluator(box)
+    box.now += 4.0
+    assert not box.do(ev.Tick)
+    box.now += 1.0
+    assert box.of(ev.KillEvaluator, box.do(ev.Tick))
+    assert box.ledger.ending["j"].error == "it ran for longer than its timeout_s of 10 s"
+
+
 def test_retries_are_the_job_s_own_where_it_says_so() -> None:
     box = box_of(1)
     run_on(box, "j", "a", max_retries=0)
     actions = box.do(ev.EvaluatorDied, evaluator_id=box.ledger.running["j"].evaluator_id, cause="killed")
     assert box.of(ev.SettleJob, actions)[0].error == "the evaluator process ended: killed (once)"
-
-
-def lose_evaluator(box: Box, **how: object) -> list[ev.Action]:
-    """The evaluator of the job j ends; another one becomes ready and takes it up, if it waits."""
-    actions = box.do(ev.EvaluatorDied, evaluator_id=box.ledger.running["j"].evaluator_id, cause="x", **how)
-    for start in box.of(ev.StartEvaluator, actions):
-        actions += box.do(ev.EvaluatorIsReady, evaluator_id=start.evaluator_id)
-    return actions
 
 
 def test_kills_are_not_held_against_a_job_unless_there_is_no_end_of_them() -> None:
