@@ -19,6 +19,7 @@ from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
+from gpu_pool.watchdog import Watchdog
 
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""
@@ -82,6 +83,8 @@ class Fleet:
         self._background = background
         self._timers: dict[Deadline, asyncio.TimerHandle] = {}
         self._stalls = Stalls()
+        self._watchdogs: dict[str, Watchdog] = {}
+        """Of evaluators."""
         self._post_mortem = PostMortem()
         self._failed_starts = 0
 
@@ -98,6 +101,7 @@ class Fleet:
             self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=str(error))
             return
         self.evaluators[evaluator_id] = child
+        self._watchdogs[evaluator_id] = Watchdog(child, self._settings.unresponsive_s)
         was_ready = False
 
         async def on_message(message: msg.FromEvaluator) -> None:
@@ -106,7 +110,7 @@ class Fleet:
             await self._on_evaluator_message(evaluator_id, message)
 
         async def on_death(cause: str) -> None:
-            del self.evaluators[evaluator_id]
+            del self.evaluators[evaluator_id], self._watchdogs[evaluator_id]
             self._failed_starts += not child.killed and not was_ready
             from_outside = self._post_mortem.is_from_outside(child)
             self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause, from_outside=from_outside)
@@ -233,6 +237,10 @@ class Fleet:
                 self._put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.AwaitingWorker(worker_id=worker_id):
                 self._look_for_stall(worker_id)
+            case msg.Alive():
+                self._watchdogs[evaluator_id].alive()
+            case msg.EvaluatorFailed(error=error):
+                self.evaluators[evaluator_id].why = error
             case msg.Catalogue() | msg.TasksChecked():
                 logger.error("%s answered a question that only the desk is asked", evaluator_id)
             case msg.JobProgress() | msg.TaskDone() | msg.JobDone() | msg.JobFailed():

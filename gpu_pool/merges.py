@@ -28,6 +28,7 @@ from gpu_pool.records import Job, JobState, Merge, WaitingView
 from gpu_pool.store import Store
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
+from gpu_pool.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,14 @@ class Merges:
         start: StartMerger,
         job_dir: Callable[[str], Path],
         max_attempts: int,
+        unresponsive_s: float,
     ) -> None:
         self._store = store
         self._jobs = jobs
         self._start = start
         self._job_dir = job_dir
         self._max_attempts = max_attempts
+        self._unresponsive_s = unresponsive_s
         self._post_mortem = PostMortem()
         self._losses: dict[str, Losses] = {}
         """Of merges that wait or run again."""
@@ -177,6 +180,7 @@ class Merges:
     async def _follow(self, job: Job, child: MergerChild) -> None:
         """Hear the process of a merge until it is gone, and conclude the job."""
         outcome: msg.MergeDone | msg.JobFailed | None = None
+        watchdog = Watchdog(child, self._unresponsive_s)
 
         async def on_message(message: msg.FromMerger) -> None:
             nonlocal outcome
@@ -185,6 +189,8 @@ class Merges:
                     self._jobs.progressed(job_id, progress, None)
                 case msg.MergeDone() | msg.JobFailed():
                     outcome = message
+                case msg.Alive():
+                    watchdog.alive()
                 case _:
                     assert_never(message)
 

@@ -93,7 +93,7 @@ class Pool:
         self._processes = LocalProcesses(self.settings, self._leases.visible_device)
         self._store = await Store.open(database_of(self.settings), alone=True)
         await self._processes.start()
-        self._desk = Desk(self._processes.desk)
+        self._desk = Desk(self._processes.desk, self.settings.unresponsive_s)
         admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(
             evaluator=self._start_evaluator, worker=self._processes.worker, address=self._processes.address
@@ -102,7 +102,14 @@ class Pool:
         self._runner = Runner(
             self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
         )
-        self._merges = Merges(self._store, self._jobs, self._processes.merger, self.job_dir, self.settings.max_attempts)
+        self._merges = Merges(
+            self._store,
+            self._jobs,
+            self._processes.merger,
+            self.job_dir,
+            self.settings.max_attempts,
+            self.settings.unresponsive_s,
+        )
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
         await self._intake.recover()
         await self._look_once()

@@ -44,12 +44,12 @@ async def test_a_model_that_cannot_be_looked_at_ends_its_job(fails: str, tiny_mo
     leases = Leases(settings, Inventory(visible_devices=""))
     jobs = LiveJobs(store, {})
     runner = Runner(settings, jobs, leases, nothing, lambda job_id: tmp_path / job_id, lambda job: None)
-    admission = Surprised(settings, Desk(never), leases)
+    admission = Surprised(settings, Desk(never, unresponsive_s=60.0), leases)
     admission.fails = fails
     evaluation = Evaluation(model=str(tiny_model), tasks=("t",), device="cpu")
     job = jobs["j"] = Job(id="j", work=evaluation, request={}, created_at=datetime.now(UTC))
     await store.add(job)
-    merges = Merges(store, jobs, never, lambda job_id: tmp_path / job_id, max_attempts=1)
+    merges = Merges(store, jobs, never, lambda job_id: tmp_path / job_id, max_attempts=1, unresponsive_s=60.0)
     Intake(settings, store, jobs, admission, runner, merges).take_up(job)
     while (ended := await store.get("j")).state is JobState.QUEUED:
         await asyncio.sleep(0)
