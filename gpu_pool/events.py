@@ -214,8 +214,6 @@ class ReclaimSlots(Record, frozen=True, kw_only=True):
 
     worker_id: str
     slot_ids: tuple[str, ...]
-    memory_bytes: int = 0
-    """As in its StartWorker."""
 
 
 class StartJob(Record, frozen=True, kw_only=True):

@@ -43,13 +43,12 @@ class Phase(enum.StrEnum):
 
 
 class WorkerState(enum.StrEnum):
-    """Where a worker process is in its life. A replacement is a new worker."""
+    """Where a worker process is in its life. One whose process is gone is struck out; a replacement is a new worker."""
 
     STARTING = "starting"  # spawned, loading its model
     IDLE = "idle"  # model loaded, no job attached
     BUSY = "busy"  # at least one job attached
     STOPPING = "stopping"  # asked to end
-    DEAD = "dead"  # its process is gone
 
 
 class EvaluatorState(enum.StrEnum):

@@ -230,7 +230,7 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=True)
         if worker is None:
             return
-        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots, memory_bytes=worker.memory_bytes))
+        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots))
         self._let_go(worker.id)
         for job_id in sorted(worker.jobs):
             run = self.ledger.running[job_id]
