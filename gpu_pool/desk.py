@@ -11,6 +11,7 @@ from typing import assert_never
 from gpu_pool import messages as msg
 from gpu_pool.errors import PoolError
 from gpu_pool.supervisor import Child
+from gpu_pool.watchdog import Watchdog
 
 RESTART_SECONDS = 2.0
 """Pause before a desk that ended by itself is started again."""
@@ -25,8 +26,9 @@ class DeskUnavailable(PoolError):
 class Desk:
     """Keeps one evaluator alive and asks it questions."""
 
-    def __init__(self, spawn: Callable[[str], Awaitable[Child[msg.FromEvaluator]]]) -> None:
+    def __init__(self, spawn: Callable[[str], Awaitable[Child[msg.FromEvaluator]]], unresponsive_s: float) -> None:
         self._spawn = spawn
+        self._unresponsive_s = unresponsive_s
         self._child: Child[msg.FromEvaluator] | None = None
         self._ready = asyncio.Event()
         self._catalogue: asyncio.Future[tuple[msg.TaskEntry, ...]] = asyncio.get_running_loop().create_future()
@@ -89,6 +91,7 @@ class Desk:
             except OSError as error:  # no memory, no descriptors: later there may be
                 logger.warning("the desk process cannot be started: %s", error)
             else:
+                self._watchdog = Watchdog(self._child, self._unresponsive_s)
                 await asyncio.shield(self._child.watch(self._on_message, self._on_death))
             await asyncio.sleep(RESTART_SECONDS)
 
@@ -104,6 +107,10 @@ class Desk:
             case msg.TasksChecked(check_id=number, problems=problems):
                 if (answer := self._questions.get(number)) and not answer.done():
                     answer.set_result(problems)
+            case msg.Alive():
+                self._watchdog.alive()
+            case msg.EvaluatorFailed(error=error):
+                self._child.why = error
             case (
                 msg.JobProgress()
                 | msg.WorkerDetached()

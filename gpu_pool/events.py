@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from gpu_pool.losses import Losses
 from gpu_pool.records import ModelSpec, Record, Slot
 
 
@@ -27,9 +28,11 @@ class Demand(Record, frozen=True, kw_only=True):
     slot_id: str | None = None
     """Only this slot (a GPU or MIG instance by its UUID), or None for any."""
     timeout_s: float | None = None
-    """Seconds that an attempt may run, not counting those without a worker; None: no limit."""
-    attempts: int = 0
-    """Attempts that ended because its processes were lost (restarts of the server not counted)."""
+    """Seconds that it may have a worker in all its attempts together; None: no limit."""
+    ran_s: float = 0.0
+    """Seconds that it had one in earlier attempts."""
+    losses: Losses = Losses()
+    """Its attempts so far that were lost with their processes."""
     max_retries: int | None = None
     """Further attempts after the first one; None: the operator's limit."""
 
@@ -77,6 +80,8 @@ class JobProgressed(Event, frozen=True, kw_only=True):
     """Further requests of the job are answered: what it lost so far did not stop it."""
 
     job_id: str
+    done: int
+    """In this attempt; those that the response cache answered are among them."""
 
 
 class EvaluatorIsReady(Event, frozen=True, kw_only=True):
@@ -90,6 +95,8 @@ class EvaluatorDied(Event, frozen=True, kw_only=True):
 
     evaluator_id: str
     cause: str
+    from_outside: bool = False
+    """Whether somebody else killed it, which says nothing of its job."""
 
 
 class WorkerLoaded(Event, frozen=True, kw_only=True):
@@ -113,6 +120,8 @@ class WorkerDied(Event, frozen=True, kw_only=True):
 
     worker_id: str
     cause: str
+    from_outside: bool = False
+    """As of an evaluator."""
 
 
 class WorkerDroppedJob(Event, frozen=True, kw_only=True):
@@ -205,8 +214,6 @@ class ReclaimSlots(Record, frozen=True, kw_only=True):
 
     worker_id: str
     slot_ids: tuple[str, ...]
-    memory_bytes: int = 0
-    """As in its StartWorker."""
 
 
 class StartJob(Record, frozen=True, kw_only=True):

@@ -14,10 +14,12 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.leases import Leases
+from gpu_pool.post_mortem import PostMortem
 from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
+from gpu_pool.watchdog import Watchdog
 
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""
@@ -81,6 +83,9 @@ class Fleet:
         self._background = background
         self._timers: dict[Deadline, asyncio.TimerHandle] = {}
         self._stalls = Stalls()
+        self._watchdogs: dict[str, Watchdog] = {}
+        """Of evaluators."""
+        self._post_mortem = PostMortem()
         self._failed_starts = 0
 
     # ------------------------------------------------------------------ starting and ending
@@ -96,6 +101,7 @@ class Fleet:
             self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=str(error))
             return
         self.evaluators[evaluator_id] = child
+        self._watchdogs[evaluator_id] = Watchdog(child, self._settings.unresponsive_s)
         was_ready = False
 
         async def on_message(message: msg.FromEvaluator) -> None:
@@ -104,9 +110,10 @@ class Fleet:
             await self._on_evaluator_message(evaluator_id, message)
 
         async def on_death(cause: str) -> None:
-            del self.evaluators[evaluator_id]
+            del self.evaluators[evaluator_id], self._watchdogs[evaluator_id]
             self._failed_starts += not child.killed and not was_ready
-            self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause)
+            from_outside = self._post_mortem.is_from_outside(child)
+            self._put(ev.EvaluatorDied, evaluator_id=evaluator_id, cause=cause, from_outside=from_outside)
 
         child.watch(on_message, on_death)
 
@@ -137,7 +144,8 @@ class Fleet:
             for deadline in [each for each in self._timers if each.worker_id == worker_id]:
                 if deadline.awaited != "last answers":  # its evaluator is to stop waiting for them all the same
                     self._disarm(deadline)
-            self._put(ev.WorkerDied, worker_id=worker_id, cause=cause)
+            from_outside = self._post_mortem.is_from_outside(child)
+            self._put(ev.WorkerDied, worker_id=worker_id, cause=cause, from_outside=from_outside)
 
         child.watch(on_message, on_death)
 
@@ -229,6 +237,10 @@ class Fleet:
                 self._put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.AwaitingWorker(worker_id=worker_id):
                 self._look_for_stall(worker_id)
+            case msg.Alive():
+                self._watchdogs[evaluator_id].alive()
+            case msg.EvaluatorFailed(error=error):
+                self.evaluators[evaluator_id].why = error
             case msg.Catalogue() | msg.TasksChecked():
                 logger.error("%s answered a question that only the desk is asked", evaluator_id)
             case msg.JobProgress() | msg.TaskDone() | msg.JobDone() | msg.JobFailed():

@@ -19,6 +19,7 @@ from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.errors import DatabaseUnavailable, InvalidRequest, KeyReused, ShuttingDown
 from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.losses import Losses
 from gpu_pool.merge import NotMergeable
 from gpu_pool.merges import Merges
 from gpu_pool.model_size import ReplicaSize
@@ -204,7 +205,7 @@ class Intake:
             memory_bytes=plan.memory_bytes,
             order=job.created_at.timestamp(),
             slot_index=place.slot_index,
-            attempts=job.retries,
+            losses=Losses(attempts=job.retries),
             slot_id=place.slot_id,
             priority=job.evaluation.priority,
             timeout_s=job.evaluation.timeout_s,

@@ -41,10 +41,12 @@ class Running(msgspec.Struct, kw_only=True):
     """Workers in a row that died before they were ready."""
     losses: int = 0
     """Workers that died under it since it last made progress."""
+    done: int = 0
+    """Requests that are done."""
     may_grow: bool = True
     """False once a further replica failed to load: the next one would fail too."""
     seconds: float = 0.0
-    """How long it had a worker, until `working_since`."""
+    """How long it had a worker, in earlier attempts too, until `working_since`."""
     working_since: float | None = None
     """Since when it has had one; None while it has none. After an interruption loading does not count."""
     interrupted: float | None = None
@@ -160,7 +162,7 @@ class Ledger:
         """A waiting job runs from now on."""
         self.waiting.pop(demand.job_id)
         self.evaluators[evaluator_id] = Evaluator(EvaluatorState.RUNNING, demand.job_id)
-        run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id)
+        run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id, seconds=demand.ran_s)
         return run
 
     def leave_job(self, run: Running, state: EvaluatorState) -> None:

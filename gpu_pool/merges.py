@@ -20,12 +20,15 @@ import msgspec
 from gpu_pool import messages as msg
 from gpu_pool.errors import JobAlreadyFinished, ShuttingDown
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.losses import Losses
 from gpu_pool.merge import NotMergeable, is_merged, remove_staging
 from gpu_pool.order import Line, rank
+from gpu_pool.post_mortem import PostMortem
 from gpu_pool.records import Job, JobState, Merge, WaitingView
 from gpu_pool.store import Store
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
+from gpu_pool.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +47,17 @@ class Merges:
         start: StartMerger,
         job_dir: Callable[[str], Path],
         max_attempts: int,
+        unresponsive_s: float,
     ) -> None:
         self._store = store
         self._jobs = jobs
         self._start = start
         self._job_dir = job_dir
         self._max_attempts = max_attempts
+        self._unresponsive_s = unresponsive_s
+        self._post_mortem = PostMortem()
+        self._losses: dict[str, Losses] = {}
+        """Of merges that wait or run again."""
         self._line = Line()
         self._running: tuple[str, MergerChild] | None = None
         self._changed = asyncio.Condition()
@@ -91,6 +99,7 @@ class Merges:
                 raise JobAlreadyFinished
             if job.state is JobState.QUEUED:
                 self._line.discard(job_id)
+                self._losses.pop(job_id, None)
                 await asyncio.to_thread(remove_staging, _merge(job), job_id)  # of an attempt of the last run
                 await self._jobs.settle(job, JobEvent.CANCEL)
                 self._changed.notify_all()
@@ -163,7 +172,8 @@ class Merges:
         try:
             child = await self._start(job.id, _merge(job), self._job_dir(job.id) / "job.log")
         except OSError as error:  # no memory, no descriptors: later there may be
-            await self._lose(job, f"it could not be started: {error}")
+            losses = self._losses.pop(job.id, None)
+            await self._lose(job, losses, f"it could not be started: {error}", from_outside=False)
             return None
         self._running = job.id, child
         return child
@@ -171,6 +181,7 @@ class Merges:
     async def _follow(self, job: Job, child: MergerChild) -> None:
         """Hear the process of a merge until it is gone, and conclude the job."""
         outcome: msg.MergeDone | msg.JobFailed | None = None
+        watchdog = Watchdog(child, self._unresponsive_s)
 
         async def on_message(message: msg.FromMerger) -> None:
             nonlocal outcome
@@ -179,6 +190,8 @@ class Merges:
                     self._jobs.progressed(job_id, progress, None)
                 case msg.MergeDone() | msg.JobFailed():
                     outcome = message
+                case msg.Alive():
+                    watchdog.alive()
                 case _:
                     assert_never(message)
 
@@ -192,10 +205,14 @@ class Merges:
         await asyncio.to_thread(remove_staging, _merge(job), job.id)
         async with self._changed:
             self._running = None
-            await self._conclude(self._jobs[job.id], outcome, cause)
+            from_outside = self._post_mortem.is_from_outside(child)
+            await self._conclude(self._jobs[job.id], outcome, cause, from_outside=from_outside)
             self._changed.notify_all()
 
-    async def _conclude(self, job: Job, outcome: msg.MergeDone | msg.JobFailed | None, cause: str) -> None:
+    async def _conclude(
+        self, job: Job, outcome: msg.MergeDone | msg.JobFailed | None, cause: str, *, from_outside: bool
+    ) -> None:
+        losses = self._losses.pop(job.id, None)
         if job.state is JobState.CANCELLING:
             await self._jobs.settle(job, JobEvent.RELEASED)
             return
@@ -205,15 +222,15 @@ class Merges:
             case msg.JobFailed(error=error):
                 await self._jobs.settle(job, JobEvent.FAIL, error)
             case None:
-                await self._lose(job, f"the process that merges ended: {cause}")
+                await self._lose(job, losses, f"the process that merges ended: {cause}", from_outside=from_outside)
 
-    async def _lose(self, job: Job, cause: str) -> None:
-        """The process of a merge is gone: it waits again, or has failed too often."""
-        attempts = job.retries + 1
-        if attempts >= self._max_attempts:
-            times = "once" if attempts == 1 else f"{attempts} times"
-            await self._jobs.settle(job, JobEvent.FAIL, f"{cause} ({times})")
+    async def _lose(self, job: Job, losses: Losses | None, cause: str, *, from_outside: bool) -> None:
+        """The process of a merge is gone: it waits again, or has lost too many."""
+        losses = (losses or Losses(attempts=job.retries)).and_another(done=0, from_outside=from_outside)
+        if losses.are_too_many(max_attempts=self._max_attempts, max_retries=None):
+            await self._jobs.settle(job, JobEvent.FAIL, f"{cause} ({losses.times})")
         else:
+            self._losses[job.id] = losses
             self._queue(await self._jobs.requeue(job, cause, uses_retry=True))
 
 

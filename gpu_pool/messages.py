@@ -130,7 +130,11 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """End now, politely (to evaluators and workers)."""
 
 
-ToEvaluator = RunJob | AttachWorker | DetachWorker | CheckTasks | BuildCatalogue | Shutdown
+class Ping(Message, frozen=True, kw_only=True):
+    """Answered by Alive, at any time, by the thread that takes messages (by evaluators and mergers)."""
+
+
+ToEvaluator = RunJob | AttachWorker | DetachWorker | CheckTasks | BuildCatalogue | Ping | Shutdown
 
 
 # ---------------------------------------------------------------- evaluator -> server
@@ -228,6 +232,16 @@ class AwaitingWorker(Message, frozen=True, kw_only=True):
     worker_id: str
 
 
+class Alive(Message, frozen=True, kw_only=True):
+    """The answer to Ping."""
+
+
+class EvaluatorFailed(Message, frozen=True, kw_only=True):
+    """The evaluator cannot go on, and why; it exits after this."""
+
+    error: str
+
+
 FromEvaluator = (
     EvaluatorReady
     | Catalogue
@@ -238,10 +252,15 @@ FromEvaluator = (
     | TaskDone
     | JobDone
     | JobFailed
+    | Alive
+    | EvaluatorFailed
 )
 
 
-# ---------------------------------------------------------------- merger -> server
+# ---------------------------------------------------------------- server <-> merger
+
+
+ToMerger = Ping | Shutdown
 
 
 class MergeDone(Message, frozen=True, kw_only=True):
@@ -251,7 +270,7 @@ class MergeDone(Message, frozen=True, kw_only=True):
     progress: Progress
 
 
-FromMerger = JobProgress | MergeDone | JobFailed
+FromMerger = JobProgress | MergeDone | JobFailed | Alive
 
 
 # ---------------------------------------------------------------- server -> worker
@@ -316,6 +335,7 @@ def encode(message: Message) -> bytes:
 
 decode_to_evaluator = msgspec.msgpack.Decoder(ToEvaluator).decode
 decode_from_evaluator = msgspec.msgpack.Decoder(FromEvaluator).decode
+decode_to_merger = msgspec.msgpack.Decoder(ToMerger).decode
 decode_from_merger = msgspec.msgpack.Decoder(FromMerger).decode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -69,18 +69,24 @@ class Moves:
             run = self._ledger.running[job_id]
             if self._ledger.workers[worker_id].state is WorkerState.STARTING:
                 self._ledger.release(run, worker_id)
-            elif worker_id not in run.returning:
-                run.returning.add(worker_id)
-                self.detach(run, worker_id, at_once=False)
+            else:
+                self._ask_back(run, worker_id)
         if not self._ledger.workers[worker_id].jobs:
             self.stop(worker_id)
 
+    def _ask_back(self, run: Running, worker_id: str) -> None:
+        """The job holds a loaded worker until its evaluator says that it is given back; asked for once."""
+        if worker_id not in run.returning:
+            run.returning.add(worker_id)
+            self.detach(run, worker_id, at_once=False)
+
     def trim(self, run: Running) -> None:
-        """Give up the most shared of a job's loaded workers while it has more than its cap."""
-        while len(run.workers) > run.demand.max_replicas:
-            busiest = max(run.workers, key=lambda worker_id: (len(self._ledger.workers[worker_id].jobs), worker_id))
-            self._ledger.release(run, busiest)
-            self.detach(run, busiest, at_once=False)
+        """Give back the most shared of a job's loaded workers while it has more than its cap; of equals the latest."""
+        kept = [worker_id for worker_id in reversed(run.workers) if worker_id not in run.returning]
+        while len(kept) > run.demand.max_replicas:
+            busiest = max(kept, key=lambda worker_id: len(self._ledger.workers[worker_id].jobs))
+            kept.remove(busiest)
+            self._ask_back(run, busiest)
 
     def attach(self, run: Running, worker_id: str) -> None:
         """Have a job use a loaded worker that the ledger says is its own."""

@@ -29,8 +29,9 @@ from gpu_pool.placement import Plan, Readiness, find_plan, replicas_for
 from gpu_pool.records import EvaluatorState, Worker, WorkerState
 
 PATIENCE_SECONDS = 300.0
-"""How long the first job in line is passed by others, how long a job that has paused works, once it has loaded again,
-before it may pause once more, and how much earlier and later jobs go whose model is loaded (see Candidates)."""
+"""What the better use of slots may cost in waiting: for so long the first in line is passed by others before jobs pause
+for it, so much earlier go jobs whose model is loaded, and for so long what has paused works again before it may pause
+once more. One number, as the bound on every wait is made of the three together."""
 UNKNOWN_LOAD_SECONDS = 10.0
 """Assumed cost of loading a model that has never been loaded here."""
 SOON_READY = (EvaluatorState.STARTING, EvaluatorState.CLEARING, EvaluatorState.ENDING)
@@ -45,29 +46,46 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Placer:
-    """Hands out workers: `place` is one pass."""
+    """Hands out workers, in one pass after another."""
 
     def __init__(self, ledger: Ledger, moves: Moves, patience_s: float = PATIENCE_SECONDS) -> None:
         self._ledger = ledger
         self._moves = moves
         self._patience_s = patience_s
         self.heads: dict[str, Head] = {}
-        """By kind of device."""
+        """By kind of device: all that one pass leaves to the next."""
         self.evaluators_left: list[str] = []
-        """Evaluators that are ready and not spoken for in this pass, the one that has run a job last at the end."""
-        self._starved: set[str] = set()
-        """Kinds of device on which jobs wait, in this pass, for what others hold: nobody grows there."""
-        self._full = NoRoom()
-        """Jobs for which no slots are free in this pass."""
-        self._served: set[str] = set()
-        """Waiting jobs that were prepared for in this pass before all others."""
+        """Evaluators that were ready, and for which the last pass found nothing to do."""
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        ledger = self._ledger
-        for marks in (ledger.promised, self._starved, self._full, self._served):
-            marks.clear()
+        self._ledger.promised.clear()
+        now = Pass(self._ledger, self._moves, self.heads, self._patience_s)
+        now.run()
+        self.evaluators_left = now.evaluators_left
+
+
+class Pass:
+    """One look at all that want workers, and what it has found out so far."""
+
+    def __init__(self, ledger: Ledger, moves: Moves, heads: dict[str, Head], patience_s: float) -> None:
+        """`heads` are those of the last pass, and become those of this one."""
+        self._ledger = ledger
+        self._moves = moves
+        self._heads = heads
+        self._patience_s = patience_s
         self.evaluators_left = ledger.evaluators_that_are(EvaluatorState.READY)
+        """Evaluators that are ready and not spoken for, the one that has run a job last at the end."""
+        self._starved: set[str] = set()
+        """Kinds of device on which jobs wait for what others hold: nobody grows there."""
+        self._full = NoRoom()
+        """Jobs for which no slots are free."""
+        self._served: set[str] = set()
+        """Waiting jobs that were prepared for before all others."""
+
+    def run(self) -> None:
+        """Who goes before whom."""
+        ledger = self._ledger
         stuck = sorted((run for run in ledger.running.values() if not run.workers), key=lambda run: run.rank)
         self._resupply([run for run in stuck if self._is_over(run.interrupted)])
         self._serve_heads()
@@ -83,11 +101,12 @@ class Placer:
 
     # ------------------------------------------------------------------ first workers
 
-    def _first_choice(self, demand: ev.Demand, *, name_busy: bool = False) -> Worker | Plan | None:
+    def _find_first(self, demand: ev.Demand, *, name_busy: bool = False) -> Worker | Plan | None:
         """A loaded replica, else free slots, else a replica that loads, else slots that become free soonest.
 
         A loaded replica is shared rather than another one started: a small job is done before a model is loaded. A job
-        that outlives the loading time is spread when it grows.
+        that outlives the loading time is spread when it grows. Who finds no free slots is noted: nor do those behind it
+        that need as much.
         """
         replicas = replicas_for(demand, self._ledger, self._ledger.promised)
         if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
@@ -136,19 +155,19 @@ class Placer:
 
         (Evaluators of jobs that have paused are not free: slots held for a job without one could be idle for long.)
         """
-        for device, head in list(self.heads.items()):
+        for device, head in list(self._heads.items()):
             demand = self._ledger.waiting.get(head.job_id)
             if demand is None:
-                del self.heads[device]
+                del self._heads[device]
             elif self.evaluators_left and self._is_over(head.since):
                 self._served.add(head.job_id)
                 self._serve_head(demand, head)
 
     def _serve_head(self, demand: ev.Demand, head: Head) -> None:
         """Start it, or make room for it; for it slots are held, too, that others must first be done with."""
-        choice = self._first_choice(demand, name_busy=True)
+        choice = self._find_first(demand, name_busy=True)
         if choice is None:
-            del self.heads[demand.spec.device]  # there are no such slots: others need not wait for them
+            del self._heads[demand.spec.device]  # there are no such slots: others need not wait for them
         elif not self._begin(demand, choice):
             assert isinstance(choice, Plan)
             self._starved.add(demand.spec.device)
@@ -163,7 +182,7 @@ class Placer:
 
         False: neither can be done, for it or for any job that needs as much.
         """
-        choice = self._first_choice(demand)
+        choice = self._find_first(demand)
         if choice is None:
             return False
         if self._begin(demand, choice):
@@ -183,10 +202,10 @@ class Placer:
 
     def _note_head(self, demand: ev.Demand) -> None:
         """This job has to wait for others to end: is it the first in line on its kind of device?"""
-        head = self.heads.get(demand.spec.device)
+        head = self._heads.get(demand.spec.device)
         first = self._ledger.waiting.get(head.job_id) if head else None
         if first is None or rank(demand.order, demand.priority) < rank(first.order, first.priority):
-            self.heads[demand.spec.device] = Head(demand.job_id, self._ledger.now)
+            self._heads[demand.spec.device] = Head(demand.job_id, self._ledger.now)
 
     def _begin(self, demand: ev.Demand, choice: Worker | Plan) -> bool:
         """Start a waiting job with the evaluator that ran a job last, and this worker; False when its slots are not

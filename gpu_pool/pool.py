@@ -55,7 +55,6 @@ from gpu_pool.retention import Retention
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
-from gpu_pool.transitions import JobEvent
 
 LOOK_SECONDS = 5.0
 """How often the hardware is looked at while nothing else asks."""
@@ -94,7 +93,7 @@ class Pool:
         self._processes = LocalProcesses(self.settings, self._leases.visible_device)
         self._store = await Store.open(database_of(self.settings), alone=True)
         await self._processes.start()
-        self._desk = Desk(self._processes.desk)
+        self._desk = Desk(self._processes.desk, self.settings.unresponsive_s)
         admission = Admission(self.settings, self._desk, self._leases)
         processes = Processes(
             evaluator=self._start_evaluator, worker=self._processes.worker, address=self._processes.address
@@ -103,7 +102,14 @@ class Pool:
         self._runner = Runner(
             self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
         )
-        self._merges = Merges(self._store, self._jobs, self._processes.merger, self.job_dir, self.settings.max_attempts)
+        self._merges = Merges(
+            self._store,
+            self._jobs,
+            self._processes.merger,
+            self.job_dir,
+            self.settings.max_attempts,
+            self.settings.unresponsive_s,
+        )
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
         await self._intake.recover()
         await self._look_once()
@@ -213,8 +219,7 @@ class Pool:
         if isinstance(self._jobs[job_id].work, Merge):
             await self._merges.cancel(job_id)
         else:
-            await self._runner.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
-            await self._runner.handle(ev.CancelRequested, job_id=job_id)
+            await self._runner.cancel(job_id)
         job = await self.job(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobAlreadyFinished

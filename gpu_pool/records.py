@@ -43,13 +43,12 @@ class Phase(enum.StrEnum):
 
 
 class WorkerState(enum.StrEnum):
-    """Where a worker process is in its life. A replacement is a new worker."""
+    """Where a worker process is in its life. One whose process is gone is struck out; a replacement is a new worker."""
 
     STARTING = "starting"  # spawned, loading its model
     IDLE = "idle"  # model loaded, no job attached
     BUSY = "busy"  # at least one job attached
     STOPPING = "stopping"  # asked to end
-    DEAD = "dead"  # its process is gone
 
 
 class EvaluatorState(enum.StrEnum):
@@ -156,9 +155,10 @@ class Evaluation(Record, frozen=True, kw_only=True):
     priority: int = 0
     """Larger goes first."""
     timeout_s: float | None = None
-    """Seconds that the job may run, waiting not counted."""
+    """Seconds that the job may run, in all its attempts together; waiting is not counted. A restart of the server
+    begins them anew."""
     max_retries: int | None = None
-    """Further attempts after its processes were lost; None: as many as the operator allows."""
+    """Further attempts after its processes were lost in any way; None: as many as the operator allows."""
     max_error_share: float = 0.0
     """Share of its requests that may end in an error while it still completes."""
     tags: tuple[str, ...] = ()

@@ -61,8 +61,8 @@ class Runner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._given: set[str] = set()
         """Jobs that the scheduler has been given."""
-        self._ending: set[str] = set()
-        """Jobs that end before it is given them."""
+        self._ending: dict[str, ev.Demand | None] = {}
+        """Jobs that end before it is given them, with what it was to be given meanwhile."""
 
     # ------------------------------------------------------------------ the loop
 
@@ -105,17 +105,28 @@ class Runner:
         """Let the scheduler have a queued job whose model is known now, unless the job has ended meanwhile."""
         job_id = demand.job_id
         self.jobs.identified(job_id, demand.spec)
-        if job_id in self.jobs and job_id not in self._ending:
+        if job_id in self._ending:
+            self._ending[job_id] = demand
+        elif job_id in self.jobs:
             self._given.add(job_id)
             self.put(ev.JobSubmitted, demand=demand)
 
     async def settle_queued(self, job_id: str, event: JobEvent, error: str | None) -> None:
         """End a job that the scheduler has not been given yet; others are left alone."""
         job = self.jobs.get(job_id)
-        if job and job_id not in self._given | self._ending:
-            self._ending.add(job_id)
-            await self.jobs.settle(job, event, error)
-            self._ending.discard(job_id)
+        if job and job_id not in self._given | self._ending.keys():
+            self._ending[job_id] = None
+            try:
+                await self.jobs.settle(job, event, error)
+            finally:
+                if demand := self._ending.pop(job_id):
+                    self.submit(demand)
+
+    async def cancel(self, job_id: str) -> None:
+        """End a job wherever it is; durable on return. Raises ShuttingDown, DatabaseUnavailable."""
+        await self.settle_queued(job_id, JobEvent.CANCEL, None)  # while its model is still being looked at
+        await self.handle(ev.CancelRequested, job_id=job_id)
+        await self.settle_queued(job_id, JobEvent.CANCEL, None)  # it has gone back to that meanwhile
 
     def ran_seconds(self, job_id: str) -> float | None:
         """How long a running job has had a worker; None while it has none."""
@@ -199,8 +210,9 @@ class Runner:
                     await self.jobs.requeue(job, cause, uses_retry=True)
             case ev.RefreshModel(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
-                    self._given.discard(job_id)
-                    self._refresh(await self.jobs.requeue(job, cause))
+                    waiting = await self.jobs.requeue(job, cause)
+                    self._given.discard(job_id)  # not before: whoever ends it next, ends one that waits
+                    self._refresh(waiting)
             case _:
                 assert_never(action)
 
@@ -220,7 +232,7 @@ class Runner:
                 before = self.jobs[job_id].progress if job_id in self.jobs else None
                 self.jobs.progressed(job_id, progress, self.ran_seconds(job_id))
                 if progress.done > (before.done if before else 0):
-                    self.put(ev.JobProgressed, job_id=job_id)
+                    self.put(ev.JobProgressed, job_id=job_id, done=progress.done)
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})

@@ -44,11 +44,12 @@ from gpu_pool.placer import PATIENCE_SECONDS, Placer
 from gpu_pool.records import EvaluatorState, WorkerState
 
 MAX_FAILED_STARTS = 5
-"""Workers in a row that may die while they load before their job fails, or more where it may have more attempts;
-chance kills some, a bad model kills all."""
+"""Workers in a row that may end by themselves while they load before their job fails, or more where it may have more
+attempts; chance ends some, a bad model ends all."""
 MAX_LOSSES = 30
-"""Workers that may die under a job without any progress in between. Its evaluator needs about log2(requests in a chunk)
-of them to find one request that kills, and reports by itself what it cannot go on from."""
+"""Workers that may die under a job, or be killed while they load, without any progress in between. Its evaluator needs
+about log2(requests in a chunk) of them to find one request that kills, and reports by itself what it cannot go on
+from."""
 SPARE_EVALUATORS = 8
 """Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
 SHARING_EVALUATORS = 4
@@ -100,7 +101,7 @@ class Scheduler:
 
     def _on_progressed(self, event: ev.JobProgressed) -> None:
         if run := self.ledger.running.get(event.job_id):
-            run.losses = 0
+            run.losses, run.done = 0, event.done
 
     def _on_cancel(self, event: ev.CancelRequested) -> None:
         if self.ledger.waiting.pop(event.job_id):
@@ -108,6 +109,9 @@ class Scheduler:
         elif run := self.ledger.running.get(event.job_id):
             self._moves.ask(ev.BeginCancel(job_id=event.job_id))
             self._end(run, "cancelled")
+        elif (ending := self.ledger.ending.get(event.job_id)) and ending.outcome == "failed":
+            self._moves.ask(ev.BeginCancel(job_id=event.job_id))
+            ending.outcome, ending.error = "cancelled", None
 
     def _on_job_ended(self, event: ev.JobEnded) -> None:
         if run := self.ledger.running.get(event.job_id):
@@ -150,20 +154,17 @@ class Scheduler:
                 del self.ledger.ending[ended]
                 self._moves.ask(ev.SettleJob(job_id=ended, outcome=ending.outcome, error=ending.error))
 
-    def _requeue(self, run: Running, cause: str) -> None:
-        """A running job lost its evaluator: it waits again, or has failed too often."""
+    def _requeue(self, run: Running, cause: str, *, from_outside: bool) -> None:
+        """A running job lost its evaluator: it waits again, or has lost too many."""
         del self.ledger.running[run.demand.job_id]
         self._release_all(run)
-        demand = msgspec.structs.replace(run.demand, attempts=run.demand.attempts + 1)
-        if demand.attempts >= self._most_attempts(demand):
-            times = "once" if demand.attempts == 1 else f"{demand.attempts} times"
-            self._moves.ask(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({times})"))
+        losses = run.demand.losses.and_another(done=run.done, from_outside=from_outside)
+        demand = msgspec.structs.replace(run.demand, losses=losses, ran_s=run.ran(self.ledger.now))
+        if losses.are_too_many(max_attempts=self._max_attempts, max_retries=demand.max_retries):
+            self._moves.ask(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({losses.times})"))
         else:
             self.ledger.waiting.add(demand)
             self._moves.ask(ev.RequeueJob(job_id=demand.job_id, cause=cause))
-
-    def _most_attempts(self, demand: ev.Demand) -> int:
-        return self._max_attempts if demand.max_retries is None else demand.max_retries + 1
 
     # ------------------------------------------------------------------ evaluators
 
@@ -174,7 +175,8 @@ class Scheduler:
         evaluator = self.ledger.evaluators.pop(event.evaluator_id, None)
         self._let_go(event.evaluator_id)
         if evaluator and evaluator.job_id is not None:
-            self._requeue(self.ledger.running[evaluator.job_id], f"the evaluator process ended: {event.cause}")
+            run, cause = self.ledger.running[evaluator.job_id], f"the evaluator process ended: {event.cause}"
+            self._requeue(run, cause, from_outside=event.from_outside)
 
     def _most_evaluators(self) -> int:
         """How many there may be, by default, when all slots have jobs."""
@@ -228,17 +230,19 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=True)
         if worker is None:
             return
-        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots, memory_bytes=worker.memory_bytes))
+        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots))
         self._let_go(worker.id)
         for job_id in sorted(worker.jobs):
             run = self.ledger.running[job_id]
             self.ledger.release(run, worker.id)
             if worker.state is WorkerState.STARTING:
                 self._moves.note_loss(run, worker.id, f"ended while it loaded the model: {event.cause}")
-                self._count_failed_start(run, event.cause)
             else:
                 self._moves.detach(run, worker.id, at_once=True, cause=event.cause)
                 self._moves.note_loss(run, worker.id, f"ended: {event.cause}")
+            if worker.state is WorkerState.STARTING and not event.from_outside:
+                self._count_failed_start(run, event.cause)
+            else:
                 self._count_loss(run, event.cause)
 
     def _count_failed_start(self, run: Running, cause: str) -> None:
@@ -246,9 +250,12 @@ class Scheduler:
         if run.failed_starts >= MAX_FAILED_STARTS:
             if run.workers:
                 run.may_grow = False
-            elif run.failed_starts >= self._most_attempts(run.demand):
+            elif run.failed_starts >= self._most_starts(run.demand):
                 error = f"its worker process ended while it loaded the model: {cause} ({run.failed_starts} times)"
                 self._end(run, "failed", error)
+
+    def _most_starts(self, demand: ev.Demand) -> int:
+        return self._max_attempts if demand.max_retries is None else demand.max_retries + 1
 
     def _count_loss(self, run: Running, cause: str) -> None:
         run.losses += 1

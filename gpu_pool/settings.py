@@ -51,7 +51,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     allow_remote_code: bool = False
     """Run code that comes with a checkpoint (`trust_remote_code`)."""
     max_attempts: Annotated[int, Meta(ge=1)] = 3
-    """Times a job is started before losing its processes makes it fail."""
+    """Times a job is started before processes that end by themselves make it fail, unless it gets further each time.
+    Those that somebody kills, for anything but want of memory, are not held against it (see `gpu_pool.losses`)."""
     evaluator_memory_bytes: Annotated[int, Meta(ge=1)] = 4 * 1024**3
     """An evaluator above this is replaced when its job is done."""
     gpu_free_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
@@ -60,6 +61,9 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """A worker that has not loaded its model by then is killed."""
     worker_stall_s: Annotated[float, Meta(gt=0)] = 600.0
     """A worker that owes answers and has begun no batch or step for so long hangs and is killed, with all its ranks."""
+    unresponsive_s: Annotated[float, Meta(gt=0)] = 120.0
+    """A process other than a worker that does not answer the server for so long is stopped or hangs, and is killed. The
+    answer needs no more than a moment of Python's global lock: what computes for longer in one go is C code."""
     drop_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     """A worker that has not reached the end of a step by then, while a job waits to be cancelled, is killed."""
     max_workers_per_gpu: Annotated[int, Meta(ge=1)] = 1

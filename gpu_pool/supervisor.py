@@ -40,6 +40,8 @@ class Child(Generic[Received]):
         """Resolves to the cause when the process is dead and its last message was handed over."""
         self.why: str | None = None
         """Why we killed it, for people; or what it said itself before it ended. Its exit status tells less."""
+        self.exitcode: int | None = None
+        """Once it is gone; negative: the signal that ended it."""
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
         self._process = process
@@ -119,9 +121,9 @@ class Child(Generic[Received]):
     def _reap(self) -> str:
         """How the dead process ended."""
         self._process.join()
-        exitcode = self._process.exitcode
+        self.exitcode = self._process.exitcode
         self._process.close()
-        return describe_exit(exitcode)
+        return describe_exit(self.exitcode)
 
     async def _read(self, on_message: Callable[[Received], Awaitable[None]]) -> None:
         try:

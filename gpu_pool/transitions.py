@@ -25,7 +25,6 @@ class WorkerEvent(enum.StrEnum):
     ATTACH = "attach"  # a first job uses it
     RELEASE = "release"  # its last job let go
     STOP = "stop"  # it is asked to end
-    DIED = "died"  # its process is gone, asked or not
 
 
 JOB_TRANSITIONS: dict[JobState, dict[JobEvent, JobState]] = {
@@ -52,22 +51,16 @@ WORKER_TRANSITIONS: dict[WorkerState, dict[WorkerEvent, WorkerState]] = {
     WorkerState.STARTING: {
         WorkerEvent.LOADED: WorkerState.IDLE,
         WorkerEvent.STOP: WorkerState.STOPPING,
-        WorkerEvent.DIED: WorkerState.DEAD,
     },
     WorkerState.IDLE: {
         WorkerEvent.ATTACH: WorkerState.BUSY,
         WorkerEvent.STOP: WorkerState.STOPPING,
-        WorkerEvent.DIED: WorkerState.DEAD,
     },
     WorkerState.BUSY: {
         WorkerEvent.RELEASE: WorkerState.IDLE,
         WorkerEvent.STOP: WorkerState.STOPPING,
-        WorkerEvent.DIED: WorkerState.DEAD,
     },
-    WorkerState.STOPPING: {
-        WorkerEvent.DIED: WorkerState.DEAD,
-    },
-    WorkerState.DEAD: {},
+    WorkerState.STOPPING: {},
 }
 
 

@@ -259,10 +259,10 @@ class World:
             self._score(record)
         elif self._clock.now - record.reported_s >= self.costs.progress_s:
             record.reported_s = self._clock.now
-            self._clock.after(0.0, self._report, record.trace.id)
+            self._clock.after(0.0, self._report, record.trace.id, record.done)
 
-    def _report(self, job_id: str) -> None:
-        self._tell(ev.JobProgressed, job_id=job_id)
+    def _report(self, job_id: str, done: int) -> None:
+        self._tell(ev.JobProgressed, job_id=job_id, done=done)
 
     def _score(self, record: JobRecord) -> None:
         if record.started_s is None:

@@ -121,13 +121,16 @@ class EvaluateRequest(Request, frozen=True, kw_only=True):
     priority: Priority = 0
     timeout_s: Annotated[
         Annotated[float, Meta(gt=0, le=31_536_000)] | None,
-        Meta(description="Seconds that the job may run, waiting not counted, before it fails; null: no limit"),
+        Meta(
+            description="Seconds that the job may run before it fails, in all its attempts together, waiting not "
+            "counted (a restart of the server begins them anew); null: no limit"
+        ),
     ] = None
     max_retries: Annotated[
         Annotated[int, Meta(ge=0, le=100)] | None,
         Meta(
-            description="Further attempts after its processes were lost, 0 or more (a restart of the server uses none "
-            "up); null: as many as the operator allows"
+            description="Further attempts after its processes were lost in any way, 0 or more (a restart of the server "
+            "uses none up); null: as many as the operator allows, who leaves kills by others out of account"
         ),
     ] = None
     max_error_share: Annotated[

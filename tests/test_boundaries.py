@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PURE_NAMES = (
     "records",
     "transitions",
+    "losses",
     "events",
     "order",
     "ledger",

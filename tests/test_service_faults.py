@@ -15,6 +15,8 @@ from evalpool_server import run_server
 from fresh_models import change_json
 from service import COMMON, Service, await_end, write_tasks
 
+from server.client import EvalError
+
 MODEL = """
 import os, signal
 from pathlib import Path
@@ -51,6 +53,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 STALL_SECONDS = 4.0
 """Less than between two reports that a worker is silent: at the second one it is killed."""
 
+UNRESPONSIVE_SECONDS = 15.0
+"""More than a process needs to start to answer, on a loaded machine."""
+
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
@@ -63,7 +68,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
         task = CLOZE.format(name=name) + COMMON.format(data=tasks / f"{name}.jsonl")
         (tasks / f"{name}.yaml").write_text(task)
     config = folder / "evalpool.toml"
-    config.write_text(f"worker_stall_s = {STALL_SECONDS}\nallow_remote_code = true\n")
+    limits = f"worker_stall_s = {STALL_SECONDS}\nunresponsive_s = {UNRESPONSIVE_SECONDS}\n"
+    config.write_text(f"{limits}allow_remote_code = true\n")
     arguments = ("--config", config, "--include-path", tasks, "--cpu-workers", 1)
     with run_server(folder / "data", *arguments) as server, Service(server) as service:
         yield service
@@ -147,4 +153,24 @@ def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Pa
         ("started", "running", None),
         ("worker_lost", "running", lost),
         ("completed", "completed", None),
+    ]
+
+
+def test_an_evaluator_and_a_desk_that_stop_are_killed_and_replaced(box: Service, tiny_model: Path):
+    job_id = box.submit(tiny_model, "long_story", limit=100, use_cache=True)
+    box.answering(job_id)
+    stopped = [box.evaluator_pid(job_id), box.desk_pid()]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(EvalError, match="The process that checks submissions ended; try again") as refused:
+        box.submit(tiny_model, "quick_choice", limit=1)
+    assert refused.value.response.status_code == 503
+    for pid in stopped:
+        await_end(pid)
+    assert box.finished(box.submit(tiny_model, "quick_choice", limit=1))["attempt"] == 1
+    job = box.finished(job_id)
+    assert (job["attempt"], job["progress"]["done"]) == (2, 100)
+    why = f"it did not answer for {UNRESPONSIVE_SECONDS:g} s (unresponsive_s) and was killed"
+    assert [event["cause"] for event in box.client.events(job_id)["events"] if event["event"] == "requeued"] == [
+        f"the evaluator process ended: {why}"
     ]

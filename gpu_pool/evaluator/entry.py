@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_pool.child import enter_child
+from gpu_pool.evaluator.loop import EvaluatorLoop, OpenJob
 from gpu_pool.messages import EvaluatorStart
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.catalogue import TaskLibrary
-    from gpu_pool.evaluator.loop import OpenJob
 
 
 def evaluator_main(connection: Connection[Any, Any], start: EvaluatorStart, parent_pid: int) -> None:
@@ -22,7 +22,9 @@ def evaluator_main(connection: Connection[Any, Any], start: EvaluatorStart, pare
     enter_child(parent_pid, start.log_path)
     _set_environment(start)
     _log_to_stderr()
-    _serve(connection, start)
+    loop = EvaluatorLoop(connection, start)
+    loop.watch()
+    _serve(loop, start)
 
 
 def _set_environment(start: EvaluatorStart) -> None:
@@ -50,14 +52,13 @@ def _log_to_stderr() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def _serve(connection: Connection[Any, Any], start: EvaluatorStart) -> None:
+def _serve(loop: EvaluatorLoop, start: EvaluatorStart) -> None:
     from gpu_pool.evaluator.catalogue import TaskLibrary
-    from gpu_pool.evaluator.loop import EvaluatorLoop
 
     library = TaskLibrary(Path(start.data_dir), start.include_paths, start.dataset_roots, start.allow_code_execution)
     open_job = _prepare_for_jobs(start, library) if start.runs_jobs else None
     settle_memory()
-    EvaluatorLoop(connection, start, library, open_job).serve()
+    loop.serve(library, open_job)
 
 
 def settle_memory() -> None:

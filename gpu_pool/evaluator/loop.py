@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -14,21 +15,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from gpu_pool.child import redirect_output
 from gpu_pool.evaluator.failures import ContentChanged, explain
 from gpu_pool.messages import (
     MAX_MESSAGE_BYTES,
+    Alive,
     AttachWorker,
     BuildCatalogue,
     Catalogue,
     CheckTasks,
     DetachWorker,
+    EvaluatorFailed,
     EvaluatorReady,
     EvaluatorStart,
     JobFailed,
     Message,
+    Ping,
     RunJob,
     Shutdown,
     TasksChecked,
@@ -48,35 +50,31 @@ _log = logging.getLogger(__name__)
 
 
 class EvaluatorLoop:
-    """Serves one control pipe until it closes."""
+    """Serves one control pipe until it closes. `watch` it from the beginning, `serve` when all is imported."""
 
-    def __init__(
-        self,
-        connection: Connection[Any, Any],
-        start: EvaluatorStart,
-        library: TaskLibrary,
-        open_job: OpenJob | None,
-    ) -> None:
-        """`open_job` is None in an evaluator that only answers questions."""
+    def __init__(self, connection: Connection[Any, Any], start: EvaluatorStart) -> None:
         self._connection = connection
         self._start = start
-        self._library = library
-        self._open_job = open_job
+        self._open_job: OpenJob | None = None
         self._inbox: queue.SimpleQueue[CheckTasks | BuildCatalogue | tuple[RunJob, JobRun]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._job: JobRun | None = None
 
-    def serve(self) -> None:
-        """Answer messages for ever; the reader ends the process."""
+    def watch(self) -> None:
+        """Take messages from now on, whatever the main thread does; their end is that of the process."""
         threading.Thread(target=self._read, name="control", daemon=True).start()
+
+    def serve(self, library: TaskLibrary, open_job: OpenJob | None) -> None:
+        """Answer for ever; `open_job` is None in an evaluator that only answers questions."""
+        self._open_job = open_job
         self._say_ready()
         while True:
             match self._inbox.get():
                 case CheckTasks() as asked:
-                    problems = self._library.check(asked.tasks, asked.num_fewshot, reads_images=asked.reads_images)
+                    problems = library.check(asked.tasks, asked.num_fewshot, reads_images=asked.reads_images)
                     self._send(TasksChecked(check_id=asked.check_id, problems=problems))
                 case BuildCatalogue():
-                    self._send(Catalogue(entries=self._library.entries()))
+                    self._send(Catalogue(entries=library.entries()))
                 case (message, job):
                     self._run(message, job)
                     self._say_ready()
@@ -84,21 +82,29 @@ class EvaluatorLoop:
     def _read(self) -> None:
         """Take messages off the pipe; whatever ends this ends the process at once, jobs and all."""
         try:
-            while self._receive(decode_to_evaluator(self._connection.recv_bytes(MAX_MESSAGE_BYTES))):
+            while (frame := self._next_frame()) and self._receive(decode_to_evaluator(frame)):
                 pass
-            os._exit(0)
-        except (EOFError, OSError):
-            os._exit(0)
-        except msgspec.DecodeError:
-            _log.exception("A message of the server cannot be read")
-        finally:
+        except BaseException as error:
+            _log.exception("The evaluator ends: what the server said cannot be done")
+            with contextlib.suppress(OSError):
+                self._send(EvaluatorFailed(error=explain(error)))
             os._exit(1)
+        os._exit(0)
+
+    def _next_frame(self) -> bytes | None:
+        """A message; None when there is no server any more."""
+        try:
+            return self._connection.recv_bytes(MAX_MESSAGE_BYTES)
+        except (EOFError, OSError):
+            return None
 
     def _receive(self, message: Any) -> bool:
         """Take in one message; False when it was the last."""
         match message:
             case Shutdown():
                 return False
+            case Ping():
+                self._send(Alive())
             case AttachWorker(job_id=job_id, worker_id=worker_id, address=address):
                 if self._job and self._job.dispatcher.job_id == job_id:
                     self._job.dispatcher.attach(worker_id, address)

@@ -2,7 +2,8 @@
 
 Workers die for many reasons, so a chunk is suspected only of deaths while it was computed, and is asked once more, by
 itself, before it is taken apart: a request that kills costs two deaths for the chunk, one for each half that it is in,
-and two when it is alone. Errors that a worker survives are a matter of the request, and need no second try.
+and four when it is alone: no score is to lack a slow request on which workers were killed by chance. Errors that a
+worker survives are a matter of the request, and need no second try.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
 
 MOST_DEATHS = 2
-"""Workers that die on the same requests by coincidence."""
+"""Workers that die on the same requests, which are then taken apart."""
+MOST_DEATHS_ALONE = 4
+"""Workers that die on a request alone, which is then the cause."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +83,7 @@ class Suspects:
     def died(self, suspect: Suspect) -> Unit | None:
         """A worker died while it computed these; returns the unit that is the cause, once that is certain."""
         suspect.deaths += 1
-        if suspect.deaths < MOST_DEATHS:
+        if suspect.deaths < (MOST_DEATHS if len(suspect.units) > 1 else MOST_DEATHS_ALONE):
             self.put_back(suspect)
             return None
         return self.failed(suspect)

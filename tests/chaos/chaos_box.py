@@ -6,17 +6,19 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
-from chaos_tasks import TASKS, write_chaos_tasks
+from chaos_tasks import DOCUMENTS, TASKS, write_chaos_tasks
 from evalpool_server import run_server
-from kill_points import FOLDER_VARIABLE, RANKS_VARIABLE, Control, Plan
+from kill_points import FOLDER_VARIABLE, RANKS_VARIABLE, Control, Plan, Point
 from outcomes import Outcome, assert_sound, attempts, outcome
 from service import PATIENCE_SECONDS, Service, until
 
 from gpu_pool.fingerprint import memo_path
+from server.client import EvalError
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -39,19 +41,19 @@ class Box:
         model: Path,
         *,
         data_dir: Path | None = None,
-        evaluators: int = 1,
+        evaluators: int | None = 1,
         workers: int = 1,
         ranks: int = 1,
         settings: str = "",
     ) -> None:
-        """`data_dir` is in `folder` unless given; `settings` are lines of the TOML file."""
+        """`data_dir` is in `folder` unless given; `evaluators` None: the default; `settings` are lines of the file."""
         self.data_dir = data_dir or folder / "data"
         self.control = Control(folder / "control")
         self.model = model
         self._workers = workers
         self._ranks = ranks
         config = folder / "evalpool.toml"
-        config.write_text(f"evaluators = {evaluators}\n{settings}")
+        config.write_text(("" if evaluators is None else f"evaluators = {evaluators}\n") + settings)
         self._arguments = ("--config", config, "--include-path", write_chaos_tasks(folder / "tasks"))
         self._arguments += ("--cpu-workers", workers)
         self._variables = {FOLDER_VARIABLE: str(self.control.folder), RANKS_VARIABLE: str(ranks)}
@@ -103,6 +105,32 @@ class Box:
         assert len(numbers) == 1 or (plan is not None and plan.victim in ("server", "evaluator"))
         return outcome(job)
 
+    def cancel(self, plan: Plan | None = None) -> list[Point]:
+        """Have a job cancelled that computes, carrying out the plan from then on; asserts that it is cancelled, once.
+
+        Returns what was passed meanwhile.
+
+        Raises NotPassed.
+        """
+        self.settle()
+        self.forget()
+        cancelled = self.service.client.get_queue_status()["cancelled_jobs"]
+        self.control.arm(None)
+        job_id = self.submit(limit=DOCUMENTS)
+        until(lambda: any(point.step == "after answers" for point in self.control.passages()), "it computes")
+        self.control.arm(plan)
+        self.asked(lambda service: try_to_cancel(service, job_id))
+        job = self.ended(job_id)
+        if plan is not None and not self.control.has_fired():
+            raise NotPassed(plan.point)
+        assert job["status"] == "cancelled"
+        assert self.service.client.get_queue_status()["cancelled_jobs"] == cancelled + 1
+        numbers, ends = zip(*attempts(self.data_dir, job_id), strict=True)
+        assert numbers == tuple(range(1, len(numbers) + 1))
+        assert set(ends[:-1]) <= {"requeued"}
+        assert ends[-1] in ("cancelled", "requeued"), "it was cancelled while it ran, or waited to run again"
+        return self.control.passages()
+
     def settle(self) -> None:
         """Until processes of each kind wait for work, the workers with the model."""
         until(lambda: self.service and all(map(self.control.alive, ("server", "desk", "evaluator"))), "they live")
@@ -145,12 +173,17 @@ class Box:
                 if (newest := self.asked(_newest)) and newest != known:
                     return newest
 
-    def completed(self, job_id: str) -> Json:
-        """The job once it is completed, over any number of servers."""
+    def ended(self, job_id: str) -> Json:
+        """The job once it has ended, over any number of servers."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not (job := self.asked(lambda service: service.job(job_id)))["completed_at"]:
             assert time.monotonic() < deadline, f"job {job_id} does not end\n{self.service.log()}"
             time.sleep(LOOK_SECONDS)
+        return job
+
+    def completed(self, job_id: str) -> Json:
+        """The job once it is completed, over any number of servers."""
+        job = self.ended(job_id)
         assert job["status"] == "completed", f"{job['status']}: {job['error']}\n{self.service.log()}"
         return job
 
@@ -167,6 +200,17 @@ class Box:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(LOOK_SECONDS)
+
+
+def try_to_cancel(service: Service, job_id: str) -> bool:
+    """False: it has ended before."""
+    try:
+        service.client.cancel_job(job_id)
+    except EvalError as error:
+        if error.response.status_code != HTTPStatus.BAD_REQUEST:
+            raise
+        return False
+    return True
 
 
 def _newest(service: Service) -> str | None:

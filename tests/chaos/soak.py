@@ -1,5 +1,5 @@
-"""Processes of a real service die at random under a queue of mixed jobs: every job must complete once, with the scores
-and samples of a quiet run.
+"""Processes of a real service are killed and stopped at random under a queue of mixed jobs, some of them cancelled: all
+others must complete once, with the scores and samples of a quiet run. All settings are the default ones.
 
 `python tests/chaos/soak.py --minutes 10`; exit status 1 and a list of what went wrong if not.
 """
@@ -23,19 +23,29 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "scripts", "tests/support", "tests/fakes")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
-from chaos_box import Box  # noqa: E402
+from chaos_box import Box, try_to_cancel  # noqa: E402
 from outcomes import Outcome, attempts, outcome, read_samples  # noqa: E402
 
 from gpu_pool.lasting import RELATIVE_TOLERANCE, differences  # noqa: E402
 
 Json = dict[str, Any]
 
-SETTINGS = "max_attempts = 1000\n"  # bad luck must not make a job fail
 QUEUE = 8
 """Jobs that are queued or run at any time."""
 PAUSE_SECONDS = (0.5, 6.0)
-"""Between two kills, drawn evenly."""
-WEIGHTS = {"worker": 10, "evaluator": 6, "desk": 2, "server": 2}
+"""Between two blows, drawn evenly."""
+BLOWS = {
+    ("worker", signal.SIGKILL): 10,
+    ("evaluator", signal.SIGKILL): 6,
+    ("desk", signal.SIGKILL): 2,
+    ("server", signal.SIGKILL): 2,
+    ("warden", signal.SIGKILL): 1,
+    ("evaluator", signal.SIGSTOP): 1,
+}
+"""Kind of process and signal, with how often it is chosen."""
+CANCELLED_SHARE = 0.1
+"""Of the blows, those that come with the cancellation of a job."""
+PRIORITIES = (-2, 0, 0, 0, 3)
 
 
 class Mix(NamedTuple):
@@ -55,15 +65,19 @@ MIXES = (
 
 
 class Soak:
-    """What was submitted, killed and found."""
+    """What was submitted, struck and found."""
 
     def __init__(self, box: Box, choose: random.Random) -> None:
         self._box = box
         self._choose = choose
         self._quiet: dict[str, Outcome] = {}
         self._open: dict[str, Mix] = {}
-        self.kills: Counter[str] = Counter()
+        self._cancelled: dict[str, bool] = {}
+        """Jobs that were to be cancelled, and whether a server has answered that they are. If not, they had ended, or
+        had been cancelled by a server that was killed before it could answer."""
+        self.blows: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
+        self.cancelled = 0
         self.attempts = 0
         self.problems: list[str] = []
 
@@ -74,37 +88,47 @@ class Soak:
             self._quiet[mix.name] = outcome(self._box.completed(self._box.submit(**mix.options)))
 
     def run(self, seconds: float) -> None:
-        """Kill for so long, then let all jobs end."""
+        """Strike for so long, then let all jobs end."""
         deadline = time.monotonic() + seconds
-        next_kill = time.monotonic()
+        next_blow = time.monotonic()
         while time.monotonic() < deadline or self._open:
             under_fire = time.monotonic() < deadline
-            if under_fire and time.monotonic() >= next_kill:
-                self._kill()
-                next_kill = time.monotonic() + self._choose.uniform(*PAUSE_SECONDS)
+            if under_fire and time.monotonic() >= next_blow:
+                if self._open and self._choose.random() < CANCELLED_SHARE:
+                    self._cancel(self._choose.choice(list(self._open)))
+                self._strike()
+                next_blow = time.monotonic() + self._choose.uniform(*PAUSE_SECONDS)
             while under_fire and len(self._open) < QUEUE:
                 mix = self._choose.choice(MIXES)
-                self._open[self._box.submit(**mix.options)] = mix
+                job_id = self._box.submit(**mix.options, priority=self._choose.choice(PRIORITIES))
+                self._open[job_id] = mix
             self._harvest()
             time.sleep(0.1)
 
-    def _kill(self) -> None:
-        [kind] = self._choose.choices(list(WEIGHTS), list(WEIGHTS.values()))
+    def _strike(self) -> None:
+        [(kind, number)] = self._choose.choices(list(BLOWS), list(BLOWS.values()))
         if pids := self._box.control.alive(kind):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._choose.choice(pids), signal.SIGKILL)
-                self.kills[kind] += 1
+                os.kill(self._choose.choice(pids), number)
+                self.blows[f"{number.name} to {kind}"] += 1
+
+    def _cancel(self, job_id: str) -> None:
+        """Ask for it; when the next blow comes before there is an answer, the next server is asked."""
+        self._cancelled[job_id] = self._box.asked(lambda service: try_to_cancel(service, job_id))
 
     def _harvest(self) -> None:
         for job_id in list(self._open):
             job = self._box.asked(lambda service, job_id=job_id: service.job(job_id))
             if job["completed_at"]:
                 mix = self._open.pop(job_id)
+                if job_id in self._cancelled and job["status"] == "cancelled":
+                    self.cancelled += 1
+                    continue
                 self.completed[mix.name] += job["status"] == "completed"
                 self.problems += [f"job {job_id} ({mix.name}): {problem}" for problem in self._check(job, mix)]
 
     def _check(self, job: Json, mix: Mix) -> list[str]:
-        if job["status"] != "completed":
+        if job["status"] != "completed" or self._cancelled.get(job["job_id"]):
             return [f"is {job['status']}: {job['error']}"]
         ends = [end for _, end in attempts(self._box.data_dir, job["job_id"])]
         self.attempts += len(ends)
@@ -127,20 +151,21 @@ class Soak:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of killing")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of blows")
     parser.add_argument("--seed", type=int, default=0, help="of the choices; when they fall is up to the machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         model = Path(folder) / "model"
         subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", model], check=True, capture_output=True)
-        with Box(Path(folder), model, evaluators=3, workers=2, settings=SETTINGS) as box:
+        with Box(Path(folder), model, evaluators=None, workers=2) as box:
             soak = Soak(box, random.Random(arguments.seed))
             soak.learn()
             soak.run(arguments.minutes * 60)
             log = box.service.log()
-    print(f"killed: {dict(soak.kills)}; server starts: {box.starts}")
+    print(f"blows: {dict(soak.blows)}; server starts: {box.starts}")
     print(f"completed: {soak.completed.total()} in {soak.attempts} attempts: {dict(soak.completed)}")
-    print("\n".join(soak.problems) or "every job completed once, with the scores and samples of the quiet run")
+    print(f"cancelled: {soak.cancelled}")
+    print("\n".join(soak.problems) or "every job ended once, with the scores and samples of the quiet run or cancelled")
     if soak.problems:
         print(log)
     return bool(soak.problems)

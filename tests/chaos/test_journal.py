@@ -1,7 +1,8 @@
 """SIGKILL to every kind of process, before and after every durable write of a job, and in the middle of a bootstrap.
 
 The writes are not a list kept by hand: they are what an undisturbed job passes (`kill_points.py`). After each kill the
-job must complete, once, with the bits of the undisturbed run, and leave no other file or process behind.
+job must complete, once, with the bits of the undisturbed run, and leave no other file or process behind; one that is
+being cancelled must end as cancelled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from kill_points import Plan, Point
 from outcomes import Outcome
 
 ATTEMPTS = 5
+SIDES = ("before", "after")
 VICTIMS = ("server", "desk", "evaluator", "worker")
 FEW = {
     "server": ("after insert jobs", "after answers", "in the bootstrap", "before update jobs to completed"),
@@ -66,6 +68,35 @@ def test_kills_at_a_few_steps(victim: str, box: Box, quiet: tuple[Outcome, list[
 def test_kills_at_every_step(victim: str, box: Box, quiet: tuple[Outcome, list[Point]], subtests: pytest.Subtests):
     left, passed = quiet
     kill_at(passed, victim, box, left, subtests)
+
+
+@pytest.fixture(scope="module")
+def cancellation(box: Box) -> list[Point]:
+    """What the server writes of a job that is cancelled while it computes."""
+    return [point for point in box.cancel() if point.process == "server" and "cancel" in point.step]
+
+
+@pytest.mark.slow
+def test_the_journal_of_a_cancellation(cancellation: list[Point]):
+    steps = [point.step.partition(",")[0] for point in cancellation]
+    assert steps == [f"{side} update jobs to {state}" for state in ("cancelling", "cancelled") for side in SIDES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["server", "worker"])
+def test_kills_in_the_middle_of_a_cancellation(victim: str, box: Box, cancellation: list[Point]):
+    box.cancel(Plan(cancellation[1], victim))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_kills_at_every_step_of_a_cancellation(
+    victim: str, box: Box, cancellation: list[Point], subtests: pytest.Subtests
+):
+    """Its evaluator is gone when the last step is reached."""
+    for point in cancellation[: 2 if victim == "evaluator" else None]:
+        with subtests.test(f"the {victim} dies {point}"):
+            box.cancel(Plan(point, victim))
 
 
 def kill_at(points: Sequence[Point], victim: str, box: Box, left: Outcome, subtests: pytest.Subtests) -> None:

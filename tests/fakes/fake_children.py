@@ -17,7 +17,9 @@ from pathlib import Path
 
 from gpu_pool.cache import ResponseCache
 from gpu_pool.child import enter_child
-from gpu_pool.messages import DropJob, Dropped, decode_to_worker, encode
+from gpu_pool.evaluator.loop import EvaluatorLoop
+from gpu_pool.messages import DropJob, Dropped, EvaluatorStart, decode_to_worker, encode
+from gpu_pool.worker.merging.entry import obey
 
 
 def echo(connection: Connection, folder: str, parent_pid: int) -> None:
@@ -109,6 +111,26 @@ def with_scattered_offspring(connection: Connection, folder: str, parent_pid: in
     connection.send_bytes(encode(Dropped(job_id=" ".join(map(str, [*pids, pid])))))
     connection.recv_bytes()
     os._exit(3)
+
+
+def watched(connection: Connection, folder: str, parent_pid: int) -> None:
+    """Answer whoever asks whether it lives, and compute all the while."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    obey(connection)
+    while True:
+        sum(range(1000))
+
+
+def breaks_at_its_first_job(connection: Connection, start: EvaluatorStart, parent_pid: int) -> None:
+    """An evaluator that says it is ready, and meets what nobody thought of when it is given a job."""
+    enter_child(parent_pid, start.log_path)
+    loop = EvaluatorLoop(connection, start)
+    loop.watch()
+
+    def open_job(*_: object) -> None:
+        raise LookupError("what nobody thought of")
+
+    loop.serve(None, open_job)
 
 
 def busy(connection: Connection, folder: str, parent_pid: int) -> None:

@@ -22,7 +22,7 @@ async def test_a_box_that_can_start_no_process_now_may_start_one_later(monkeypat
         is_asked_again.set()
         await asyncio.Event().wait()
 
-    kept = Desk(spawn)
+    kept = Desk(spawn, unresponsive_s=60.0)
     keeping = kept.start()
     again = asyncio.create_task(is_asked_again.wait())
     await asyncio.wait([keeping, again], return_when=asyncio.FIRST_COMPLETED)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import fake_children
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
-from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, Fleet, Processes, restart_pause
+from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, EvaluatorChild, Fleet, Processes, restart_pause
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
-from gpu_pool.messages import LoadFailed
+from gpu_pool.messages import EvaluatorStart, LoadFailed, RunJob, decode_from_evaluator
+from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.settings import PoolSettings
+from gpu_pool.supervisor import spawn
 
 
 async def none(*_: object) -> None:
@@ -48,6 +51,36 @@ async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
     [(event, fields)] = happened
     assert event is ev.WorkerLoadFailed
     assert fields["crowded"] == (stranger and out_of_memory)
+
+
+async def test_why_an_evaluator_ends_is_in_its_log_and_in_what_becomes_of_its_job(tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
+    log = tmp_path / "evaluator.log"
+
+    async def start(evaluator_id: str) -> EvaluatorChild:
+        start = EvaluatorStart(evaluator_id=evaluator_id, data_dir=str(tmp_path), log_path=str(log))
+        return await spawn(evaluator_id, fake_children.breaks_at_its_first_job, start, decode_from_evaluator)
+
+    fleet = Fleet(
+        settings,
+        Leases(settings, Inventory(visible_devices="")),
+        Processes(evaluator=start, worker=none, address=str),
+        put=lambda event, **fields: happened.put_nowait((event, fields)),
+        hear=none,
+        background=asyncio.ensure_future,
+    )
+    await fleet.start_evaluator("e")
+    async with asyncio.timeout(120):
+        assert await happened.get() == (ev.EvaluatorIsReady, {"evaluator_id": "e"})
+        evaluation = Evaluation(model="hf", tasks=("t",))
+        model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
+        paths = {"output_dir": str(tmp_path), "log_path": str(log)}
+        fleet.tell("e", RunJob(job_id="j", evaluation=evaluation, model=model, **paths))
+        died, how = await happened.get()
+    assert died is ev.EvaluatorDied
+    assert how == {"evaluator_id": "e", "cause": "LookupError: what nobody thought of", "from_outside": False}
+    assert "in open_job" in log.read_text()
 
 
 @pytest.mark.parametrize(

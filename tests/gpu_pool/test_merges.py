@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from gpu_pool.transitions import JobEvent
 
 PATIENCE_SECONDS = 120  # a bound for a loaded machine, not an expectation
 
+UNRESPONSIVE_SECONDS = 10.0
+"""More than any process needs to start to answer, on a loaded machine."""
+
 
 class Box:
     """A line of merges into folders of one folder, and what tests do with it."""
@@ -30,7 +34,8 @@ class Box:
     def __init__(self, folder: Path, store: Store) -> None:
         self.folder, self.store = folder, store
         self.jobs = LiveJobs(store, {})
-        self.merges = Merges(store, self.jobs, self.start, lambda job_id: folder / "jobs" / job_id, 2)
+        limits = {"max_attempts": 2, "unresponsive_s": UNRESPONSIVE_SECONDS}
+        self.merges = Merges(store, self.jobs, self.start, lambda job_id: folder / "jobs" / job_id, **limits)
         self.task = asyncio.create_task(self.merges.run())
         self.refusals = 0
         """How many processes cannot be started."""
@@ -41,7 +46,8 @@ class Box:
             raise OSError("no memory")
         staging = str(staging_folder(merge, job_id))
         start = MergeStart(job_id=job_id, merge=merge, staging_path=staging, log_path=str(log_path))
-        return await spawn("merger", fake_merger.merger, start, decode_from_merger)
+        self.child = await spawn("merger", fake_merger.merger, start, decode_from_merger)
+        return self.child
 
     def merge(self, name: str, **fields: Any) -> Merge:
         output = self.folder / name
@@ -157,14 +163,37 @@ async def test_cancelling(box: Box) -> None:
 async def test_a_lost_process_is_started_again_and_not_for_ever(box: Box) -> None:
     job = await box.submit("a")
     await box.half_done(job)
-    await box.say("a", "die")
+    await box.say("a", "crash")
     again = await box.until(job, lambda job: job.attempt == 2 and job.progress and job.progress.done == 1)
     assert again.retries == 1
-    await box.say("a", "die")
+    await box.say("a", "crash")
     ended = await box.ended(job)
-    assert ended.error == "the process that merges ended: killed by SIGKILL (2 times)"
+    assert ended.error == "the process that merges ended: killed by SIGSEGV (2 times)"
     assert await box.events(job) == ["submitted", "started", "requeued", "started", "failed"]
     assert box.left() == []
+
+
+async def test_a_process_that_stops_is_killed_and_the_line_goes_on(box: Box) -> None:
+    job, next_one = await box.submit("a"), await box.submit("b")
+    await box.half_done(job)
+    os.kill(box.child.pid, signal.SIGSTOP)
+    await box.until(job, lambda job: job.attempt == 2 and job.progress and job.progress.done == 1)
+    for name, ending in (("a", job), ("b", next_one)):
+        await box.half_done(ending)
+        await box.say(name, "done")
+        assert (await box.ended(ending)).state is JobState.COMPLETED
+    [lost] = [entry.cause for entry in await box.store.history(job.id) if entry.event == "requeued"]
+    assert lost == "the process that merges ended: it did not answer for 10 s (unresponsive_s) and was killed"
+
+
+async def test_kills_are_not_held_against_a_merge(box: Box) -> None:
+    job = await box.submit("a")
+    for attempt in (1, 2, 3):
+        await box.until(job, lambda job: job.attempt == attempt and job.progress and job.progress.done == 1)  # noqa: B023
+        await box.say("a", "die")
+    await box.until(job, lambda job: job.attempt == 4 and job.progress and job.progress.done == 1)
+    await box.say("a", "done")
+    assert (await box.ended(job)).state is JobState.COMPLETED
 
 
 async def test_a_process_that_cannot_be_started(box: Box) -> None:

@@ -7,6 +7,7 @@ from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
 from gpu_pool.explain import explain
+from gpu_pool.losses import MOST_KILLS
 from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
 from gpu_pool.scheduler import MAX_FAILED_STARTS, MAX_LOSSES
@@ -23,6 +24,14 @@ def run_on(box: Box, job_id: str, model: str, **fields: object) -> str:
     (start,) = box.of(ev.StartWorker, box.submit(job_id, spec=GPU[model], **fields))
     box.load(start.worker_id)
     return start.worker_id
+
+
+def lose_evaluator(box: Box, **how: object) -> list[ev.Action]:
+    """The evaluator of the job j ends; another one becomes ready and takes it up, if it waits."""
+    actions = box.do(ev.EvaluatorDied, evaluator_id=box.ledger.running["j"].evaluator_id, cause="x", **how)
+    for start in box.of(ev.StartEvaluator, actions):
+        actions += box.do(ev.EvaluatorIsReady, evaluator_id=start.evaluator_id)
+    return actions
 
 
 def test_priority_goes_first_and_waiting_outweighs_it() -> None:
@@ -187,6 +196,18 @@ def test_time_without_a_worker_is_not_counted_as_run() -> None:
     assert not box.do(ev.Tick)
 
 
+def test_a_lost_evaluator_gives_a_job_no_more_time() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a", timeout_s=10.0)
+    box.now += 6.0
+    lose_evaluator(box)
+    box.now += 4.0
+    assert not box.do(ev.Tick)
+    box.now += 1.0
+    assert box.of(ev.KillEvaluator, box.do(ev.Tick))
+    assert box.ledger.ending["j"].error == "it ran for longer than its timeout_s of 10 s"
+
+
 def test_retries_are_the_job_s_own_where_it_says_so() -> None:
     box = box_of(1)
     run_on(box, "j", "a", max_retries=0)
@@ -194,12 +215,55 @@ def test_retries_are_the_job_s_own_where_it_says_so() -> None:
     assert box.of(ev.SettleJob, actions)[0].error == "the evaluator process ended: killed (once)"
 
 
+def test_kills_are_not_held_against_a_job_unless_there_is_no_end_of_them() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a")
+    for _ in range(MOST_KILLS - 1):
+        assert box.of(ev.RequeueJob, lose_evaluator(box, from_outside=True))
+    box.do(ev.JobProgressed, job_id="j", done=1)
+    for _ in range(MOST_KILLS - 1):
+        assert box.of(ev.RequeueJob, lose_evaluator(box, from_outside=True))
+    (settle,) = box.of(ev.SettleJob, lose_evaluator(box, from_outside=True))
+    assert settle.error == f"the evaluator process ended: x ({2 * MOST_KILLS - 1} times)"
+
+
+def test_an_attempt_that_gets_further_than_ever_is_the_first_of_a_new_count() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a")
+    for done in (5, 5, 6, 2):  # by default there are three attempts
+        box.do(ev.JobProgressed, job_id="j", done=done)
+        assert box.of(ev.RequeueJob, lose_evaluator(box))
+    box.do(ev.JobProgressed, job_id="j", done=6)
+    assert box.of(ev.SettleJob, lose_evaluator(box))
+
+
+def test_a_limit_of_the_job_s_own_counts_all_that_is_lost() -> None:
+    box = box_of(1)
+    run_on(box, "j", "a", max_retries=2)
+    for done in (1, 2):
+        box.do(ev.JobProgressed, job_id="j", done=done)
+        assert box.of(ev.RequeueJob, lose_evaluator(box, from_outside=True))
+    box.do(ev.JobProgressed, job_id="j", done=3)
+    assert box.of(ev.SettleJob, lose_evaluator(box, from_outside=True))
+
+
+def test_workers_that_are_killed_while_they_load_say_nothing_of_the_model() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    for _ in range(MAX_LOSSES - 1):
+        box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
+        (start,) = box.of(ev.StartWorker, box.do(ev.SlotsReturned, worker_id=start.worker_id))
+    assert box.ledger.running["j"].may_grow
+    box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
+    assert box.ledger.ending["j"].outcome == "failed"
+
+
 def test_workers_that_die_while_they_load_are_counted_and_those_under_progress_are_not() -> None:
     box = box_of(1)
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
     for _ in range(2 * MAX_LOSSES):
         box.load(start.worker_id)
-        box.do(ev.JobProgressed, job_id="j")
+        box.do(ev.JobProgressed, job_id="j", done=1)
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))
     for _ in range(MAX_FAILED_STARTS - 1):
         (start,) = box.of(ev.StartWorker, box.gone(start.worker_id))

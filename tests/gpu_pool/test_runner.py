@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
+from gpu_pool.database import Database
 from gpu_pool.errors import ShuttingDown
 from gpu_pool.fleet import Processes
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
-from gpu_pool.ledger import Running
+from gpu_pool.ledger import Evaluator, Running
 from gpu_pool.live_jobs import LiveJobs
-from gpu_pool.records import Evaluation, Job, JobState, ModelArgs, ModelSpec, Slot
+from gpu_pool.records import Evaluation, EvaluatorState, Job, JobState, ModelArgs, ModelSpec, Slot
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
+from gpu_pool.transitions import JobEvent
 
 
 async def no_process(*_: object) -> None:
@@ -34,10 +38,12 @@ async def store(tmp_path: Path) -> object:
     await store.close()
 
 
-def make_runner(settings: PoolSettings, jobs: LiveJobs, leases: Leases) -> Runner:
+def make_runner(
+    settings: PoolSettings, jobs: LiveJobs, leases: Leases, refresh: Callable[[Job], None] = lambda job: None
+) -> Runner:
     """A runner on a box that cannot start any process."""
     processes = Processes(evaluator=no_process, worker=no_process, address=str)
-    return Runner(settings, jobs, leases, processes, lambda job_id: settings.data_dir / job_id, lambda job: None)
+    return Runner(settings, jobs, leases, processes, lambda job_id: settings.data_dir / job_id, refresh)
 
 
 async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: Path) -> None:
@@ -102,6 +108,88 @@ async def test_slots_return_whatever_goes_wrong_when_they_are_looked_at(store: S
     event, _ = runner._events.get_nowait()
     assert isinstance(event, ev.SlotsReturned)
     assert event.worker_id == "w"
+
+
+def add_job(runner: Runner, job_id: str = "j", **fields: object) -> Job:
+    evaluation = Evaluation(model="hf", tasks=("t",))
+    job = Job(id=job_id, work=evaluation, request={}, created_at=datetime.now(UTC), **fields)
+    runner.jobs[job_id] = job
+    return job
+
+
+def demand_of(job: Job) -> ev.Demand:
+    spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
+    return ev.Demand(job_id=job.id, spec=spec, max_replicas=1, order=0.0)
+
+
+class HeldStore(Store):
+    """One whose changes of state wait until a test lets them go on, or fail."""
+
+    def hold(self) -> None:
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+        self.failure: Exception | None = None
+
+    async def change_state(self, *arguments: Any, **fields: Any) -> bool:
+        self.reached.set()
+        await self.gate.wait()
+        if failure := self.failure:
+            self.failure = None
+            raise failure
+        return await super().change_state(*arguments, **fields)
+
+
+@pytest.fixture
+async def held(tmp_path: Path) -> AsyncIterator[HeldStore]:
+    store = HeldStore(await Database.open(tmp_path / "held.sqlite"))
+    store.hold()
+    yield store
+    await store.close()
+
+
+async def test_a_job_is_cancelled_while_it_goes_back_for_another_look_at_its_model(
+    held: HeldStore, tmp_path: Path
+) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    looked_at: list[Job] = []
+    leases = Leases(settings, Inventory(visible_devices=""))
+    runner = make_runner(settings, LiveJobs(held, {}), leases, looked_at.append)
+    held.gate.set()
+    job = await runner.jobs.start(await held.add(add_job(runner)))
+    runner._given.add("j")
+    runner.scheduler.ledger.evaluators["e"] = Evaluator(EvaluatorState.RUNNING, "j")
+    runner.scheduler.ledger.running["j"] = Running(demand=demand_of(job), evaluator_id="e")
+    held.hold()
+    loop = runner.start()
+    runner.put(ev.JobEnded, job_id="j", content_changed=True)
+    await held.reached.wait()
+    cancelling = asyncio.create_task(runner.cancel("j"))
+    await asyncio.sleep(0)  # it looks where the job is
+    held.gate.set()
+    await asyncio.wait_for(cancelling, 30)
+    assert (await held.get("j")).state is JobState.CANCELLED
+    assert not runner.jobs
+    assert [job.state for job in looked_at] == [JobState.QUEUED]
+    assert not loop.done()
+    await asyncio.wait_for(runner.stop(), 30)
+
+
+async def test_a_job_that_could_not_be_ended_goes_on(held: HeldStore, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    runner = make_runner(settings, LiveJobs(held, {}), Leases(settings, Inventory(visible_devices="")))
+    job = await held.add(add_job(runner))
+    ending = asyncio.create_task(runner.settle_queued("j", JobEvent.CANCEL, None))
+    await held.reached.wait()
+    runner.submit(demand_of(job))  # its model is known now
+    held.failure = RuntimeError("another server uses the database")
+    held.gate.set()
+    with pytest.raises(RuntimeError, match="another server"):
+        await ending
+    runner.start()
+    await runner.handle(ev.Tick)
+    assert list(runner.scheduler.ledger.waiting) == ["j"]
+    await runner.cancel("j")
+    assert (await held.get("j")).state is JobState.CANCELLED
+    await asyncio.wait_for(runner.stop(), 30)
 
 
 async def test_whoever_waits_for_an_event_hears_of_the_end(store: Store, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
@@ -62,8 +63,28 @@ def test_a_job_that_shares_for_longer_than_loading_takes_moves_to_a_slot_of_its_
     box.do(ev.Tick)
     assert len(box.of(ev.StartWorker)) == 2
     actions = box.load(box.of(ev.StartWorker)[1].worker_id)
-    assert [type(action) for action in actions] == [ev.Attach, ev.Detach]
+    attach, detach = actions
+    assert isinstance(attach, ev.Attach)
+    assert isinstance(detach, ev.Detach)
+    assert not detach.at_once
+    assert len(box.ledger.workers[detach.worker_id].jobs) == 2, "what it was asked is not answered yet"
+    assert not box.of(ev.StopWorker, box.submit("l", "b"))
+    assert not box.of(ev.Detach, box.do(ev.Tick))
+    box.do(ev.WorkerGivenBack, job_id=detach.job_id, worker_id=detach.worker_id)
     assert sorted(len(worker.jobs) for worker in box.ledger.workers.values()) == [1, 1]
+
+
+def test_of_equally_shared_workers_beyond_its_cap_a_job_gives_the_latest_back() -> None:
+    box = Box(slots=12, evaluators=2)
+    box.submit("j", max_replicas=12)
+    workers = list(box.ledger.workers)
+    for worker_id in workers:
+        box.load(worker_id)
+    run = box.ledger.running["j"]
+    run.demand = msgspec.structs.replace(run.demand, max_replicas=10)
+    box.scheduler._moves.trim(run)
+    box.scheduler._moves.trim(run)
+    assert [detach.worker_id for detach in box.scheduler._moves.asked()] == [workers[-1], workers[-2]]
 
 
 def test_a_job_grows_to_its_cap_and_no_further() -> None:
@@ -196,6 +217,21 @@ def test_a_worker_is_at_rest_when_it_has_no_job_and_has_let_go_of_the_last() -> 
     assert not box.ledger.at_rest("worker-4", 4.9)
     box.gone("worker-4")
     assert not box.ledger.at_rest("worker-4", 5.0)
+
+
+def test_a_job_that_is_about_to_have_failed_can_be_cancelled() -> None:
+    box = Box()
+    box.submit("j", timeout_s=10.0)
+    box.load("worker-4")
+    box.now = 11.0
+    box.do(ev.Tick)
+    assert box.ledger.ending["j"].outcome == "failed"
+    assert box.do(ev.CancelRequested, job_id="j") == [ev.BeginCancel(job_id="j")]
+    assert box.do(ev.CancelRequested, job_id="j") == []
+    box.do(ev.WorkerDroppedJob, worker_id="worker-4", job_id="j")
+    evaluator = box.of(ev.KillEvaluator)[0].evaluator_id
+    (settle,) = box.of(ev.SettleJob, box.do(ev.EvaluatorDied, evaluator_id=evaluator, cause="killed"))
+    assert (settle.outcome, settle.error) == ("cancelled", None)
 
 
 def test_a_worker_that_dies_instead_of_letting_go_ends_the_cancellation_too() -> None:

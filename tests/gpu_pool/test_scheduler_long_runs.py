@@ -72,9 +72,9 @@ class LongRun(RuleBasedStateMachine):
         self.box.see(dict.fromkeys(wanted, "process 77 uses it"), contested=frozenset(wanted))
 
     @precondition(lambda self: self.box.ledger.running)
-    @rule(data=st.data())
-    def progress(self, data: st.DataObject) -> None:
-        self.apply(ev.JobProgressed, job_id=self.pick(data, self.box.ledger.running))
+    @rule(data=st.data(), done=st.integers(1, 5))
+    def progress(self, data: st.DataObject, done: int) -> None:
+        self.apply(ev.JobProgressed, job_id=self.pick(data, self.box.ledger.running), done=done)
 
     @precondition(lambda self: self.box.ledger.running or self.box.ledger.waiting)
     @rule(data=st.data())

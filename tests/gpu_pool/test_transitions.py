@@ -19,7 +19,7 @@ def test_every_state_is_in_its_table() -> None:
 
 def test_final_states_have_no_way_out() -> None:
     assert all(not JOB_TRANSITIONS[state] for state in JobState if state.is_final)
-    assert not WORKER_TRANSITIONS[WorkerState.DEAD]
+    assert not WORKER_TRANSITIONS[WorkerState.STOPPING]
 
 
 def test_every_other_job_state_can_reach_an_end() -> None:
@@ -36,5 +36,5 @@ def test_what_is_not_in_the_table_raises() -> None:
     with pytest.raises(InvalidTransition, match="completed cannot cancel"):
         advance_job(JobState.COMPLETED, JobEvent.CANCEL)
     assert advance_worker(WorkerState.IDLE, WorkerEvent.ATTACH) is WorkerState.BUSY
-    with pytest.raises(InvalidTransition, match="dead"):
-        advance_worker(WorkerState.DEAD, WorkerEvent.STOP)
+    with pytest.raises(InvalidTransition, match="stopping"):
+        advance_worker(WorkerState.STOPPING, WorkerEvent.STOP)

@@ -160,9 +160,16 @@ class Service:
         return {worker["worker_id"]: worker["pid"] for worker in self.client.workers()["workers"]}
 
     def evaluator_pid(self, job_id: str) -> int:
-        """The process that writes the job's log."""
-        log = self.server.data_dir.resolve() / "jobs" / job_id / "job.log"
-        [pid] = [pid for pid in self.server.processes() if _stderr_of(pid) == log]
+        """The process that runs the job."""
+        return self._writer_of(f"jobs/{job_id}/job.log")
+
+    def desk_pid(self) -> int:
+        """The process that checks submissions."""
+        return self._writer_of("logs/desk.log")
+
+    def _writer_of(self, log: str) -> int:
+        path = self.server.data_dir.resolve() / log
+        [pid] = [pid for pid in self.server.processes() if _stderr_of(pid) == path]
         return pid
 
     def log(self) -> str:

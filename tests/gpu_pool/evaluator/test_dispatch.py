@@ -245,7 +245,7 @@ def test_the_request_that_kills_is_found(
     assert found["error"] == [units[-1]]
     assert units[-1].error == error
     assert_answered(units[:-1])
-    assert len(workers) <= 14
+    assert len(workers) <= 16
     sizes = [len(chunk.sequences) for worker in workers[1:] for chunk in worker.chunks]
     assert sum(sizes) <= 300, "what was answered is not asked again"
 
