@@ -103,12 +103,6 @@ def is_device_lost(error: RuntimeError, device: torch.device) -> bool:
     return False
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that a device has no memory left: to torch's allocator, or even to the libraries below it."""
-    low = isinstance(error, RuntimeError) and "out of memory" in str(error)
-    return low or isinstance(error, torch.OutOfMemoryError)
-
-
 def in_short(error: Exception) -> str:
     """An exception as one line for the user: its type and the first paragraph of its message."""
     message = " ".join(str(error).strip().split("\n\n")[0].split())
