@@ -17,6 +17,7 @@ from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.prompts import Prompt
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +116,11 @@ class _Stream:
             try:
                 yield from self._continue(left)
                 return
-            except torch.OutOfMemoryError:
-                if self._rows == 1 and self._loaded.limits.scored_tokens >= tried:
+            except RuntimeError as error:
+                is_least = self._rows == 1 and self._loaded.limits.scored_tokens >= tried
+                if not is_out_of_memory(error) or (is_least and not len(self._loaded.prefix_cache)):
                     raise
             self._loaded.prefix_cache.clear()
-            self._loaded.grid_cache.clear()
             torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
             self._rows = max(1, self._rows // 2)
 
