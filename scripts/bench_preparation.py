@@ -98,6 +98,7 @@ class Sink:
 
     def __init__(self, on_answers: Callable[[str, Sequence[Any]], None], stages: Stages) -> None:
         self.welcome = None
+        self.plainly: list[str] = []
         self.units = self.tokens = 0
         self.first: Json | None = None
         """When the first units came, and how many."""

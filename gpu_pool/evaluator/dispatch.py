@@ -60,6 +60,8 @@ class Dispatcher:
         self.read_media = read_media
         self.welcome: Welcome | None = None
         """What the latest worker said of the loaded model."""
+        self.plainly: list[str] = []
+        """Why workers left some of what was to be generated to transformers."""
         self._lines: dict[str, Line] = {}
         self._suspects = Suspects()
         self._links: dict[str, Link] = {}
@@ -204,6 +206,13 @@ class Dispatcher:
         for line in self._lines.values():
             line.put_back(link)
         return causes
+
+    def generated_plainly(self, why: str) -> None:
+        """A worker has left something to transformers' generate: of no consequence but for the time that it takes."""
+        with self._changed:
+            if why not in self.plainly:
+                self.plainly.append(why)
+                _log.warning("Workers leave generation to transformers: %s", why)
 
     def end_in_error(self, unit: Unit, error: str) -> None:
         """There will be no answer to this unit, whoever is asked."""

@@ -320,6 +320,7 @@ class JobRun:
             {name: self._hashes[name] for name in tasks if name in self._hashes},
             progress,
             self.dispatcher.welcome,
+            self.dispatcher.plainly,
             self._errored.report(
                 {name: progress.tasks[name].total for name in tasks},
                 {name: self._scores[name].excluded for name in tasks},

@@ -54,9 +54,9 @@ def compute(
                     yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
                 case GenerationChunk():
                     ended = generate_chunks(loaded, chunk, should_stop, take_alike)
-                    for count, (chunk_id, texts) in enumerate(ended, start=1):
+                    for count, (chunk_id, texts, plainly) in enumerate(ended, start=1):
                         seconds = (time.perf_counter() - started) / count
-                        yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds)
+                        yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds, plainly=plainly)
                 case MediaChunk():
                     with layers_for(deterministic=chunk.asked.deterministic):
                         yield _answer_media(loaded, chunk, should_stop, started)

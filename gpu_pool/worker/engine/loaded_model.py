@@ -88,6 +88,11 @@ class LoadedModel:
         return choose_route(self)
 
     @cached_property
+    def told(self) -> set[str]:
+        """Why requests were not computed along the token tree, as far as the log has said so."""
+        return set()
+
+    @cached_property
     def token_bytes(self) -> int:
         """Memory of a token's keys and values along the token tree; 0 where nothing is computed along it."""
         return measure_token_bytes(self.model) if self.route[0] is Route.TREE else 0

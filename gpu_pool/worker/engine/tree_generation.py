@@ -20,13 +20,12 @@ from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled
-from gpu_pool.worker.engine.choosing import Chooser
+from gpu_pool.worker.engine.choosing import Chooser, ChosenRow
 from gpu_pool.worker.engine.holdings import Holdings
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.packed import attempting, finish, packed_attention_in, run_blocks, run_step
 from gpu_pool.worker.engine.prefix_cache import Beginning, release_all
 from gpu_pool.worker.engine.prompts import Prompt
-from gpu_pool.worker.engine.sampling import SeededNoise
 from gpu_pool.worker.engine.sharing import shared_lengths
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.slots import Slots
@@ -56,7 +55,7 @@ class _RunningPrompt:
     prompt: Prompt
     path: BlockPath
     """What it shares, held until it ends."""
-    noise: SeededNoise | None
+    chosen: ChosenRow
     tokens: list[int] = field(default_factory=list)
 
 
@@ -267,7 +266,7 @@ class _ContinuousBatch:
             with self._learning():
                 self._slots.add(sequence.path, sequence.shared)
             self._holdings.hold(shared)
-            rows.append(_RunningPrompt(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
+            rows.append(_RunningPrompt(prompt, shared, self._chooser.start(prompt.tokens, prompt.seed)))
             self._rows.append(rows[-1])
         waiting = {sequence for sequence, _, _ in self._waiting}
         for sequence in {sequence for sequence, _, _ in starting} - waiting:
@@ -293,7 +292,7 @@ class _ContinuousBatch:
 
     def _append(self, rows: Sequence[_RunningPrompt], logits: torch.Tensor) -> None:
         """Give each row its next token, and let go of those that end with it."""
-        for row, token in zip(rows, self._chooser.choose(logits, [row.noise for row in rows]), strict=True):
+        for row, token in zip(rows, self._chooser.choose(logits, [row.chosen for row in rows]), strict=True):
             row.tokens.append(token)
         for place in reversed(range(len(self._rows))):
             if self._is_finished(self._rows[place]):

@@ -291,6 +291,7 @@ def test_rows_stay_within_their_memory_when_longer_ones_join(loaded, peak):
     middling = [prompt[:30] for prompt in LONG]
     chunks = iter([generating(middling, max_gen_toks=10, chunk_id=2)])
     held = peak()
-    answers = dict(generate_chunks(small, generating(SHORT, max_gen_toks=10), never, lambda: next(chunks, None)))
+    ended = generate_chunks(small, generating(SHORT, max_gen_toks=10), never, lambda: next(chunks, None))
+    answers = {texts.chunk_id: texts.texts for texts in ended}
     assert max(held) <= budget
     assert answers == {1: texts(fresh(loaded), SHORT), 2: texts(fresh(loaded), middling)}
