@@ -70,13 +70,16 @@ class Dispatcher:
         self.shared: SharedAnswers | None = None
         """What other jobs compute is not asked here; None: whatever others do."""
 
-    def submit(self, units: Sequence[Unit]) -> None:
-        """Queue units, equal beginnings side by side; those of a kind go on where those before them ended."""
+    def submit(self, units: Sequence[Unit], group: str | None = None) -> None:
+        """Queue units; those of a kind go on where those before them ended.
+
+        Those of a `group` are put in order with what waits of it; others are in the order of `trie_order` already.
+        """
         with self._changed:
             for kind, some in _by_kind(self._suspects.recall(units)).items():
                 options = some[0].options
                 line = self._lines.setdefault(kind, Line(kind, options.max_gen_toks if options else 0))
-                line.add(some)
+                line.add(some, group)
             self._changed.notify_all()
 
     def attach(self, worker_id: str, address: str) -> None:
