@@ -154,6 +154,8 @@ class GenerationDone(Message, frozen=True, kw_only=True):
     seconds: float
     """Of the worker's time; for chunks that were computed together the mean of those that have ended."""
     errors: dict[int, str] = {}
+    plainly: str = ""
+    """Why a model of the "tree" route computed some of it the plain way, if it did."""
 
 
 class ChunkFailed(Message, frozen=True, kw_only=True):

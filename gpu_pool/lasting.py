@@ -33,6 +33,7 @@ VOLATILE_FIELDS = (
     "evalpool.attn_implementation",
     "evalpool.engine_route",
     "evalpool.engine_route_reason",
+    "evalpool.engine_plain_generation",
 )
 """Of a results file, as dotted paths. Samples files have none; both have the job's date in their names."""
 

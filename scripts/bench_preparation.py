@@ -98,6 +98,7 @@ class Sink:
 
     def __init__(self, on_answers: Callable[[str, Sequence[Any]], None], stages: Stages) -> None:
         self.welcome = None
+        self.plainly: list[str] = []
         self.units = self.tokens = 0
         self.first: Json | None = None
         """When the first units came, and how many."""
@@ -107,7 +108,7 @@ class Sink:
         self._stages = stages
         self._started = time.perf_counter(), time.process_time()
 
-    def submit(self, units: Sequence[Any]) -> None:
+    def submit(self, units: Sequence[Any], group: str | None = None) -> None:
         """As `Dispatcher.submit`."""
         if self.first is None and units:
             wall, cpu = time.perf_counter() - self._started[0], time.process_time() - self._started[1]

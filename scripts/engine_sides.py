@@ -83,7 +83,6 @@ class Ours:
     def answer(self, requests: Sequence[Instance], *, deterministic: bool = False) -> list[Any]:
         """Answers from an empty prefix cache."""
         self.loaded.prefix_cache.clear()
-        self.loaded.grid_cache.clear()
         asked = self.units(requests)
         distinct = sorted({unit for units in asked for unit in units}, key=tokens_of)
         sequences = TokenSequences.pack(map(tokens_of, distinct))

@@ -60,6 +60,8 @@ class Dispatcher:
         self.read_media = read_media
         self.welcome: Welcome | None = None
         """What the latest worker said of the loaded model."""
+        self.plainly: list[str] = []
+        """Why workers left some of what was to be generated to transformers."""
         self._lines: dict[str, Line] = {}
         self._suspects = Suspects()
         self._links: dict[str, Link] = {}
@@ -68,13 +70,16 @@ class Dispatcher:
         self.shared: SharedAnswers | None = None
         """What other jobs compute is not asked here; None: whatever others do."""
 
-    def submit(self, units: Sequence[Unit]) -> None:
-        """Queue units, equal beginnings side by side; those of a kind go on where those before them ended."""
+    def submit(self, units: Sequence[Unit], group: str | None = None) -> None:
+        """Queue units; those of a kind go on where those before them ended.
+
+        Those of a `group` are put in order with what waits of it; others are in the order of `trie_order` already.
+        """
         with self._changed:
             for kind, some in _by_kind(self._suspects.recall(units)).items():
                 options = some[0].options
                 line = self._lines.setdefault(kind, Line(kind, options.max_gen_toks if options else 0))
-                line.add(some)
+                line.add(some, group)
             self._changed.notify_all()
 
     def attach(self, worker_id: str, address: str) -> None:
@@ -204,6 +209,13 @@ class Dispatcher:
         for line in self._lines.values():
             line.put_back(link)
         return causes
+
+    def generated_plainly(self, why: str) -> None:
+        """A worker has left something to transformers' generate: of no consequence but for the time that it takes."""
+        with self._changed:
+            if why not in self.plainly:
+                self.plainly.append(why)
+                _log.warning("Workers leave generation to transformers: %s", why)
 
     def end_in_error(self, unit: Unit, error: str) -> None:
         """There will be no answer to this unit, whoever is asked."""

@@ -33,8 +33,9 @@ from gpu_pool.results import hash_text, plain
 ChatTemplate = Callable[..., str]
 
 FIRST_PORTION, PORTION = 32, 512
-"""Documents whose prompts are built before workers get them: few while they have nothing to do, then enough that those
-with equal beginnings mostly come together."""
+"""Documents whose prompts are built before workers get them: few while they have nothing to do, then twice as many each
+time. Those with equal beginnings come together as far as they still wait, and what waits is put in order anew no more
+often than it doubles."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def wanted_template(task: Task, evaluation: Evaluation, *, has_template: bool) -
     return evaluation.apply_chat_template or False
 
 
-def portions() -> Iterator[int]:
-    """How many documents each portion of a job has."""
-    return itertools.chain([FIRST_PORTION], itertools.repeat(PORTION))
+def portions(*, is_first: bool) -> Iterator[int]:
+    """How many documents each portion of a task has; `is_first`: of the job's first one."""
+    return itertools.chain([FIRST_PORTION] * is_first, (PORTION << doubled for doubled in itertools.count()))
 
 
 def build_instances(

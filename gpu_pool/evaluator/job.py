@@ -30,7 +30,6 @@ from gpu_pool.evaluator.report import Report, model_name
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.evaluator.shared_answers import SharedAnswers
-from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.fingerprint import memo_path
 from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
@@ -149,8 +148,8 @@ class JobRun:
             ImagePrompts(self._images, encoder),
             deterministic=self._evaluation.deterministic,
         )
-        sizes = portions()
-        for name, task in tasks.items():
+        for number, (name, task) in enumerate(tasks.items()):
+            sizes = portions(is_first=number == 0)
             with _blame(name):
                 self._open[name] = 1  # for what is not built yet
                 template = self._chat_template(task, encoder)
@@ -191,10 +190,10 @@ class JobRun:
         for unit in errored:
             self._count_errors({name: uses[unit]}, unit.error or "")
             _log.warning(_ERRORED, name, unit.error)
-        misses = in_trie_order(unit for unit in new if unit.is_open)
+        misses = [unit for unit in new if unit.is_open]
         for unit in misses:
             unit.asked = True
-        self.dispatcher.submit(misses)
+        self.dispatcher.submit(misses, group=name)
         tokens = sum(unit.cost for unit in misses)
         _log.info("%s: %d requests, %d cached; asking %d (%d tokens)", name, uses.total(), cached, len(misses), tokens)
 
@@ -320,6 +319,7 @@ class JobRun:
             {name: self._hashes[name] for name in tasks if name in self._hashes},
             progress,
             self.dispatcher.welcome,
+            self.dispatcher.plainly,
             self._errored.report(
                 {name: progress.tasks[name].total for name in tasks},
                 {name: self._scores[name].excluded for name in tasks},

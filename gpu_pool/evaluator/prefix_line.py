@@ -1,7 +1,8 @@
-"""Which worker asks which units: each walks a stretch of its own along the sorted units, then helps another one.
+"""Which worker asks which units: each walks a stretch of its own along the line of units, then helps another one.
 
-Sorted units share prefixes with their neighbours, so the cost of one is what it adds to the one before it: over a
-stretch, the nodes of its token trie. A place where a worker begins costs more: what is shared there is computed twice.
+The line is in the order of `trie_order`: units share prefixes with their neighbours, so the cost of one is what it adds
+to the one before it: over a stretch, the nodes of its token trie. A place where a worker begins costs more: what is
+shared there is computed twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.token_sequences import TOKEN_BYTES, common_prefix, token_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ TOKENS_LIKE_A_NEW_ONE = 64
 """Tokens of a sequence that cost as much as a new one, shared or not: their keys are read."""
 MAX_CHUNK_TOKENS = 1 << 22
 """Most tokens of the sequences of a chunk, shared ones included: what it unfolds to at the worker."""
+MOST_REORDERED = 8
+"""Units that wait and are put in order anew, for each that comes."""
+CHOICES_SHARE = 0.125
+"""Of a unit's cost: so much more may follow in its chunk whatever the budget, such as a long document's other choices,
+which another chunk might have to compute the document again for."""
 HEAVY_COST = 2048
 """Cost of units that are looked after one by one, so that none is begun when all others have ended."""
 
@@ -40,6 +47,8 @@ class Step:
     """Tokens of prompt and continuation."""
     cost: int
     """Tokens to compute after that one."""
+    group: Hashable = None
+    """What was put in order together."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,11 +70,20 @@ class Span:
         self.steps.extendleft(reversed(steps))
         self.cost += sum(step.cost for step in steps)
 
+    def pop_group(self, group: Hashable, most: int) -> list[Step]:
+        """Take the last units away, in order: those of a group, and `most` of them."""
+        popped: list[Step] = []
+        while self.steps and self.steps[-1].group == group and len(popped) < most:
+            popped.append(self.steps.pop())
+        self.cost -= sum(step.cost for step in popped)
+        return popped[::-1]
+
     def cut(self, budget: float) -> list[Step]:
         """Take the first unit and others behind it for up to `budget` of cost.
 
         In the second half of the budget the cut is made where the least is shared: not between a document's choices.
         """
+        budget = max(budget, CHOICES_SHARE * self.steps[0].cost)
         cost, length, end, least_shared = 0, self.steps[0].length, 1, None
         for index, step in enumerate(islice(self.steps, 1, None), 1):
             cost += step.cost
@@ -172,13 +190,25 @@ class Line:
         """Cost of what `worker` was given and has not answered."""
         return sum(chunk.cost for chunk in self._held.get(worker, ()))
 
-    def add(self, units: Iterable[Unit]) -> None:
-        """Go on with these: whoever walks at the line's end will, too."""
+    def add(self, units: Iterable[Unit], group: Hashable = None) -> None:
+        """Go on with these: whoever walks at the line's end will, too.
+
+        Where they are of a `group`, they are put in order, together with those of it that wait at the end: units with
+        equal beginnings meet there, whenever they come.
+        """
         if self._tail is None:
             self._tail = Span()
             self._spans.append(self._tail)
-        steps = [self._step(unit) for unit in units]
-        self._tail.append(steps)
+        tail = self._tail
+        if group is not None:
+            units = list(units)
+            before = tail.pop_group(group, MOST_REORDERED * len(units))
+            self._heavy.difference_update(before)
+            if before:
+                self._end = unit_bytes(tail.steps[-1].unit) if tail.steps else self._reached.get(tail.walker, b"")
+            units = in_trie_order([*(step.unit for step in before), *units], self._end)
+        steps = [self._step(unit, group) for unit in units]
+        tail.append(steps)
         self._heavy.update(step for step in steps if step.cost >= HEAVY_COST)
 
     def take(self, worker: Hashable, budget: float, remaining: float = math.inf) -> Chunk | None:
@@ -214,12 +244,13 @@ class Line:
                 span.walker = None
         self._reached.pop(worker, None)
 
-    def _step(self, unit: Unit) -> Step:
+    def _step(self, unit: Unit, group: Hashable) -> Step:
         tokens = unit_bytes(unit)
         shared = common_prefix(self._end, tokens)
         self._end = tokens
         length = len(tokens) // TOKEN_BYTES
-        return Step(unit, shared, length, max(1, length - shared + length // TOKENS_LIKE_A_NEW_ONE + self.max_gen_toks))
+        cost = max(1, length - shared + length // TOKENS_LIKE_A_NEW_ONE + self.max_gen_toks)
+        return Step(unit, shared, length, cost, group)
 
     def _due(self, worker: Hashable, remaining: float) -> Span | None:
         """The heaviest unit, if all others may have ended when it does."""

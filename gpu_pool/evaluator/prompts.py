@@ -76,20 +76,31 @@ class PromptEncoder:
         return self._texts.encode(strings)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """(context, continuation) tokens of each pair of strings (`TemplateLM.loglikelihood`, `_encode_pair`).
-
-        Raises:
-            PromptError: nothing to score, or more than the model can score.
-        """
+        """(context, continuation) tokens of each pair of strings (`TemplateLM.loglikelihood`, `_encode_pair`)."""
         if self.is_encoder_decoder:
             return self._encode_separately(pairs)
         split = [_move_spaces(*pair) if pair[0] else pair for pair in pairs]
         tokens = self._texts.extend(after for (context, _), after in zip(pairs, split, strict=True) if context)
         bare = self._continuations.encode(continuation for context, continuation in pairs if not context)
         return [
-            self._checked(*(tokens[after] if context else self._after_prefix(bare[continuation])))
+            tokens[after] if context else self._after_prefix(bare[continuation])
             for (context, continuation), after in zip(pairs, split, strict=True)
         ]
+
+    def why_unscorable(self, context: Tokens, continuation: Tokens) -> str | None:
+        """Why the model cannot score `continuation`, if it cannot (`_loglikelihood_tokens`)."""
+        if not len(context) or not len(continuation):
+            return "A context or continuation has no tokens: there is nothing to score"
+        if len(continuation) > self.max_length:
+            return (
+                f"A continuation of {len(continuation)} tokens is longer than the model's maximum ({self.max_length})"
+            )
+        return None
+
+    def seen_context(self, context: Tokens, continuation: Tokens) -> Tokens:
+        """What the model can see of `context` before `continuation`: its end (`_loglikelihood_tokens`)."""
+        own = 0 if self.is_encoder_decoder else len(continuation) - 1  # its last token is not read
+        return context[max(0, len(context) + own - self.max_length) :]
 
     def encode_prompts(self, prompts: Iterable[str], room: int) -> dict[str, Tokens]:
         """Tokens of prompts that leave `room` tokens to generate, cut from the left (`tok_batch_encode`).
@@ -176,7 +187,7 @@ class PromptEncoder:
         contexts = self.encode(context for (given, _), (context, _) in zip(pairs, split, strict=True) if given)
         bare = self._continuations.encode(continuation for _, continuation in split)
         return [
-            self._checked(*((contexts[context], bare[after]) if given else self._after_prefix(bare[after])))
+            (contexts[context], bare[after]) if given else self._after_prefix(bare[after])
             for (given, _), (context, after) in zip(pairs, split, strict=True)
         ]
 
@@ -184,15 +195,6 @@ class PromptEncoder:
         if np.array_equal(continuation[:1], self._prefix):
             return continuation[:1], continuation[1:]
         return self._prefix, continuation
-
-    def _checked(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, Tokens]:
-        if not len(context) or not len(continuation):
-            raise PromptError("A context or continuation has no tokens: there is nothing to score")
-        if len(continuation) > self.max_length:
-            raise PromptError(
-                f"A continuation of {len(continuation)} tokens is longer than the model's maximum ({self.max_length})"
-            )
-        return context, continuation
 
 
 class EncoderPool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ class Report:
         task_hashes: dict[str, str],
         progress: Progress,
         welcome: Welcome | None,
+        plainly: Sequence[str],
         errors: dict[str, Any],
     ) -> dict[str, Any]:
-        """The whole file. `welcome` is None when the cache answered everything; `errors` says what was not answered."""
+        """The whole file. `welcome` is None when the cache answered everything; `plainly` says why workers left
+        something to transformers' generate, `errors` what was not answered."""
         end = time.time()
         return {
             **results,
@@ -48,7 +51,7 @@ class Report:
             "start_time": self._start,
             "end_time": end,
             "total_evaluation_time_seconds": str(end - self._start),
-            "evalpool": {**self._ours(progress, welcome), "errors": errors},
+            "evalpool": {**self._ours(progress, welcome), "engine_plain_generation": plainly, "errors": errors},
         }
 
     def _config(self, welcome: Welcome | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ its answer: repeats of a greedy prompt, documents that occur twice, tasks that s
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,23 +20,16 @@ from typing import Any
 import msgspec
 import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
 from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
-from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.generation_options import generation_options, is_deterministic
 from gpu_pool.evaluator.image_prompts import ImagePrompts, Shown, arguments, forget_images, shows_images, stand_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
-from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
 from gpu_pool.records import ModelSpec
 
-_DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")
-"""Options that transformers' generate takes no None for; of others None is a value: no end token, say."""
-
-
-class OptionsError(PoolError):
-    """A task's generation_kwargs cannot be honoured."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +61,7 @@ class Unit:
 
     @property
     def cost(self) -> int:
-        """Tokens to compute, roughly: what chunks are measured in."""
+        """Tokens to compute without what is shared; what chunks are measured in is a `prefix_line.Step`'s."""
         return len(self.prompt) + (self.options.max_gen_toks if self.options else len(self.continuation))
 
     @property
@@ -130,6 +124,7 @@ class RequestBuilder:
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._scope = cache_scope(model, deterministic)
         self._units: dict[bytes, Unit] = {}
+        self._has_warned = False
 
     def build(
         self, instances: Sequence[Instance], folders: Sequence[Path] = (), *, is_chat: bool = False
@@ -140,7 +135,7 @@ class RequestBuilder:
         instances a description takes the place of each image: a job's images are in its files, not in memory.
 
         Raises:
-            PromptError: a prompt cannot be tokenised, or the model arguments do not allow the kind of request.
+            PromptError: the model or its arguments do not allow the kind of request.
             OptionsError: the task's `generation_kwargs` cannot be honoured.
         """
         makers: dict[str, Callable[[Sequence[Instance]], list[list[list[Unit]]]]] = {
@@ -170,8 +165,25 @@ class RequestBuilder:
         texts: list[Any] = [instance.args[:2] for instance in instances]
         pairs = self._encoder.encode_pairs(texts)
         return [
-            [[self._scoring(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
+            [[self._scorable(*pair)]] * (instance.repeats or 1) for instance, pair in zip(instances, pairs, strict=True)
         ]
+
+    def _scorable(self, context: Tokens, continuation: Tokens) -> Unit:
+        """The unit of any pair: what cannot be scored has an error, and what the model cannot see is left out."""
+        if problem := self._encoder.why_unscorable(context, continuation):
+            return _errored(problem)
+        seen = self._encoder.seen_context(context, continuation)
+        if len(seen) < len(context) and not self._has_warned:  # one of a job stands for all
+            self._has_warned = True
+            _log.warning(
+                "Combined length of context (%d) and continuation (%d) exceeds the model's maximum length (%d). "
+                "Truncating %d tokens from the left, as from others that are too long.",
+                len(context),
+                len(continuation),
+                self._encoder.max_length,
+                len(context) - len(seen),
+            )
+        return self._scoring(seen, continuation)
 
     def _rolling(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         tokens = self._encoder.encode(instance.args[0] for instance in instances)
@@ -206,6 +218,7 @@ class RequestBuilder:
         repeats: list[list[list[Unit]]] = []
         for instance, (prompt, problem), (context, continuation) in zip(instances, prompts, pairs, strict=True):
             bare = msgspec.structs.replace(prompt, text=prompt.text.rstrip())  # the rest is the continuation's
+            problem = problem or self._encoder.why_unscorable(context, continuation)
             unit = self._scoring(stand_in(bare, context), continuation, bare) if problem is None else _errored(problem)
             repeats.append([[unit]] * (instance.repeats or 1))
         return repeats
@@ -284,54 +297,6 @@ def cache_scope(model: ModelSpec, deterministic: bool) -> bytes:
     """What all cache keys of a model begin with: its content and arguments, and what computes the answers."""
     libraries = [version("torch"), version("transformers")]
     return msgspec.json.encode([ENGINE_VERSION, model.replica_key, *libraries, *["deterministic"] * deterministic])
-
-
-def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:
-    """A task's `generation_kwargs` as HFLM's `generate_until` and `_model_generate` read them.
-
-    Without what changes no text: whether generate takes it depends on how the worker computes the model.
-
-    Raises:
-        OptionsError: nothing to generate, or what has no meaning here; each fails in lm-eval's HF backend, too.
-    """
-    given = {key: value for key, value in gen_kwargs.items() if key not in WORKER_KEYS}
-    given = {key: value for key, value in given.items() if value is not None or key not in _DEFAULT_IF_NULL}
-    _check_options(given)
-    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given))
-    until = handle_stop_sequences(kwargs.pop("until", None), eos=end_of_text)
-    max_gen_toks = kwargs.pop("max_gen_toks")
-    do_sample = bool(kwargs.pop("do_sample"))
-    temperature = kwargs.pop("temperature", 0.0)
-    if do_sample or temperature != 0.0:
-        kwargs["temperature"] = temperature
-    return GenerationOptions(until=tuple(until), max_gen_toks=max_gen_toks, do_sample=do_sample, kwargs=kwargs)
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    """Refuse options with no meaning here, and take those out that say nothing."""
-    length = next((key for key in LENGTH_KEYS if given.get(key) is not None), None)
-    if length and not _is_positive(given[length]):
-        raise OptionsError(f"generation_kwargs.{length} must be 1 or more, not {given[length]}")
-    count = given.pop("num_return_sequences", None)
-    if count not in (None, 1):
-        raise OptionsError(
-            f"generation_kwargs.num_return_sequences must be 1, not {count}: a prompt has one response; "
-            f"for several give the task `repeats: {count}`"
-        )
-    if given.pop("token_healing", None):
-        raise OptionsError("generation_kwargs.token_healing must be false: prompts are continued as they are")
-
-
-def _is_positive(length: Any) -> bool:
-    try:
-        return int(length) > 0
-    except (TypeError, ValueError):
-        return False
-
-
-def is_deterministic(options: GenerationOptions) -> bool:
-    """Whether the same prompt gives the same text every time."""
-    return not options.do_sample or options.kwargs.get("temperature") == 0.0
 
 
 def _response(request_type: str, units: Sequence[Unit]) -> object:

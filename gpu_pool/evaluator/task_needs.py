@@ -16,9 +16,9 @@ from typing import Any
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from gpu_pool.evaluator.generation_options import OptionsError, generation_options
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.package_files import function_file, is_file, module_file, parsed
-from gpu_pool.evaluator.requests import OptionsError, generation_options
 from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
 from gpu_pool.gen_kwargs import task_option_problem
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gpu_pool.token_sequences import TOKEN_BYTES, common_prefix
 
 if TYPE_CHECKING:
@@ -32,34 +34,41 @@ class _Node:
     """Those that end here."""
     size: int = 0
     """Tokens of everything below it."""
+    comes_first: bool = False
+    """It was begun before."""
 
 
-def in_trie_order(units: Iterable[Unit]) -> list[Unit]:
-    """The units: those that read the same side by side, and what others begin with before them."""
+def in_trie_order(units: Iterable[Unit], after: bytes = b"") -> list[Unit]:
+    """The units: those that read the same side by side, and what others begin with before them.
+
+    `after` are tokens (`token_bytes`) that were read last: what shares the most with them comes first, however large.
+    """
     ordered: list[Unit] = []
-    waiting = [_build(units)]
+    waiting = [_build(units, after)]
     while waiting:
         node = waiting.pop()
         ordered += node.units
-        if node.children:
-            largest = max(node.children, key=lambda child: child.size + child.end)
-            others = [child for child in node.children if child is not largest]
-            waiting += [largest, *reversed(others)]  # what comes last is taken first
+        largest = max(node.children, key=lambda child: child.size + child.end, default=None)
+        in_turn = sorted(node.children, key=lambda child: (not child.comes_first, child is largest))
+        waiting += reversed(in_turn)  # what comes last is taken first
     return ordered
 
 
-def _build(units: Iterable[Unit]) -> _Node:
+def _build(units: Iterable[Unit], after: bytes) -> _Node:
     """The root of the trie: sorted units are added along its last path only."""
     root = _Node(0)
     last_path, nodes = [root], [root]
     previous = b""
-    for (read, _), unit in sorted(((unit.order, unit) for unit in units), key=lambda keyed: keyed[0]):
+    keyed: list[tuple[tuple[bytes, bytes], Unit | None]] = [(unit.order, unit) for unit in units]
+    if after:
+        keyed.append(((np.frombuffer(after, "<u4").astype(">u4").tobytes(), b""), None))
+    for (read, _), unit in sorted(keyed, key=lambda keyed: keyed[0]):
         shared, end = common_prefix(previous, read), len(read) // TOKEN_BYTES
         left = root
         while last_path[-1].end > shared:
             left = last_path.pop()
         if last_path[-1].end < shared:  # `left` has to be cut in two
-            upper = _Node(shared, [left])
+            upper = _Node(shared, [left], comes_first=left.comes_first)
             last_path[-1].children[-1] = upper
             last_path.append(upper)
             nodes.append(upper)
@@ -68,7 +77,11 @@ def _build(units: Iterable[Unit]) -> _Node:
             last_path[-1].children.append(leaf)
             last_path.append(leaf)
             nodes.append(leaf)
-        last_path[-1].units.append(unit)
+        if unit is not None:
+            last_path[-1].units.append(unit)
+        else:
+            for node in last_path:
+                node.comes_first = True
         previous = read
     for node in sorted(nodes, key=lambda node: -node.end):  # children before their parents
         node.size += sum(child.size + child.end - node.end for child in node.children)

@@ -135,6 +135,8 @@ class Link(threading.Thread):
             case LoglikelihoodDone():
                 self._answered(message.chunk_id, message.answers, message.seconds, message.errors)
             case GenerationDone():
+                if message.plainly:
+                    self._dispatcher.generated_plainly(message.plainly)
                 self._answered(message.chunk_id, message.texts, message.seconds, message.errors)
             case ChunkFailed():
                 self._dispatcher.failed(self, self._ended(message.chunk_id), message.error)

@@ -54,9 +54,9 @@ def compute(
                     yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
                 case GenerationChunk():
                     ended = generate_chunks(loaded, chunk, should_stop, take_alike)
-                    for count, (chunk_id, texts) in enumerate(ended, start=1):
+                    for count, (chunk_id, texts, plainly) in enumerate(ended, start=1):
                         seconds = (time.perf_counter() - started) / count
-                        yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds)
+                        yield GenerationDone(chunk_id=chunk_id, texts=texts, seconds=seconds, plainly=plainly)
                 case MediaChunk():
                     with layers_for(deterministic=chunk.asked.deterministic):
                         yield _answer_media(loaded, chunk, should_stop, started)
@@ -101,12 +101,6 @@ def is_device_lost(error: RuntimeError, device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that a device has no memory left: to torch's allocator, or even to the libraries below it."""
-    low = isinstance(error, RuntimeError) and "out of memory" in str(error)
-    return low or isinstance(error, torch.OutOfMemoryError)
 
 
 def in_short(error: Exception) -> str:

@@ -19,13 +19,14 @@ from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
 from gpu_pool.messages import Dropped, LoadFailed, WorkerReady, WorkerStart
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
-from gpu_pool.worker.computing import Answer, compute, in_short, is_out_of_memory
+from gpu_pool.worker.computing import Answer, compute, in_short
 from gpu_pool.worker.control import Control
 from gpu_pool.worker.data_channel import listen
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loading import choose_ranks, load_model
 from gpu_pool.worker.engine.preparation import Preparation
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.pulse import Pulse
 from gpu_pool.worker.ranks import Ranks
 

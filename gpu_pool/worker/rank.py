@@ -13,9 +13,10 @@ import torch
 
 from gpu_pool.chunk_messages import RankReady
 from gpu_pool.messages import LoadFailed, WorkerStart, encode
-from gpu_pool.worker.computing import compute, in_short, is_out_of_memory
+from gpu_pool.worker.computing import compute, in_short
 from gpu_pool.worker.control import end_process
 from gpu_pool.worker.engine.loading import load_model
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.rank_link import follow
 from gpu_pool.worker.ranks import meet_ranks
 

@@ -90,14 +90,21 @@ def watched(loaded: LoadedModel) -> Iterator[Passes]:
 
 
 @contextmanager
-def out_of_memory_beyond(loaded: LoadedModel, *, read: int = 10**9, continued: int = 10**9) -> Iterator[list[int]]:
+def out_of_memory_beyond(
+    loaded: LoadedModel,
+    *,
+    read: int = 10**9,
+    continued: int = 10**9,
+    error: type[RuntimeError] = torch.OutOfMemoryError,
+    message: str = "CUDA out of memory",
+) -> Iterator[list[int]]:
     """Let passes of more tokens or rows than these fail as if the GPU's memory did not suffice; yields their sizes."""
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
         most = continued if isinstance(attention._plan, Slots) else read
         if kwargs["input_ids"].numel() > most:
             failures.append(kwargs["input_ids"].numel())
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error(message)
 
     failures: list[int] = []
     hook = loaded.model.register_forward_pre_hook(fail, with_kwargs=True)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from gpu_pool.worker.engine.limits import Limits
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,8 +67,8 @@ def run_halving(
     """
     try:
         return run(items)
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
+    except RuntimeError as error:
+        if len(items) == 1 or not is_out_of_memory(error):
             raise
         on_shortage(items)
     torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors

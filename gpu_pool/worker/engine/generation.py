@@ -6,29 +6,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine import plain_generation, tree_generation
-from gpu_pool.worker.engine.choosing import Chooser, make_chooser
+from gpu_pool.worker.engine.choosing import CannotChoose, Chooser, make_chooser
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.prompts import Prompt
+from gpu_pool.worker.engine.routes import Route
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
-Texts = tuple[int, tuple[str, ...]]
-"""(chunk_id, texts in request order)."""
+class Texts(NamedTuple):
+    """What a chunk's prompts go on with."""
+
+    chunk_id: int
+    texts: tuple[str, ...]
+    """In request order."""
+    plainly: str = ""
+    """Why a model that goes along the token tree did not so for some of them."""
 
 
 def generate(loaded: LoadedModel, chunk: GenerationChunk, should_stop: Callable[[], bool]) -> tuple[str, ...]:
     """The texts of one chunk alone; as `generate_chunks`."""
-    [(_, texts)] = generate_chunks(loaded, chunk, should_stop, lambda: None)
-    return texts
+    [ended] = generate_chunks(loaded, chunk, should_stop, lambda: None)
+    return ended.texts
 
 
 def generate_chunks(
@@ -61,21 +70,21 @@ def _generate_chunks(
         sequences = _check(loaded, following)
         if following.deterministic:
             following = msgspec.structs.replace(following, batch_size=1)
+        plainly = ""
         if loaded.is_encoder_decoder:
             texts = continue_prompts(loaded, sequences, following, should_stop)
         else:
             prompts = _plan_prompts(loaded, following, sequences)
-            chooser = make_chooser(loaded.base_model, following.options)
-            along = _along_tree(loaded, prompts, following.options) if chooser else []
+            chooser, along, plainly = _choose_way(loaded, prompts, following.options)
             taken = {prompt.index for prompt in along}
             others = [prompt for prompt in prompts if prompt.index not in taken]
             texts = plain_generation.generate_rows(loaded, others, following, should_stop) if others else {}
             if chooser and along:
-                stream = _Stream(loaded, following, chooser, should_stop, take_alike)
+                stream = _Stream(loaded, following, chooser, should_stop, take_alike, plainly)
                 yield from stream.run(prompts, texts)
                 following = stream.postponed
                 continue
-        yield following.chunk_id, tuple(texts[index] for index in range(len(sequences)))
+        yield Texts(following.chunk_id, tuple(texts[index] for index in range(len(sequences))), plainly)
         following = None
 
 
@@ -89,12 +98,15 @@ class _Stream:
         chooser: Chooser,
         should_stop: Callable[[], bool],
         take_alike: Callable[[], GenerationChunk | None],
+        plainly: str,
     ) -> None:
+        """`plainly`: why some texts of the first chunk are known already."""
         self._loaded = loaded
         self._first = first
         self._chooser = chooser
         self._should_stop = should_stop
         self._take_alike = take_alike
+        self._plainly = plainly
         self._prompts: dict[int, list[Prompt]] = {}
         """Of each chunk on its way."""
         self._texts: dict[int, dict[int, str]] = {}
@@ -115,11 +127,11 @@ class _Stream:
             try:
                 yield from self._continue(left)
                 return
-            except torch.OutOfMemoryError:
-                if self._rows == 1 and self._loaded.limits.scored_tokens >= tried:
+            except RuntimeError as error:
+                is_least = self._rows == 1 and self._loaded.limits.scored_tokens >= tried
+                if not is_out_of_memory(error) or (is_least and not len(self._loaded.prefix_cache)):
                     raise
             self._loaded.prefix_cache.clear()
-            self._loaded.grid_cache.clear()
             torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
             self._rows = max(1, self._rows // 2)
 
@@ -139,7 +151,8 @@ class _Stream:
             texts[prompt.index] = text
             if len(texts) == len(self._prompts[prompt.chunk_id]):
                 del self._prompts[prompt.chunk_id], self._texts[prompt.chunk_id]
-                yield prompt.chunk_id, tuple(texts[index] for index in range(len(texts)))
+                plainly = self._plainly if prompt.chunk_id == self._first.chunk_id else ""
+                yield Texts(prompt.chunk_id, tuple(texts[index] for index in range(len(texts))), plainly)
 
     def _more(self) -> Sequence[Prompt]:
         """The prompts of another chunk, if there is one and it can be continued beside the others."""
@@ -170,6 +183,29 @@ def _check(loaded: LoadedModel, chunk: GenerationChunk) -> list[tuple[int, ...]]
     sequences = list(map(tuple, chunk.prompts.unpack()))
     loaded.check_tokens(sequences)
     return sequences
+
+
+def _choose_way(
+    loaded: LoadedModel, prompts: Sequence[Prompt], options: GenerationOptions
+) -> tuple[Chooser | None, list[Prompt], str]:
+    """What chooses tokens along the tree, the prompts that go there, and why the others do not, told once in the log.
+
+    Nothing is told where the model does not, which is told when it is loaded.
+    """
+    if loaded.route[0] is Route.PLAIN:
+        return None, [], ""
+    chooser, along, plainly = None, list[Prompt](), ""
+    try:
+        chooser = make_chooser(loaded.base_model, options)
+        along = _along_tree(loaded, prompts, options)
+        if len(along) < len(prompts):
+            plainly = "it goes beyond the length from which on its rotary embedding changes"
+    except CannotChoose as error:
+        plainly = str(error)
+    if plainly and plainly not in loaded.told:
+        loaded.told.add(plainly)
+        logger.warning("a generation request is left to transformers' generate: %s", plainly)
+    return chooser, along, plainly
 
 
 def _along_tree(loaded: LoadedModel, prompts: Sequence[Prompt], options: GenerationOptions) -> list[Prompt]:

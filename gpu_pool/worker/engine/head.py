@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.company import are_equal
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 Forward = Callable[[], torch.Tensor]
 """A forward pass: logits [rows, width, vocabulary]."""
@@ -53,10 +55,12 @@ def find_layers(model: Any, forward: Forward, width: int) -> Any:
     for layers in (model.get_decoder(), *model.children()):
         try:
             found = torch.cat(list(logits_in_pieces(layers, forward, range(0, width, 2))), dim=1)
-        except torch.OutOfMemoryError:
+        except Cancelled:
             raise
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            continue  # it returns something else, or what follows needs all of it
+        except Exception as error:  # it returns something else, or what follows needs all of it
+            if is_out_of_memory(error):
+                raise
+            continue
         if found.shape == expected.shape and are_equal(found, expected, model.dtype):
             return layers
     return None

@@ -176,7 +176,7 @@ def _attend_tile(
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    result = (weights.to(value.dtype) @ value) / total.to(value.dtype)
+    result = weights.div_(total).to(value.dtype) @ value  # in half precision sums of many values may overflow
     lse = highest.add_(total.log())
     return result.view(batch, heads, queries, -1), lse.view(batch, heads, queries)
 

@@ -15,6 +15,7 @@ import torch.distributed
 
 from gpu_pool.model_size import PROCESS_BYTES, SCORED_POSITIONS, activation_bytes
 from gpu_pool.worker.engine.configs import largest, text_config
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 _LEAST_TOKENS = 128
 _CALM_CHUNKS = 100
@@ -33,12 +34,13 @@ class Limits:
     """Padded tokens, prompt and continuation, that are held while generating the plain way."""
     generated_rows: int
     """Sequences generated at once."""
-    generated_bytes: int
-    """Memory of the keys and values of sequences that are continued along the token tree: in slots and in blocks."""
+    held_bytes: int
+    """Memory of the keys and values that work along the token tree holds: those of sequences that are continued, in
+    slots and in blocks; while scoring those of blocks that are looked back at. One path of these it takes anyway."""
     logits_bytes: int
     """Memory of the logits of one forward pass, in fp32; always."""
     prefix_bytes: int
-    """Memory of the keys and values of shared beginnings, kept between chunks."""
+    """Memory of the keys and values of shared beginnings, kept between chunks, whatever their blocks."""
 
     _planned: dict[str, int] = field(init=False, repr=False, compare=False)
     """What those that may shrink were at first."""
@@ -55,9 +57,10 @@ class Limits:
         before = self._shrinking()
         try:
             yield
-        except torch.OutOfMemoryError:
-            vars(self).update(before)
-            self._calm = 0
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                vars(self).update(before)
+                self._calm = 0
             raise
         self._calm = self._calm + 1 if self._shrinking() == before else 0
         if self._calm == _CALM_CHUNKS:
@@ -66,7 +69,7 @@ class Limits:
                 setattr(self, name, min(planned, 2 * getattr(self, name)))
 
     def _shrinking(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("scored_tokens", "generated_tokens", "generated_bytes")}
+        return {name: getattr(self, name) for name in ("scored_tokens", "generated_tokens", "held_bytes")}
 
     def logits(self, vocabulary: int, *, deterministic: bool = False) -> int:
         """Positions of a forward pass whose logits may be asked for, at least one.
@@ -100,7 +103,7 @@ _MOST = {
         worthwhile_tokens=128,
         generated_tokens=8192,
         generated_rows=64,
-        generated_bytes=4 << 30,
+        held_bytes=4 << 30,
         logits_bytes=1 << 30,
         prefix_bytes=1 << 30,
     ),
@@ -109,12 +112,12 @@ _MOST = {
         worthwhile_tokens=4096,
         generated_tokens=65536,
         generated_rows=256,
-        generated_bytes=64 << 30,
+        held_bytes=64 << 30,
         logits_bytes=8 << 30,
         prefix_bytes=16 << 30,
     ),
 }
-_SHARES = {"generated_bytes": 0.4, "logits_bytes": 0.1, "prefix_bytes": 0.1, "activations": 0.2}
+_SHARES = {"held_bytes": 0.4, "logits_bytes": 0.1, "prefix_bytes": 0.1, "activations": 0.2}
 """Of the free memory; the rest is left to fragmentation and what libraries take."""
 
 
@@ -128,7 +131,7 @@ def find_limits(model: Any, device: torch.device, budget: int = 0) -> Limits:
         worthwhile_tokens=most.worthwhile_tokens,
         generated_tokens=most.generated_tokens,
         generated_rows=most.generated_rows,
-        generated_bytes=min(most.generated_bytes, int(free * _SHARES["generated_bytes"])),
+        held_bytes=min(most.held_bytes, int(free * _SHARES["held_bytes"])),
         logits_bytes=min(most.logits_bytes, int(free * _SHARES["logits_bytes"])),
         prefix_bytes=min(most.prefix_bytes, int(free * _SHARES["prefix_bytes"])),
     )

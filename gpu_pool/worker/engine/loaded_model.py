@@ -88,9 +88,14 @@ class LoadedModel:
         return choose_route(self)
 
     @cached_property
+    def told(self) -> set[str]:
+        """Why requests were not computed along the token tree, as far as the log has said so."""
+        return set()
+
+    @cached_property
     def token_bytes(self) -> int:
-        """Memory of a token's keys and values along the token tree."""
-        return measure_token_bytes(self.model)
+        """Memory of a token's keys and values along the token tree; 0 where nothing is computed along it."""
+        return measure_token_bytes(self.model) if self.route[0] is Route.TREE else 0
 
     def goes_along_tree(self, longest: int) -> bool:
         """Whether sequences of at most `longest` tokens are computed along the token tree.
@@ -111,12 +116,12 @@ class LoadedModel:
     @cached_property
     def prefix_cache(self) -> PrefixCache:
         """Keys and values of beginnings that requests share."""
-        return PrefixCache(self.limits.prefix_bytes)
+        return PrefixCache(self.limits.prefix_bytes, self.token_bytes)
 
     @cached_property
     def grid_cache(self) -> PrefixCache:
-        """The same for deterministic requests, whose blocks are others."""
-        return PrefixCache(self.limits.prefix_bytes, GRID)
+        """The same for deterministic requests, whose blocks are others; in the same memory."""
+        return self.prefix_cache.of_grid(GRID)
 
     @cached_property
     def company(self) -> Company:
@@ -187,7 +192,7 @@ class LoadedModel:
 
         Beside them there is to be memory for `in_blocks` tokens in the tree's blocks.
         """
-        in_slots = self.limits.generated_bytes - in_blocks * self.token_bytes
+        in_slots = self.limits.held_bytes - in_blocks * self.token_bytes
         return max(1, min(self.limits.generated_rows, in_slots // (longest * self.token_bytes)))
 
     def shrink_generated_rows(self, rows: int, longest: int, in_blocks: int = 0) -> None:
@@ -197,7 +202,7 @@ class LoadedModel:
         """
         if rows > 1:
             fitting = (rows // 2 * longest + in_blocks) * self.token_bytes
-            self.limits.generated_bytes = min(self.limits.generated_bytes, fitting)
+            self.limits.held_bytes = min(self.limits.held_bytes, fitting)
 
     def check_tokens(self, sequences: Any) -> None:
         """Refuse ids outside the vocabulary: on a GPU they would end the process.

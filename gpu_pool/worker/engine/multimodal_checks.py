@@ -18,7 +18,6 @@ from PIL import Image
 
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.company import Company, are_equal
-from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.multimodal_scoring import shared_logits
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
 
@@ -31,7 +30,6 @@ _QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can
 """Two of equal length, one longer."""
 _NEW = 4
 """New tokens that are compared."""
-_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, MediaError)
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,11 @@ def check_images(loaded: LoadedModel) -> ImageFacts:
     try:
         prompts = _prompts(loaded)
         company = _company(loaded, prompts)
-    except _ERRORS as error:
+    except Exception as error:  # processors and a checkpoint's own code raise whatever they like
         return ImageFacts(Company.NONE, False, f"{type(error).__name__}: {error}")
     try:
         return ImageFacts(company, _shares(loaded, prompts[: 1 if company is Company.NONE else 2]))
-    except _ERRORS as error:
+    except Exception as error:
         return ImageFacts(company, False, f"{type(error).__name__}: {error}")
 
 

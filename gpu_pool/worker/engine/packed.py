@@ -44,6 +44,17 @@ def run_blocks(model: Any, blocks: Sequence[Block], wanted: Sequence[tuple[Block
     return logits[0]
 
 
+@contextmanager
+def attempting(blocks: Iterable[Block]) -> Iterator[None]:
+    """Where it fails to compute these, nothing of them is kept: smaller attempts may need the memory."""
+    try:
+        yield
+    except BaseException:
+        for block in blocks:
+            block.keys_values = None
+        raise
+
+
 def finish(blocks: Iterable[Block]) -> None:
     """These blocks need no longer be computed: nothing is kept for them. Once a block, however often it was tried."""
     for block in blocks:
@@ -82,6 +93,13 @@ def hold(path: BlockPath) -> None:
     for block, length in path.sources:
         block.users += 1
         block.reach = max(block.reach, length)
+
+
+def shorten(block: Block, length: int) -> None:
+    """Keep the keys and values of a computed block's first `length` tokens only."""
+    block.reach = length
+    for layer, (keys, values) in block.keys_values.items():
+        block.keys_values[layer] = keys[:, :length].clone(), values[:, :length].clone()
 
 
 def release(sources: Sequence[tuple[Block, int]]) -> None:

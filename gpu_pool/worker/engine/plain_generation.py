@@ -23,8 +23,10 @@ _COUNT_PADDING = (
     "min_length",
     "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
     "bad_words_ids",
     "sequence_bias",
+    "forced_bos_token_id",
 )
 """Options under which transformers looks at padding as if it were text: then only equal lengths share a batch."""
 

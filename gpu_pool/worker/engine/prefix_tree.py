@@ -127,6 +127,7 @@ def _useful(end: int, leaving: Sequence[tuple[int, int]]) -> int:
 
 
 def shared_beginnings(root: Node, shared_by: int) -> list[tuple[int, int]]:
+    """(sequence, length) of the longest beginnings that `shared_by` sequences or more have in common."""
     found: list[tuple[int, int]] = []
     waiting = [child for child in root.children if child.sequences >= shared_by]
     while waiting:

@@ -7,11 +7,10 @@ import enum
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
-from gpu_pool.worker.engine.attention import CannotAttend
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.rope import rope_boundary, stays_changed
 from gpu_pool.worker.engine.self_check import check_sequences, compare_trees
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -32,10 +31,13 @@ def choose_route(loaded: LoadedModel) -> tuple[Route, str]:
         return Route.PLAIN, reason
     try:
         found = compare_trees(loaded)
-    except torch.OutOfMemoryError as error:
-        longest = max(map(len, check_sequences(loaded)))
-        return Route.PLAIN, f"no memory for the self-check's sequences of up to {longest} tokens, one by one: {error}"
-    except (CannotAttend, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except Cancelled:
+        raise
+    except Exception as error:  # a checkpoint's own code raises whatever it likes
+        if is_out_of_memory(error):
+            longest = max(map(len, check_sequences(loaded)))
+            few = f"the self-check's sequences of up to {longest} tokens, one by one"
+            return Route.PLAIN, f"no memory for {few}: {error}"
         return Route.PLAIN, f"the self-check failed: {type(error).__name__}: {error}"
     if not found.company <= found.most:
         changes = f"what a sequence is padded with changes its logits by {found.company:.2g}"

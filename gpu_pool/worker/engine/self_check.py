@@ -22,7 +22,7 @@ from gpu_pool.worker.engine.attention import NAME, packed_attention
 from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, Tokens
 from gpu_pool.worker.engine.configs import largest
-from gpu_pool.worker.engine.packed import finish, hold, packed_attention_in, release, run_blocks, run_step
+from gpu_pool.worker.engine.packed import attempting, finish, hold, packed_attention_in, release, run_blocks, run_step
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.rope import rope_boundary, scaled_from
 from gpu_pool.worker.engine.slots import Slots
@@ -204,7 +204,8 @@ def _tree_logits(
 
     def read_blocks(blocks: list[Block]) -> list[None]:
         wanted = [(block, index) for block in blocks for index in range(len(block.tokens))]
-        logits.update(zip(wanted, run_blocks(loaded.model, blocks, wanted).float(), strict=True))
+        with attempting(blocks):
+            logits.update(zip(wanted, run_blocks(loaded.model, blocks, wanted).float(), strict=True))
         finish(blocks)
         return []
 

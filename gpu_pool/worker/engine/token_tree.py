@@ -9,7 +9,8 @@ its output is needed: `prefix_tree` has an example.
 **Blocks** are runs of tokens along one path, causal among themselves. `lay_out` follows the heaviest path from the root
 as one block, and lays out what branches off it, each branch beginning with a block of its own that looks back at the
 first tokens of the blocks above it (a heavy-path decomposition: a sequence leaves one block for another at most
-log2(distinct tokens) times, however the tree is shaped).
+log2(distinct tokens) times, however the tree is shaped). What branches off last comes first: no more keys and values
+are held at a time than those of one path from the root.
 
         few-shot prefix ──── question 1 ──── answer A          block 0: prefix, question 1, answer A
               │                   └───────── answer B          block 1: answer B, after the first n tokens of block 0
@@ -36,17 +37,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens
-from gpu_pool.worker.engine.prefix_tree import Node, build_tree, mark_known, shared_beginnings
+from gpu_pool.worker.engine.prefix_tree import Node, build_tree, mark_known
 
 GRID = 128
 """Tokens of a block where bits must not depend on what sequences share: enough to use the device well."""
 DUPLICATED_SHARE = 0.02
 """A branch computes tokens that it shares again where they are fewer than this share of its own: looking back at a few
 tokens costs more than computing them."""
-MOST_SHARED = 16
-"""Beginnings of one chunk that are worth keeping for the next ones."""
-_LEAST_SHARED_BY = 8
-"""Sequences that have such a beginning."""
 
 
 class Room(NamedTuple):
@@ -66,8 +63,8 @@ class Layout:
     blocks: list[Block]
     paths: list[BlockPath]
     """Of each sequence: the blocks that hold it."""
-    shared: list[tuple[int, int]]
-    """(sequence, length) of the longest beginnings that `shared_by` sequences or more have in common."""
+    tree: Node | None = None
+    """Of the sequences; a grid has none."""
 
     @property
     def tokens(self) -> int:
@@ -92,8 +89,7 @@ def plan(
     if deterministic:
         return lay_out_grid(sequences, needed_from, grid=GRID, known=known)
     longest_block = max(1, int(min(room.tokens, room.logits)))
-    shared_by = max(_LEAST_SHARED_BY, len(sequences) // MOST_SHARED)
-    return lay_out(sequences, needed_from, longest_block=longest_block, known=known, shared_by=shared_by)
+    return lay_out(sequences, needed_from, longest_block=longest_block, known=known)
 
 
 def pack(
@@ -127,7 +123,6 @@ def lay_out(
     *,
     longest_block: int,
     known: Sequence[tuple[Tokens, BlockPath]] = (),
-    shared_by: int = _LEAST_SHARED_BY,
 ) -> Layout:
     """Blocks of at most `longest_block` tokens that hold every distinct token about once; the rest as for `plan`."""
     root = build_tree(sequences, needed_from)
@@ -135,9 +130,7 @@ def lay_out(
         mark_known(root, sequences, needed_from, tokens, path)
     work = _Layouter(sequences, needed_from, longest_block)
     work.lay_children(root, BlockPath())
-    return Layout(
-        work.blocks, [work.paths[index] for index in range(len(sequences))], shared_beginnings(root, shared_by)
-    )
+    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], root)
 
 
 def lay_out_grid(
@@ -169,7 +162,7 @@ def lay_out_grid(
             else:
                 path = whole[tokens[:end]] = work.add_blocks(tokens[:end], path)
         work.paths[index] = work.add_blocks(tokens, path)
-    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))], [])
+    return Layout(work.blocks, [work.paths[index] for index in range(len(sequences))])
 
 
 class _Layouter:
@@ -214,7 +207,7 @@ class _Layouter:
         while chain[-1].children:
             chain.append(max(chain[-1].children, key=lambda child: child.size))
         path = self.add_blocks(self._sequences[chain[-1].sequence], path)
-        for upper, following in zip(chain, [*chain[1:], None], strict=True):
+        for upper, following in reversed(list(zip(chain, [*chain[1:], None], strict=True))):
             if upper.ending is not None:
                 self._end(upper.ending, path.until(upper.end))
             for child in upper.children:

@@ -3,7 +3,7 @@
 
 A step continues every row by one token. Rows that end make room for prompts that wait. What prompts begin with in
 common is computed once; where that spares enough it stays in the tree's blocks, where all their rows attend to it, and
-otherwise it is copied into the slots (`sharing`). Blocks and slots are held in one memory (`Limits.generated_bytes`):
+otherwise it is copied into the slots (`sharing`). Blocks and slots are held in one memory (`Limits.held_bytes`):
 there are as many slots as leave room for the longest prompt in blocks, and prompts are read as blocks are let go.
 """
 
@@ -20,14 +20,14 @@ from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled
-from gpu_pool.worker.engine.choosing import Chooser
+from gpu_pool.worker.engine.choosing import Chooser, ChosenRow
 from gpu_pool.worker.engine.holdings import Holdings
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks, run_step
+from gpu_pool.worker.engine.packed import attempting, finish, packed_attention_in, run_blocks, run_step
 from gpu_pool.worker.engine.prefix_cache import Beginning, release_all
 from gpu_pool.worker.engine.prompts import Prompt
-from gpu_pool.worker.engine.sampling import SeededNoise
 from gpu_pool.worker.engine.sharing import shared_lengths
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.slots import Slots
 from gpu_pool.worker.engine.stopping import StopFinder, finish_text
 from gpu_pool.worker.engine.token_tree import Room, pack, plan
@@ -55,7 +55,7 @@ class _RunningPrompt:
     prompt: Prompt
     path: BlockPath
     """What it shares, held until it ends."""
-    noise: SeededNoise | None
+    chosen: ChosenRow
     tokens: list[int] = field(default_factory=list)
 
 
@@ -200,8 +200,9 @@ class _ContinuousBatch:
         while self._blocks and not self._waiting and (batch := self._next_batch()):
             try:
                 run_halving(self._read, batch, lambda blocks: limits.shrink(sum(len(block.tokens) for block in blocks)))
-            except torch.OutOfMemoryError:
-                limits.shrink_block(len(self._blocks[0].tokens))  # the first one that is left was too much alone
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    limits.shrink_block(len(self._blocks[0].tokens))  # the first one that is left was too much alone
                 raise
             self._start_waiting()
 
@@ -233,7 +234,7 @@ class _ContinuousBatch:
     def _free_bytes(self) -> int:
         """Memory for more blocks."""
         planned = self._slots.most * self._slots.longest * self._loaded.token_bytes
-        return self._loaded.limits.generated_bytes - max(planned, self._slots.bytes) - self._holdings.bytes
+        return self._loaded.limits.held_bytes - max(planned, self._slots.bytes) - self._holdings.bytes
 
     def _cost(self, block: Block) -> tuple[float, ...]:
         """What a block takes of a pass's `Room`, and of memory as long as it is held."""
@@ -245,7 +246,8 @@ class _ContinuousBatch:
         """Compute prompts' tokens; those that end here wait for a slot then."""
         ends = [(block, sequence) for block in batch for sequence in self._ending.get(block, ())]
         wanted = [(block, sequence.path.end - 1 - block.start) for block, sequence in ends]
-        logits = run_blocks(self._loaded.model, batch, wanted)
+        with attempting(batch):
+            logits = run_blocks(self._loaded.model, batch, wanted)
         for row, (_, sequence) in zip(logits, ends, strict=True):
             self._waiting.extend((sequence, prompt, row) for prompt in sequence.prompts)
         self._holdings.add_computed(batch)
@@ -264,7 +266,7 @@ class _ContinuousBatch:
             with self._learning():
                 self._slots.add(sequence.path, sequence.shared)
             self._holdings.hold(shared)
-            rows.append(_RunningPrompt(prompt, shared, self._chooser.noise(prompt.seed, self._loaded.device)))
+            rows.append(_RunningPrompt(prompt, shared, self._chooser.start(prompt.tokens, prompt.seed)))
             self._rows.append(rows[-1])
         waiting = {sequence for sequence, _, _ in self._waiting}
         for sequence in {sequence for sequence, _, _ in starting} - waiting:
@@ -283,13 +285,14 @@ class _ContinuousBatch:
         """Remember when memory does not suffice for the slots: for all that they have room for, in use or not."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            self._loaded.shrink_generated_rows(self._slots.held, self._slots.longest, self._most_in_blocks)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self._loaded.shrink_generated_rows(self._slots.held, self._slots.longest, self._most_in_blocks)
             raise
 
     def _append(self, rows: Sequence[_RunningPrompt], logits: torch.Tensor) -> None:
         """Give each row its next token, and let go of those that end with it."""
-        for row, token in zip(rows, self._chooser.choose(logits, [row.noise for row in rows]), strict=True):
+        for row, token in zip(rows, self._chooser.choose(logits, [row.chosen for row in rows]), strict=True):
             row.tokens.append(token)
         for place in reversed(range(len(self._rows))):
             if self._is_finished(self._rows[place]):

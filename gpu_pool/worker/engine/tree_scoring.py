@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.kept_scores import Score, Scores, find_scores
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.packed import finish, packed_attention_in, run_blocks
+from gpu_pool.worker.engine.packed import attempting, finish, kept_bytes, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import release_all
 from gpu_pool.worker.engine.rows import Answer, Row
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.token_scores import Sums, token_log_probs
 from gpu_pool.worker.engine.token_tree import Layout, Room, pack, plan
 
@@ -43,7 +45,8 @@ def score_rows(
     The next chunk goes on where the last one of `rows` ends.
 
     `deterministic`: each block of a fixed grid is run alone, so that the bits of an answer depend on its request only.
-    Where even one block is too much for the GPU's memory, all is laid out anew in smaller ones.
+    Where even one block is too much for the GPU's memory, the cached beginnings are given up, and if that is not
+    enough, all is laid out anew in smaller blocks.
 
     Raises:
         Cancelled: `should_stop` said so.
@@ -56,10 +59,13 @@ def score_rows(
         largest = min(largest, loaded.limits.scored_tokens)
         try:
             return _score_once(loaded, rows, last, batch_size, should_stop, deterministic=deterministic)
-        except torch.OutOfMemoryError:
-            if deterministic or not loaded.limits.shrink_block(largest):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
+            if not len(loaded.prefix_cache) and (deterministic or not loaded.limits.shrink_block(largest)):
+                raise
+        loaded.prefix_cache.clear()
+        torch.cuda.empty_cache()  # outside the handler, whose traceback holds the failed attempt's tensors
 
 
 def _score_once(
@@ -77,32 +83,41 @@ def _score_once(
     known = cache.find(sequences)
     first_scored = [row.first_scored for row in rows]
     kept = find_scores(sequences, first_scored, [(tokens, scores) for tokens, _, scores in known], cache.grid)
-    room, paths = loaded.room(batch_size or math.inf), [(tokens, path) for tokens, path, _ in known]
-    layout = plan(sequences, [needed for needed, _ in kept], room, paths, deterministic=deterministic)
+    most, paths = batch_size or math.inf, [(tokens, path) for tokens, path, _ in known]
+    layout = plan(sequences, [needed for needed, _ in kept], loaded.room(most), paths, deterministic=deterministic)
     sums = _Sums()
     targets = _find_targets(rows, layout, kept, sums)
-    unfinished = set(layout.blocks)
-    assert targets.keys() <= unfinished, "a scored token is in a block that is not computed"
+    waiting, held = deque(layout.blocks), list[Block]()
+    assert targets.keys() <= set(waiting), "a scored token is in a block that is not computed"
 
     def run(batch: list[Block]) -> list[None]:
         if should_stop():
             raise Cancelled
-        _score_batch(loaded, batch, targets, sums, whole=deterministic)
+        with attempting(batch):
+            _score_batch(loaded, batch, targets, sums, whole=deterministic)
         finish(batch)
-        unfinished.difference_update(batch)
+        for _ in batch:  # the first ones of those that wait: halves come in order
+            waiting.popleft()
+        held[:] = [block for block in (*held, *batch) if block.users]
         return []
 
-    def cost(block: Block) -> Room:
+    def cost(block: Block) -> tuple[float, ...]:
         positions = len({target.index for target in targets.get(block, ())})
-        return Room(len(block.tokens), positions, block.sequences)
+        return *Room(len(block.tokens), positions, block.sequences), block.reach * loaded.token_bytes
+
+    def room() -> tuple[float, ...]:
+        """It shrinks where memory does not suffice, and by what is held."""
+        free_bytes = loaded.limits.held_bytes - sum(map(kept_bytes, held))
+        return *loaded.room(most), max(0, free_bytes)
 
     reserved = cache.reserve(layout, sequences, rows.index(last), [scores.until(needed + 1) for needed, scores in kept])
     try:
         with packed_attention_in(loaded.model):
-            for batch in pack(layout.blocks, cost, room, deterministic=deterministic):
+            while waiting:
+                batch = next(pack(waiting, cost, room(), deterministic=deterministic))
                 run_halving(run, batch, lambda blocks: loaded.limits.shrink(sum(len(b.tokens) for b in blocks)))
     except BaseException:
-        finish(unfinished)
+        finish(waiting)
         release_all(reserved)
         raise
     cache.keep(reserved, sums.computed)

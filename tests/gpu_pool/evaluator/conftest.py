@@ -74,6 +74,14 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
 }
+BLANK = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": 0,
+    "doc_to_choice": "{{[choices[0], '' if gold == 1 else choices[1]]}}",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
 GROUP = {
     "group": "local_group",
     "task": ["local_choice", "local_choice_alone"],
@@ -102,7 +110,8 @@ def text(doc):
 def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An include folder with one task of every kind (TASKS) and a group, over twelve made-up documents.
 
-    And `local_held`, of 100 documents, the last of which cannot be rendered before someone writes to `held.fifo`.
+    And `local_held`, of 100 documents, the last of which cannot be rendered before someone writes to `held.fifo`, and
+    `local_blank`, a choice of which is an empty string in every third document.
     """
     folder = tmp_path_factory.mktemp("tasks")
     documents = folder / "documents.jsonl"
@@ -116,6 +125,7 @@ def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))  # JSON is YAML
+    (folder / "local_blank.yaml").write_text(json.dumps({"task": "local_blank", **common, **BLANK}))
     (folder / "local_group.yaml").write_text(json.dumps(GROUP))
     os.mkfifo(folder / "held.fifo")
     held = [{"number": i, "wait": str(folder / "held.fifo") if i == 99 else ""} for i in range(100)]

@@ -126,4 +126,5 @@ def _asked(library: TaskLibrary, evaluation: Evaluation, encoder: PromptEncoder)
 
 
 def test_portions() -> None:
-    assert list(itertools.islice(harness.portions(), 3)) == [harness.FIRST_PORTION, harness.PORTION, harness.PORTION]
+    assert list(itertools.islice(harness.portions(is_first=True), 4)) == [32, 512, 1024, 2048]
+    assert list(itertools.islice(harness.portions(is_first=False), 3)) == [512, 1024, 2048]

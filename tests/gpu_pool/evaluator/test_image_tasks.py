@@ -83,7 +83,7 @@ def build(
         harness.configure_task(name, task, evaluation, False, reads_images=True)
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
         requests = TaskRequests()
-        for instances in harness.build_instances(task, evaluation, template, harness.portions()):
+        for instances in harness.build_instances(task, evaluation, template, harness.portions(is_first=True)):
             requests.responses.extend(builder.build(instances, is_chat=chat).responses)
         return requests
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_worker import Behaviour, Chunk, FakeWorker, answer, failing, silent
 
@@ -162,6 +163,35 @@ def test_a_job_within_its_error_share_completes_and_says_what_is_missing(evaluat
     *_, again = evaluator.finish()
     assert again.progress.workers == {"w": 1}, "what ended in an error is not cached, all else is"
     assert again.result.errored == {}
+
+
+def test_an_empty_choice_is_the_error_of_its_sample(evaluator, job_id, start_worker) -> None:
+    """Before anything is asked, and as if a worker had found it out."""
+    evaluator.start(job_id, tasks=("local_blank", "local_choice"), use_cache=False, max_error_share=0.1)
+    evaluator.attach(job_id, "w", start_worker())
+    *_, done = evaluator.finish()
+    assert isinstance(done, msg.JobDone)
+    assert done.result.errored == {"local_blank": 4}
+    assert done.progress.tasks["local_blank"] == TaskProgress(done=24, total=24, errored=4)
+    samples = [json.loads(line) for line in Path(done.result.samples["local_blank"]).read_text().splitlines()]
+    why = "A context or continuation has no tokens: there is nothing to score"
+    assert [sample.get("evalpool_error") for sample in samples] == [None, why, None] * 4
+    evaluator.start(f"{job_id}-strict", tasks=("local_blank",), use_cache=False)
+    (failed,) = evaluator.finish()
+    assert failed.error.startswith("local_blank: 1 of 24 requests so far ended in an error")
+    assert why in failed.error
+
+
+def test_what_was_left_to_transformers_is_in_the_results(evaluator, job_id, start_worker) -> None:
+    def leave(worker: FakeWorker, chunk: Chunk) -> msg.Message:
+        return msgspec.structs.replace(answer(worker, chunk), plainly="its options mean beam search")
+
+    for behaviour, told in ((leave, ["its options mean beam search"]), (answer, [])):
+        evaluator.start(f"{job_id}-{len(told)}", tasks=("local_generation",), use_cache=False)
+        evaluator.attach(f"{job_id}-{len(told)}", "w", start_worker(behaviour))
+        *_, done = evaluator.finish()
+        results = json.loads(Path(done.result.results_path).read_text())
+        assert results["evalpool"]["engine_plain_generation"] == told
 
 
 def test_a_task_without_any_answer_has_no_scores(evaluator, job_id, start_worker) -> None:

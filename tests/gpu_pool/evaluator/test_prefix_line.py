@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, count, pairwise
 from random import Random
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.evaluator import prefix_line
 from gpu_pool.evaluator.chunking import MIN_COST, Pace, Work
+from gpu_pool.evaluator.harness_lm_eval import portions
 from gpu_pool.evaluator.prefix_line import Chunk, Line, unit_bytes
 from gpu_pool.evaluator.requests import Unit
 from gpu_pool.token_sequences import TokenSequences, common_prefix
@@ -29,7 +30,8 @@ def make_line(sequences: Sequence[Sequence[int]], kind: str = "loglikelihood") -
 
 
 def make_units(sequences: Sequence[Sequence[int]]) -> list[Unit]:
-    return [Unit(prompt=tuple(sequence[:-1]), continuation=tuple(sequence[-1:])) for sequence in sequences]
+    ids = [np.array(sequence, np.uint32) for sequence in sequences]
+    return [Unit(prompt=tokens[:-1], continuation=tokens[-1:]) for tokens in ids]
 
 
 def few_shot(groups: int, documents: int, prefix: int = 600, question: int = 80) -> list[list[int]]:
@@ -87,8 +89,17 @@ def test_a_chunk_ends_between_groups() -> None:
 
 
 def test_a_chunk_holds_a_unit_however_long() -> None:
-    line, units = make_line([list(range(1000)), [5]])
+    line, units = make_line([list(range(1000)), list(range(2000, 2200))])
     assert take(line, "a", 0).units == units[:1]
+
+
+def test_a_long_document_stays_with_its_choices() -> None:
+    """Each costs something: all that is looked back at. Another chunk might cost all of it."""
+    short = [[[document, 9, choice] for choice in range(4)] for document in range(4)]
+    long = [[*range(100, 30_100), choice] for choice in range(4)]
+    line, units = make_line([*chain(*short[:2]), *long, *chain(*short[2:])])
+    assert take(line, "a", MIN_COST).units == units[:8]
+    assert take(line, "a", MIN_COST).units[:4] == units[8:12]
 
 
 def test_a_chunk_does_not_unfold_to_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +119,73 @@ def test_later_units_continue_the_walk() -> None:
     assert take(line, "a").units == more
 
 
+def in_portions(sequences: Sequence[Sequence[int]], sizes: Iterable[int], share: float) -> float:
+    """Tokens that one worker computes, over the distinct ones, where it gets `share` of each portion's cost before the
+    next portion comes, and keeps nothing but what it has computed last."""
+    line, computed, start = Line("loglikelihood"), 0, 0
+    key_reads = sum(len(sequence) // prefix_line.TOKENS_LIKE_A_NEW_ONE for sequence in sequences)
+
+    def compute(cost: float) -> int:
+        done = 0
+        while done < cost and (chunk := line.take("worker", MIN_COST)):
+            line.done("worker", chunk)
+            done += chunk.cost
+        return done
+
+    for size in sizes:
+        line.add(make_units(sequences[start : start + size]), group="task")
+        computed += compute(share * line.cost)
+        start += size
+        if start >= len(sequences):
+            break
+    computed += compute(EVERYTHING) - key_reads
+    return computed / (len(TokenSequences.pack(sorted(sequences)).tokens) // 4)
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [few_shot(2000, 2, 30, 10), few_shot(20, 100, 200, 20), few_shot(1, 2000, 100, 3)],
+    ids=["thousands of prefixes", "long prefixes", "one prefix"],
+)
+def test_equal_beginnings_meet_though_they_come_in_other_portions(sequences) -> None:
+    """Documents with a beginning in common are anywhere in the task. Preparation is faster than the computation."""
+    documents = [sequences[start : start + 4] for start in range(0, len(sequences), 4)]
+    Random(0).shuffle(documents)
+    sizes = (4 * size for size in portions(is_first=True))
+    assert in_portions(list(chain.from_iterable(documents)), sizes, share=0.02) <= 1.05
+
+
+def test_what_comes_later_goes_on_from_what_was_taken_last() -> None:
+    line = Line("loglikelihood")
+    first, second, third = few_shot(3, 8, 50, 5)[::32], *(few_shot(3, 8, 50, 5)[start::32] for start in (4, 8))
+    line.add(make_units(first), group="task")
+    taken = take(line, "a", 1).units
+    line.add(make_units([*second, *third]), group="task")
+    prefix = unit_bytes(taken[-1])[: 4 * 50]
+    following = take(line, "a", 1000).units
+    assert [unit_bytes(unit).startswith(prefix) for unit in following[:3]] == [True, True, False]
+    assert len(line) == 0
+
+
+def test_groups_stay_apart() -> None:
+    """Tasks are answered in their order."""
+    line = Line("loglikelihood")
+    for group, sequences in (("a", [[5, 1], [7, 1]]), ("b", [[6, 1], [4, 1]]), ("b", [[5, 2], [4, 2]])):
+        line.add(make_units(sequences), group=group)
+    found = [int(unit.prompt[0]) for unit in take(line, "w").units]
+    assert found == [7, 5, 5, 4, 4, 6], "b goes on where a ends; its 4 meet"
+
+
+def test_what_a_worker_took_over_is_left_to_it() -> None:
+    line = Line("loglikelihood")
+    line.add(make_units([[i, 1] for i in range(100)]), group="task")
+    take(line, "a", 0)
+    stolen = take(line, "b", 0).units
+    line.add(make_units([[i, 2] for i in range(100)]), group="task")
+    found = {unit for worker in ("a", "b") for unit in take(line, worker).units}
+    assert len(found) + len(stolen) + 1 == 200
+
+
 def take_none(line: Line, worker: str) -> None:
     assert line.take(worker, EVERYTHING) is None
 
@@ -123,7 +201,7 @@ def test_a_second_worker_takes_the_back_half() -> None:
 def test_the_place_to_split_is_between_groups() -> None:
     line, units = make_line(few_shot(2, 5))
     take(line, "a", 0)
-    assert take(line, "b", 0).units == units[20:21]
+    assert take(line, "b", 0).units[0] == units[20]
 
 
 def test_a_small_job_is_not_shared_out_when_its_prefix_would_be_computed_twice() -> None:

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer
@@ -100,7 +102,23 @@ def test_a_blank_context_of_an_encoder_is_its_end_token(tiny_t5: Path) -> None:
     assert continuation.tolist() == encoder.tokenizer.encode(" \ncapital", add_special_tokens=False)
 
 
-def test_nothing_to_score(tiny_model: Path) -> None:
-    encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_model)))
-    with pytest.raises(PromptError, match="nothing to score"):
-        encoder.encode_pairs([("context", "")])
+def test_what_cannot_be_scored(tiny_model: Path) -> None:
+    encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_model), max_length=8))
+    nothing, long, good = encoder.encode_pairs([("context", ""), ("", "abcdefghi" * 9), ("context", " Paris")])
+    assert encoder.why_unscorable(*nothing) == "A context or continuation has no tokens: there is nothing to score"
+    assert (encoder.why_unscorable(*long) or "").endswith("is longer than the model's maximum (8)")
+    assert encoder.why_unscorable(*good) is None
+
+
+@pytest.mark.parametrize("lengths", [(5, 4), (6, 4), (20, 1), (1, 8), (3, 8), (20, 8)])
+def test_contexts_are_cut_as_lm_eval_cuts_them(tiny_model: Path, tiny_t5: Path, lengths: tuple[int, int]) -> None:
+    """What the HF backend's model is given, but for a last token that it does not read."""
+    context, continuation = (np.arange(5, 5 + length, dtype=np.uint32) for length in lengths)
+    for model in (tiny_model, tiny_t5):
+        options = {"pretrained": str(model), "max_length": 8, "dtype": "float32"}
+        theirs, ours, given = HFLM(device="cpu", **options), PromptEncoder(ModelArgs(**options)), []
+        theirs._model_call = lambda inputs, given=given, **more: given.append(inputs) or torch.zeros(1, 8, 400)
+        theirs._loglikelihood_tokens([(("", ""), context.tolist(), continuation.tolist())], disable_tqdm=True)
+        seen = ours.seen_context(context, continuation).tolist()
+        read = seen if theirs.backend == "seq2seq" else (seen + continuation.tolist())[:-1]
+        assert given[0].tolist() == [read]

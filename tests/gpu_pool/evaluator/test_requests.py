@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gpu_pool.evaluator.requests import OptionsError, Unit, generation_options, rolling_windows
+from gpu_pool.evaluator.generation_options import OptionsError, generation_options
+from gpu_pool.evaluator.prompts import PromptEncoder
+from gpu_pool.evaluator.requests import RequestBuilder, Unit, rolling_windows
+from gpu_pool.records import ModelSpec
 
 PREFIX = 7
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -32,6 +39,24 @@ def test_units_sort_as_what_the_model_reads(units: list[tuple[list[int], list[in
         (unit.prompt.tolist() + unit.continuation[:-1].tolist(), unit.continuation[-1:].tolist()) for unit in found
     ]
     assert sequences == sorted((prompt + continuation[:-1], continuation[-1:]) for prompt, continuation in units)
+
+
+def test_what_the_model_cannot_see_is_no_part_of_a_unit(
+    tiny_model: Path, spec_of: Callable[[Path], ModelSpec], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is neither computed nor counted, and makes no other question. One of a job's contexts is told of."""
+    spec = spec_of(tiny_model)
+    encoder = PromptEncoder(msgspec.structs.replace(spec.args, max_length=32))
+    builder = RequestBuilder(spec, encoder, seed=0)
+    asked = [("x" * 200 + "y" * 100, " Paris"), ("z" * 300 + "y" * 100, " Paris"), ("what is the", " Paris")]
+    built = builder.build([Instance("loglikelihood", {}, pair, 0) for pair in asked])
+    [[first]], [[second]], [[short]] = (repeats for _, repeats in built.responses)
+    assert first is second
+    assert first.cost == 32 + 1
+    assert short.cost < 32
+    [told] = [record.getMessage() for record in caplog.records if record.name.startswith("gpu_pool.")]
+    assert told.startswith("Combined length of context (")
+    assert "exceeds the model's maximum length (32). Truncating " in told
 
 
 def test_an_answered_unit_forgets_its_tokens() -> None:

@@ -9,6 +9,7 @@ from token_trees import trees
 
 from gpu_pool.evaluator.requests import Unit
 from gpu_pool.evaluator.trie_order import in_trie_order
+from gpu_pool.token_sequences import token_bytes
 
 Tokens = tuple[int, ...]
 
@@ -43,6 +44,20 @@ def test_what_reads_the_same_is_side_by_side() -> None:
     other = Unit(prompt=(1, 2, 3), continuation=(4,))
     found = in_trie_order([units[0], other, *units[1:]])
     assert found == [units[1], units[2], units[0], other]
+
+
+@given(trees(), trees(), st.randoms())
+def test_what_goes_on_from_what_was_read_last_comes_first(
+    sequences: list[Tokens], others: list[Tokens], random
+) -> None:
+    last = random.choice(others)
+    units = in_trie_order([Unit(prompt=tokens) for tokens in sequences], token_bytes(last))
+    found = [tuple(unit.prompt) for unit in units]
+    assert sorted(found) == sorted(sequences)
+    beyond = [tokens for tokens in found if last[: len(tokens)] != tokens]
+    assert all(shared(last, beyond[0]) >= shared(last, tokens) for tokens in beyond)
+    for index, tokens in enumerate(found[1:], 1):
+        assert shared(found[index - 1], tokens) == max(shared(before, tokens) for before in found[:index])
 
 
 @given(trees(), st.randoms())

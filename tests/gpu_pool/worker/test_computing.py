@@ -9,7 +9,8 @@ import pytest
 import torch
 from chunks import scoring
 
-from gpu_pool.worker.computing import MAX_ERROR_CHARACTERS, compute, in_short, is_device_lost, is_out_of_memory
+from gpu_pool.worker.computing import MAX_ERROR_CHARACTERS, compute, in_short, is_device_lost
+from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,10 @@ def test_of_what_is_clear_the_device_is_not_asked(error: RuntimeError, monkeypat
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (torch.AcceleratorError("CUDA error: out of memory"), True),  # not even a context could be made
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes."), True),
         (ASSERTED, False),
+        (CUBLAS, False),
         (ValueError("a rope type out of memory"), False),
     ],
 )

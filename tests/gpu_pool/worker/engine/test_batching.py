@@ -18,7 +18,7 @@ LIMITS = Limits(
     worthwhile_tokens=100,
     generated_tokens=0,
     generated_rows=0,
-    generated_bytes=0,
+    held_bytes=0,
     logits_bytes=0,
     prefix_bytes=0,
 )

@@ -42,7 +42,8 @@ def one_by_one(chunks: list[GenerationChunk]) -> Callable[[], GenerationChunk | 
 
 
 def answers(loaded: LoadedModel, chunks: list[GenerationChunk]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    return generate_chunks(loaded, chunks[0], never, one_by_one(chunks[1:]))
+    ended = generate_chunks(loaded, chunks[0], never, one_by_one(chunks[1:]))
+    return ((texts.chunk_id, texts.texts) for texts in ended)
 
 
 @pytest.mark.parametrize("fields", [{}, SAMPLING], ids=["greedy", "sampled"])
@@ -82,8 +83,8 @@ def test_a_chunk_is_answered_before_the_next_one_is_asked_for_again(loaded):
         asked_after.append(len(ended))
         return next(waiting, None)
 
-    for chunk_id, _ in generate_chunks(loaded, chunks[0], never, take):
-        ended.append(chunk_id)
+    for texts in generate_chunks(loaded, chunks[0], never, take):
+        ended.append(texts.chunk_id)
     assert sorted(ended) == [chunk.chunk_id for chunk in chunks]
     assert max(asked_after) >= len(chunks) - 2
 

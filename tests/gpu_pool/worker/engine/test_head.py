@@ -79,6 +79,23 @@ def test_the_softmax_is_taken_in_pieces_even_where_all_logits_have_room(name, ch
     assert softmaxes == [64, 64, 64, 8]
 
 
+@pytest.mark.parametrize("error", [AssertionError("whole rows only"), NameError("x")])
+def test_layers_whose_successors_refuse_a_part(error, checkpoint, load):
+    """Whatever error they do it with: then all logits come at once."""
+    loaded, requests = plainly(fresh(load(checkpoint("llama")), logits_bytes=1)), make_requests(5)
+    widths: list[int] = []
+
+    def check(module: Any, args: Any) -> None:
+        widths.append(args[0].shape[1])
+        if widths[-1] != widths[0]:
+            raise error
+
+    hook = loaded.model.get_output_embeddings().register_forward_pre_hook(check)
+    assert loaded.layers is None
+    hook.remove()
+    assert_agree(answers(loaded, requests), answers(plainly(fresh(loaded, logits_bytes=1 << 30)), requests, 1))
+
+
 def test_layers_that_cannot_be_told_apart(checkpoint, load):
     """What follows them needs every position: then all logits come at once."""
     loaded = plainly(fresh(load(checkpoint("llama")), logits_bytes=1))

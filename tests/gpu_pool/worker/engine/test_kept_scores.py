@@ -7,27 +7,22 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 from chunks import generating, scoring
+from cut_as_sent import Pair, as_sent, trie_size
 from engine_probes import assert_kept_for_the_cache_alone, fresh, never, plainly, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval_answers import assert_agree
-from token_trees import distinct, needs, trees
+from token_trees import needs, trees
 
 from gpu_pool.evaluator.chunking import MIN_COST
-from gpu_pool.evaluator.prefix_line import Line
-from gpu_pool.evaluator.requests import Unit
-from gpu_pool.evaluator.trie_order import in_trie_order
 from gpu_pool.worker.engine.blocks import Tokens, common_prefix
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.kept_scores import Scores, comparable, find_scores
 from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.token_tree import GRID
 
-Pair = tuple[Tokens, Tokens]
-"""(context, continuation)."""
 _SOURCE = random.Random()
 
 
@@ -128,29 +123,10 @@ SHORT: dict[str, Callable[[], list[Pair]]] = {
 }
 
 
-def as_sent(pairs: Sequence[Pair], cost: float) -> list[list[Pair]]:
-    """Chunks of so much cost, in the order and by the cuts of an evaluator."""
-    units = [Unit(prompt=np.array(context), continuation=np.array(more)) for context, more in pairs]
-    line = Line("loglikelihood")
-    line.add(in_trie_order(units))
-    chunks: list[list[Pair]] = []
-    while chunk := line.take("worker", cost):
-        chunks.append([(tuple(unit.prompt.tolist()), tuple(unit.continuation.tolist())) for unit in chunk.units])
-        line.done("worker", chunk)
-    return chunks
-
-
 def in_chunks(pairs: Sequence[Pair], size: int = 20) -> list[list[Pair]]:
     """As an evaluator cuts them."""
     ordered = sorted(set(pairs), key=lambda pair: pair[0] + pair[1])
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def trie_size(requests: Sequence[Pair]) -> int:
-    """Distinct tokens of what the model has to read."""
-    inputs = distinct((context + continuation)[:-1] for context, continuation in requests)
-    neighbours = itertools.pairwise([(), *inputs])
-    return sum(len(tokens) - common_prefix(before, tokens) for before, tokens in neighbours)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_pool.worker.engine.kernels import HIDDEN, attend, attend_fused, attend_gpu, causal_mask, merge
+from gpu_pool.worker.engine.kernels import HIDDEN, attend, attend_fused, attend_gpu, attend_plain, causal_mask, merge
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -134,6 +134,19 @@ def test_what_is_wholly_hidden_weighs_nothing(queries, softcap, dtype):
     assert all(tensor.isfinite().all() for tensor in hidden)
     for merged in (merge(*seen, *hidden), merge(*hidden, *seen)):
         torch.testing.assert_close(merged, seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_is_as_exact_as_its_values(dtype):
+    """However many keys weigh alike: neither does their sum overflow, nor is what it is divided by rounded."""
+    query, key = torch.zeros(1, 1, 4, 8, dtype=dtype), torch.zeros(1, 1, 3001, 8, dtype=dtype)
+    value = (40 + random(1, 1, 3001, 12)).to(dtype)
+    result, lse = attend_plain(query, key, value, 0.3, None, 2.0)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        result.double(), value.double().mean(2, keepdim=True).expand(-1, -1, 4, -1), rtol=step, atol=0
+    )
+    assert lse.sub(math.log(3001)).abs().max() < 1e-5
 
 
 def test_causal_mask():

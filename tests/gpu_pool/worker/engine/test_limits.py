@@ -35,11 +35,11 @@ def test_limits_follow_the_budget(checkpoint: Callable[..., Path]) -> None:
     model = load_fresh(checkpoint("llama")).model
     held = resident()
     limits = find_limits(model, CPU, budget=held + 100 * MIB)
-    assert limits.generated_bytes == pytest.approx(40 * MIB, abs=8 * MIB)
+    assert limits.held_bytes == pytest.approx(40 * MIB, abs=8 * MIB)
     assert limits.prefix_bytes == pytest.approx(10 * MIB, abs=2 * MIB)
     assert limits.logits_bytes == pytest.approx(10 * MIB, abs=2 * MIB)
     least = find_limits(model, CPU, budget=1)
-    assert (least.generated_bytes, least.scored_tokens) == (0, 128)  # it still computes, little at a time
+    assert (least.held_bytes, least.scored_tokens) == (0, 128)  # it still computes, little at a time
 
 
 @pytest.mark.parametrize(("name", "inner"), [("llama", 64), ("gemma3n_text", 96), ("gemma4_text", 64)])
@@ -61,7 +61,7 @@ def limits() -> Limits:
         worthwhile_tokens=0,
         generated_tokens=5000,
         generated_rows=1,
-        generated_bytes=1000,
+        held_bytes=1000,
         logits_bytes=0,
         prefix_bytes=0,
     )
@@ -74,7 +74,7 @@ def test_a_shortage_that_fails_the_chunk_is_forgotten(limits: Limits) -> None:
         with limits.learning():
             limits.shrink(30_000)
             limits.shrink_generated(3000)
-            limits.generated_bytes = 1
+            limits.held_bytes = 1
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -101,7 +101,7 @@ def test_bounds_grow_back(limits: Limits) -> None:
         limits.shrink(8000)
     assert compute(100) == [4000] * 99 + [8000], "from the latest shortage on"
     assert compute(300)[::100] == [8000, 16_000, 30_000]
-    assert (limits.scored_tokens, limits.generated_tokens, limits.generated_bytes) == (30_000, 5000, 1000)
+    assert (limits.scored_tokens, limits.generated_tokens, limits.held_bytes) == (30_000, 5000, 1000)
 
 
 def test_a_block_that_cannot_be_cut_changes_nothing(limits: Limits) -> None:

@@ -40,9 +40,9 @@ def test_rows_continued_at_once_are_bounded_by_their_keys_and_values(checkpoint,
     loaded = load(checkpoint("llama"))
     token_bytes = 2 * 2 * 2 * 8 * 4
     row_bytes = 50 * token_bytes
-    for generated_bytes, rows in ((3 * row_bytes, 3), (3 * row_bytes - 1, 2), (0, 1)):
-        assert fresh(loaded, generated_bytes=generated_bytes).generated_rows(50) == rows
-    beside = fresh(loaded, generated_bytes=3 * row_bytes + 7 * token_bytes)
+    for held_bytes, rows in ((3 * row_bytes, 3), (3 * row_bytes - 1, 2), (0, 1)):
+        assert fresh(loaded, held_bytes=held_bytes).generated_rows(50) == rows
+    beside = fresh(loaded, held_bytes=3 * row_bytes + 7 * token_bytes)
     assert [beside.generated_rows(50, in_blocks) for in_blocks in (0, 7, 8, 1000)] == [3, 3, 2, 1]
     assert fresh(loaded, generated_rows=5).generated_rows(50) == 5
 
@@ -57,8 +57,8 @@ def test_rows_hold_what_is_taken_for_them(name, checkpoint, load):
     tensors = [tensor for pair in slots._buffers.values() for tensor in pair]
     assert {tensor.shape[0] for tensor in tensors} == {1}
     row_bytes = sum(tensor.nbytes for tensor in tensors) * (58 + 6) // tensors[0].shape[2]
-    assert fresh(loaded, generated_bytes=2 * row_bytes).generated_rows(58 + 6) == 2
-    assert fresh(loaded, generated_bytes=2 * row_bytes - 1).generated_rows(58 + 6) == 1
+    assert fresh(loaded, held_bytes=2 * row_bytes).generated_rows(58 + 6) == 2
+    assert fresh(loaded, held_bytes=2 * row_bytes - 1).generated_rows(58 + 6) == 1
 
 
 @contextmanager

@@ -28,8 +28,8 @@ def compute(cache: PrefixCache, sequences: Sequence[Tokens], *, shared_by: int =
     """Do with `cache` what a chunk of `sequences` does, without a model."""
     needed_from = [len(tokens) - 1 for tokens in sequences]
     known = [(tokens, path) for tokens, path, _ in cache.find(sequences)]
-    layout = lay_out(sequences, needed_from, longest_block=200, known=known, shared_by=shared_by)
-    reserved = cache.reserve(layout, sequences, len(sequences) - 1)
+    layout = lay_out(sequences, needed_from, longest_block=200, known=known)
+    reserved = cache.reserve(layout, sequences, len(sequences) - 1, shared_by=shared_by)
     for block in layout.blocks:
         if block.users:
             block.keys_values = {0: (torch.zeros(1, block.reach, 4), torch.zeros(1, block.reach, 4))}
@@ -51,7 +51,7 @@ def knows(cache: PrefixCache, tokens: Tokens) -> int:
 
 
 def test_forgets_what_was_used_longest_ago():
-    cache = PrefixCache(250 * TOKEN_BYTES)
+    cache = PrefixCache(250 * TOKEN_BYTES, TOKEN_BYTES)
     compute(cache, [line(1, 100)])
     compute(cache, [line(2, 100)])
     assert knows(cache, line(1, 100)) == 100  # a use
@@ -60,17 +60,57 @@ def test_forgets_what_was_used_longest_ago():
     assert cache.bytes == 200 * TOKEN_BYTES
 
 
-def test_keeps_nothing_that_exceeds_the_bound():
-    cache = PrefixCache(99 * TOKEN_BYTES)
+def test_keeps_nothing_where_there_is_no_memory():
+    cache = PrefixCache(2 * MIN_TOKENS * TOKEN_BYTES - 1, TOKEN_BYTES)
     layout = compute(cache, [line(1, 100)])
     assert (len(cache), cache.bytes) == (0, 0)
     assert all(block.keys_values is None and block.users == 0 for block in layout.blocks)
-    compute(cache, [line(1, 99)])
-    assert cache.bytes == 99 * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("length", [150, 190, 700, 3000])
+def test_a_long_document_leaves_the_others_where_they_are(length):
+    """It is kept as far as half of the memory goes, and no further than its blocks are needed for that."""
+    cache = PrefixCache(300 * TOKEN_BYTES, TOKEN_BYTES)
+    examples = distinct((*line(1, 100), 9, question) for question in range(10))
+    compute(cache, examples)
+    compute(cache, distinct((*line(2, length), 3, choice) for choice in range(4)))
+    assert [knows(cache, line(first, length)) for first in (1, 2)] == [100, min(150, length)]
+    assert cache.bytes <= 300 * TOKEN_BYTES
+    compute(cache, examples)
+    compute(cache, distinct((*line(3, length), 3, choice) for choice in range(4)))
+    assert [knows(cache, line(first, length)) for first in (1, 2, 3)] == [100, 0, min(150, length)]
+
+
+def test_beginnings_of_one_chunk_are_no_more_than_there_is_memory_for():
+    cache = PrefixCache(300 * TOKEN_BYTES, TOKEN_BYTES)
+    layout = lay_out(
+        sequences := distinct((*line(subject, 90), 9, question) for subject in range(9) for question in range(10)),
+        [91] * 90,
+        longest_block=200,
+    )
+    reserved = cache.reserve(layout, sequences, len(sequences) - 1)
+    blocks = {source.block: source.length for beginning in reserved for source in beginning.path.sources}
+    assert 200 < sum(blocks.values()) <= 300
+    assert reserved[-1].tokens == sequences[-1]
+    release_all(reserved)
+
+
+def test_blocks_of_two_grids_share_the_memory():
+    cache = PrefixCache(250 * TOKEN_BYTES, TOKEN_BYTES)
+    other = cache.of_grid(4)
+    compute(cache, [line(1, 100)])
+    compute(other, [line(2, 100)])
+    assert [knows(cache, line(1, 100)), knows(other, line(1, 100))] == [100, 0]
+    assert [knows(cache, line(2, 100)), knows(other, line(2, 100))] == [0, 100]
+    compute(cache, [line(3, 100)])
+    assert [knows(cache, line(1, 100)), knows(other, line(2, 100)), knows(cache, line(3, 100))] == [0, 100, 100]
+    assert cache.bytes == other.bytes == 200 * TOKEN_BYTES
+    other.clear()
+    assert (len(cache), cache.bytes) == (0, 0)
 
 
 def test_short_beginnings_are_not_kept():
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     compute(cache, [line(1, MIN_TOKENS - 1)])
     assert len(cache) == 0
     compute(cache, [line(2, 100)])
@@ -80,18 +120,18 @@ def test_short_beginnings_are_not_kept():
 
 
 def test_beginnings_that_many_share_are_kept():
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     compute(cache, distinct((*line(subject, 50), 9, question) for subject in (1, 2) for question in range(10)))
     assert knows(cache, (*line(1, 50), 7)) == 50
     assert knows(cache, (*line(2, 50), 7)) == 50
-    rare = PrefixCache(10**6)
+    rare = PrefixCache(10**6, TOKEN_BYTES)
     compute(rare, distinct((*line(subject, 50), 9, question) for subject in (1, 2) for question in range(7)))
     assert knows(rare, (*line(1, 50), 7)) == 0
 
 
 def test_short_beginnings_that_many_share_are_kept():
     """But a single token, and what only resembles one, are as soon computed."""
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     compute(cache, [(1, 2, question) for question in range(20)])
     assert knows(cache, (1, 2, 77)) == 2
     assert knows(cache, (1, 3, 77)) == 0
@@ -101,7 +141,7 @@ def test_short_beginnings_that_many_share_are_kept():
 
 def test_beginnings_within_and_beside_each_other():
     """Blocks that several beginnings share are held once, and stay until the last one goes."""
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     long, branch = line(1, 300), line(1, 100) + line(2, 200)
     compute(cache, [long])
     assert compute(cache, [long[:150]]).tokens == 1  # the last token is needed
@@ -117,7 +157,7 @@ def test_beginnings_within_and_beside_each_other():
 def test_what_one_chunk_went_on_with_grows_old():
     """The ends of chunks that are not asked for again go before a beginning that is."""
     hub, other = line(1, 100), line(2, 100)
-    cache = PrefixCache((len(hub) + len(other) + 6 * 50) * TOKEN_BYTES)
+    cache = PrefixCache((len(hub) + len(other) + 6 * 50) * TOKEN_BYTES, TOKEN_BYTES)
     compute(cache, [hub])
     for chunk in range(20):
         if chunk % 3 == 0:
@@ -130,7 +170,7 @@ def test_what_one_chunk_went_on_with_grows_old():
 
 
 def test_the_same_beginning_again_is_held_once():
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     for _ in range(3):
         compute(cache, [line(1, 100)])
     assert len(cache) == 1
@@ -139,7 +179,7 @@ def test_the_same_beginning_again_is_held_once():
 
 
 def test_abandoned_chunk_leaves_nothing():
-    cache = PrefixCache(10**6)
+    cache = PrefixCache(10**6, TOKEN_BYTES)
     compute(cache, [line(1, 100)])
     before = [(block, block.users) for _, path, _ in cache._kept.values() for block, _ in path.sources]
     layout = compute(cache, distinct([line(1, 100) + line(2, 100), line(3, 50)]), keep=False)
@@ -151,7 +191,7 @@ def test_abandoned_chunk_leaves_nothing():
 @given(st.lists(trees(), min_size=1, max_size=6), st.sampled_from([0, 40, 300, 10**6]))
 def test_bound_and_users(chunks, most):
     """However beginnings overlap, the bound holds, all that is known is computed, and everything goes in the end."""
-    cache = PrefixCache(most * TOKEN_BYTES)
+    cache = PrefixCache(most * TOKEN_BYTES, TOKEN_BYTES)
     blocks: list[Block] = []
     for sequences in chunks:
         for tokens, path, _ in cache.find(sequences):
@@ -234,7 +274,7 @@ def test_little_or_no_memory_for_beginnings(prefix_bytes, checkpoint, load):
 
 
 def test_beginnings_are_bounded_in_number():
-    cache = PrefixCache(1 << 30)
+    cache = PrefixCache(1 << 30, TOKEN_BYTES)
     for seed in range(MOST_KEPT + 20):
         compute(cache, [line(seed, 40)])
     assert len(cache) <= MOST_KEPT

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from architectures import PLAIN, TREE
 from chunks import generating, scoring
 from engine_probes import never, watched
 
+from gpu_pool.worker.engine import attention
+from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
@@ -79,6 +82,35 @@ def test_dynamic_rotary_embeddings(max_length, boundary, checkpoint, load):
     with contextmanager(dynamic_rope)(loaded):
         assert rope_boundary(loaded) == boundary
         assert (choose_route(loaded)[0] is Route.PLAIN) == (boundary is not None)
+
+
+@contextmanager
+def raising(module: Any, error: Exception) -> Iterator[None]:
+    """As a checkpoint's own code does, in the tree's passes alone."""
+
+    def check(module: Any, args: Any, kwargs: Any) -> None:
+        if attention._plan is not None:
+            raise error
+
+    hook = module.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("error", [AssertionError("one row only"), ImportError("No module named 'x'"), NameError("y")])
+def test_whatever_a_models_own_code_raises_means_the_plain_way(error, checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    with raising(loaded.model.model.layers[0], error):
+        assert choose_route(loaded) == (Route.PLAIN, f"the self-check failed: {type(error).__name__}: {error}")
+    assert choose_route(loaded)[0] is Route.TREE
+
+
+def test_a_cancelled_self_check_says_nothing(checkpoint, load):
+    loaded = load(checkpoint("llama"))
+    with raising(loaded.model, Cancelled()), pytest.raises(Cancelled):
+        choose_route(loaded)
 
 
 def test_model_that_cannot_leave_out_logits(checkpoint, load):

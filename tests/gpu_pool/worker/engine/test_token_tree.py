@@ -14,6 +14,7 @@ from token_trees import distinct, needs, trees
 from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens, common_prefix
 from gpu_pool.worker.engine.packed import release
 from gpu_pool.worker.engine.prefix_cache import hold
+from gpu_pool.worker.engine.prefix_tree import shared_beginnings
 from gpu_pool.worker.engine.token_tree import GRID, Layout, Room, lay_out, lay_out_grid, pack, plan
 
 UNBOUNDED = 10**9
@@ -254,11 +255,33 @@ def test_branches_off_a_known_path_compute_the_output_that_they_need_themselves(
     assert_needed_are_new(layout, many, needed)
 
 
+def most_held(layout: Layout) -> int:
+    """Tokens whose keys and values are held at a time, at most, when blocks are computed one by one."""
+    held, most = set[Block](), 0
+    for block in layout.blocks:
+        held.add(block)
+        release(block.path.sources)
+        held = {block for block in held if block.users}
+        most = max(most, sum(block.reach for block in held))
+    assert not held
+    return most
+
+
+@pytest.mark.parametrize("longest_block", [50, UNBOUNDED])
+def test_long_documents_are_held_one_at_a_time(longest_block):
+    """Those of a task, behind its examples and before their choices; the longest is the heaviest path."""
+    documents = [(*range(500), 500 + document, *range(1000, 1300 + 10 * document)) for document in range(20)]
+    sequences = distinct([(*document, 3, choice) for document in documents for choice in range(4)])
+    layout = lay_out(sequences, [len(tokens) - 1 for tokens in sequences], longest_block=longest_block)
+    assert most_held(layout) <= max(map(len, sequences)) + (500 if longest_block == UNBOUNDED else longest_block)
+
+
 @pytest.mark.parametrize("longest_block", [7, UNBOUNDED])
 def test_shared_beginnings(longest_block):
     sequences = distinct(few_shot(3, 10, 4))
-    layout = lay_out(sequences, [0] * len(sequences), longest_block=longest_block, shared_by=8)
-    found = {sequences[index][:length] for index, length in layout.shared}
+    layout = lay_out(sequences, [0] * len(sequences), longest_block=longest_block)
+    assert layout.tree is not None
+    found = {sequences[index][:length] for index, length in shared_beginnings(layout.tree, 8)}
     assert found == {(prefix,) * 500 for prefix in range(3)}
 
 
@@ -266,8 +289,9 @@ def test_shared_beginnings(longest_block):
 @given(trees(), st.integers(1, 4))
 def test_shared_beginnings_of_any_tree(sequences, shared_by):
     """Each is shared by enough sequences, and none that is longer and goes on after it is."""
-    layout = lay_out(sequences, [0] * len(sequences), longest_block=UNBOUNDED, shared_by=shared_by)
-    for index, length in layout.shared:
+    layout = lay_out(sequences, [0] * len(sequences), longest_block=UNBOUNDED)
+    assert layout.tree is not None
+    for index, length in shared_beginnings(layout.tree, shared_by):
         having = [tokens for tokens in sequences if tokens[:length] == sequences[index][:length]]
         assert len(having) >= shared_by
         longer = [tokens[: length + 1] for tokens in having if len(tokens) > length]

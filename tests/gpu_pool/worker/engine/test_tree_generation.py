@@ -276,7 +276,7 @@ def test_prompts_in_blocks_and_slots_stay_within_their_memory(tokens, scored_tok
     held = peak()
     assert (expected := texts(fresh(loaded), prompts))
     assert max(held) > 4 * 150 * loaded.token_bytes
-    small = fresh(loaded, scored_tokens=scored_tokens, generated_bytes=tokens * loaded.token_bytes, prefix_bytes=0)
+    small = fresh(loaded, scored_tokens=scored_tokens, held_bytes=tokens * loaded.token_bytes, prefix_bytes=0)
     held = peak()
     assert texts(small, prompts) == expected
     least = max(map(len, prompts)) + 10 + len(SHORT[0])
@@ -287,10 +287,11 @@ def test_prompts_in_blocks_and_slots_stay_within_their_memory(tokens, scored_tok
 def test_rows_stay_within_their_memory_when_longer_ones_join(loaded, peak):
     """Slots have room for the longest row."""
     budget = (128 + 3 + 24 * 13) * loaded.token_bytes
-    small = fresh(loaded, generated_bytes=budget, prefix_bytes=0)
+    small = fresh(loaded, held_bytes=budget, prefix_bytes=0)
     middling = [prompt[:30] for prompt in LONG]
     chunks = iter([generating(middling, max_gen_toks=10, chunk_id=2)])
     held = peak()
-    answers = dict(generate_chunks(small, generating(SHORT, max_gen_toks=10), never, lambda: next(chunks, None)))
+    ended = generate_chunks(small, generating(SHORT, max_gen_toks=10), never, lambda: next(chunks, None))
+    answers = {texts.chunk_id: texts.texts for texts in ended}
     assert max(held) <= budget
     assert answers == {1: texts(fresh(loaded), SHORT), 2: texts(fresh(loaded), middling)}

@@ -18,10 +18,12 @@ from engine_probes import (
     watched,
 )
 
-from gpu_pool.worker.engine import tree_scoring
+from gpu_pool.worker.engine import attention, tree_scoring
+from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
+from gpu_pool.worker.engine.packed import kept_bytes
 from gpu_pool.worker.engine.rows import Answer
 
 Requests = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -113,6 +115,92 @@ def test_out_of_memory_halves_the_pass(most, loaded):
                 answers(large, few_shot())
     assert_kept_for_the_cache_alone(large)
     assert_agree(answers(large, few_shot()), whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (torch.AcceleratorError, "CUDA error: out of memory"),
+    ],
+)
+def test_what_is_too_much_is_learnt_once_a_chunk_whoever_says_so(error, message, loaded):
+    requests = few_shot(questions=20)
+    whole = answers(fresh(loaded), requests)
+    small = fresh(loaded, scored_tokens=160)
+    with out_of_memory_beyond(loaded, read=130, error=error, message=message) as failures, watched(loaded) as passes:
+        assert_agree(answers(small, requests), whole)
+    assert len(failures) == 1
+    assert len(passes.read) > 5
+    assert_kept_for_the_cache_alone(small)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kept_beginnings_are_given_up_where_memory_does_not_suffice_for_a_block(deterministic, loaded):
+    chunk = scoring(few_shot(), deterministic=deterministic)
+    whole = score(fresh(loaded), chunk, never)
+    score(loaded, scoring(few_shot(questions=1)), never)
+    planned = loaded.limits.scored_tokens
+
+    def fail(module, args, kwargs):
+        if len(loaded.prefix_cache):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(fail, with_kwargs=True)
+    assert_agree(score(loaded, chunk, never), whole)
+    hook.remove()
+    assert deterministic or loaded.limits.scored_tokens < planned, "batches are halved first"
+    assert_kept_for_the_cache_alone(loaded)
+
+
+def test_a_failed_pass_leaves_no_keys_and_values(loaded):
+    """It fails in the second layer: those of the first are gone when its first half is tried."""
+    failed: list[Block] = []
+    left: list[int] = []
+
+    def fail_once(module, args, kwargs):
+        assert attention._plan is not None
+        if not failed and len(attention._plan.starts) > 1:
+            failed.extend(block for block in attention._plan.starts if kept_bytes(block))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def look(module, args, kwargs):
+        if failed:
+            left.append(sum(map(kept_bytes, failed)))
+
+    hooks = [
+        loaded.model.model.layers[1].register_forward_pre_hook(fail_once, with_kwargs=True),
+        loaded.model.register_forward_pre_hook(look, with_kwargs=True),
+    ]
+    whole = answers(loaded, few_shot())
+    for hook in hooks:
+        hook.remove()
+    assert len(failed) > 1
+    assert left[0] == 0
+    assert_agree(whole, answers(fresh(loaded), few_shot()))
+
+
+@pytest.mark.parametrize("tokens", [0, 150])
+def test_keys_and_values_that_are_held_leave_less_room(tokens, loaded):
+    """But what a pass cannot do without, and what nobody looks back at, is computed however little there is."""
+    small = fresh(loaded, held_bytes=tokens * loaded.token_bytes, prefix_bytes=0)
+    whole = answers(fresh(loaded), few_shot(questions=20))
+    held: list[int] = []
+
+    def look(module, args, kwargs):
+        assert attention._plan is not None
+        sources = {block for member in attention._plan.starts for block, _ in member.path.sources}
+        held.append(sum(map(kept_bytes, sources)) + sum(block.reach for block in attention._plan.starts if block.users))
+
+    hook = loaded.model.register_forward_pre_hook(look, with_kwargs=True)
+    with watched(loaded) as passes:
+        assert_agree(answers(small, few_shot(questions=20)), whole)
+    hook.remove()
+    with watched(loaded) as free:
+        answers(fresh(loaded), few_shot(questions=20))
+    assert len(passes.read) > len(free.read)
+    assert max(held) <= max(tokens, 150) * loaded.token_bytes
+    assert max(passes.read) > 1
 
 
 def test_out_of_memory_after_the_pass(loaded, monkeypatch):
