@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -19,7 +19,7 @@ import msgspec
 from gpu_pool.channel import Channel, OversizeFrame, Received
 from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.messages import Message, Shutdown
-from gpu_pool.offspring import SWEEP_SECONDS, end_all, mark_process, marked
+from gpu_pool.offspring import SWEEP_SECONDS, end_all, hidden, mark_process, marked
 
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
@@ -134,17 +134,20 @@ async def spawn(
     start: Any,
     decode: Callable[[bytes], Received],
     server_mark: str = "",
+    secrets: Collection[str] = (),
 ) -> Child[Received]:
     """Start `target(connection, start, parent_pid)` in a new interpreter; `server_mark` is on all that it starts.
 
-    Must run on the main thread's loop: the kernel ends the child with the *thread* that started it.
+    It finds the variables `secrets` of the environment empty. Must run on the main thread's loop: the kernel ends the
+    child with the *thread* that started it.
     """
     ours, theirs = _spawn.Pipe(duplex=True)
     process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
     mark = f"{server_mark or uuid.uuid4().hex}/{uuid.uuid4().hex}"
-    resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
-    with marked(mark):
-        process.start()
+    with hidden(secrets):
+        resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
+        with marked(mark):
+            process.start()
     mark_process(process.pid or 0, mark)
     theirs.close()  # or its death would never show as the end of the pipe
     return Child(name, process, await Channel[Received].over(ours, decode), mark)

@@ -228,12 +228,23 @@ class ModelArgumentInfo(Response, frozen=True, kw_only=True):
     note: str | None
 
 
+class EndpointInfo(Response, frozen=True, kw_only=True):
+    """An endpoint that `model_args.endpoint` may name."""
+
+    name: str
+    kind: Literal["chat", "completions"]
+    base_url: str
+    model: str | None
+    """Where a request names none."""
+
+
 class ModelList(Response, frozen=True, kw_only=True, omit_defaults=True):
-    """Kinds for `model`, aliases included; `entries` and `arguments` only with ?details=true."""
+    """Kinds for `model`, aliases included; the rest only with ?details=true."""
 
     models: list[str]
     entries: list[ModelNameInfo] | None = None
     arguments: list[ModelArgumentInfo] | None = None
+    endpoints: list[EndpointInfo] | None = None
 
 
 class GpuProcess(Response, frozen=True, kw_only=True):

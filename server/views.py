@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 from gpu_pool.cache_upkeep import CacheUse
+from gpu_pool.endpoints import Endpoint
 from gpu_pool.messages import TaskEntry
 from gpu_pool.model_arguments import known_arguments
 from gpu_pool.model_names import MODEL_NAMES
@@ -184,8 +185,8 @@ def task_list(entries: tuple[TaskEntry, ...], details: bool) -> responses.TaskLi
     return responses.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)
 
 
-def model_list(details: bool) -> responses.ModelList:
-    """Every kind of model; with `details` what each is here, and the names of arguments."""
+def model_list(listed: Mapping[str, Endpoint], details: bool) -> responses.ModelList:
+    """Every kind of model; with `details` what each is here, the names of arguments, and the endpoints."""
     if not details:
         return responses.ModelList(models=model_kinds())
     entries = [
@@ -193,7 +194,7 @@ def model_list(details: bool) -> responses.ModelList:
             name=name.name,
             runs_on=None if name.runs_on in ("package", "nothing") else name.runs_on,
             pretrained=name.pretrained,
-            reason=why_not(name),
+            reason=why_not(name, {endpoint.kind for endpoint in listed.values()}),
             nearest=list(name.nearest),
             note=name.note,
         )
@@ -203,7 +204,11 @@ def model_list(details: bool) -> responses.ModelList:
         responses.ModelArgumentInfo(name=name, meaning=meaning, note=note)
         for name, (meaning, note) in sorted(known_arguments().items())
     ]
-    return responses.ModelList(models=model_kinds(), entries=entries, arguments=arguments)
+    endpoints = [
+        responses.EndpointInfo(name=name, kind=endpoint.kind, base_url=endpoint.base_url, model=endpoint.model)
+        for name, endpoint in sorted(listed.items())
+    ]
+    return responses.ModelList(models=model_kinds(), entries=entries, arguments=arguments, endpoints=endpoints)
 
 
 def gpu_list(gpus: list[GpuView], pool: Pool) -> responses.GpuList:

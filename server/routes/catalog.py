@@ -25,7 +25,8 @@ async def list_tasks(
 
 @get("/models", tags=["catalogue"], responses=problems(400))
 async def list_models(
+    pool: NamedDependency[Pool],
     details: Annotated[bool, QueryParameter(description="Say also what each name is here")] = False,
 ) -> ModelList:
     """Kinds that `model` may name; it may also be a path or a hub id."""
-    return views.model_list(details)
+    return views.model_list(pool.settings.endpoints, details)
