@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Literal
 
+from gpu_pool.api_models import is_api, resolve_api, resolve_api_args, why_no_scores
 from gpu_pool.desk import Desk
+from gpu_pool.endpoints import slot_id
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.leases import Leases
@@ -15,7 +16,7 @@ from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
 from gpu_pool.models import is_kind, located_at, reads_images, resolve_hub_revision, resolve_model
-from gpu_pool.records import CheckpointType, Evaluation, Merge, ModelArgs, Record
+from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
@@ -23,7 +24,7 @@ from gpu_pool.settings import PoolSettings
 class Placement(Record, frozen=True, kw_only=True):
     """On what a job may run."""
 
-    device: Literal["cpu", "cuda"]
+    device: Device
     max_replicas: int
     """Most slots that it may hold at once."""
     slot_index: str | None = None
@@ -43,12 +44,25 @@ class Admission:
         parse_gen_kwargs(evaluation.gen_kwargs)
         place = self.place(evaluation)
         self.check_output_dir(evaluation.output_dir)
+        if api := self.api_model(evaluation):
+            if evaluation.merge is not None:
+                raise InvalidRequest("merge", "must be left out: a model behind an endpoint has no checkpoint here")
+            args = await self.model_args(evaluation)
+            no_scores = why_no_scores(args, api, self._settings.endpoints[api.endpoint])
+            await self._check_tasks(evaluation, reads_images=api.kind == "chat", no_scores=no_scores)
+            return
         if merge := await self.merge_for(evaluation):
             args = await self.model_args(evaluation, merge.description_path, is_merged=False)
         else:
             args = await self.model_args(evaluation)
             self.plan(evaluation, await self.size(evaluation, args, place), place)
-        await self._check_tasks(evaluation, args)
+        await self._check_tasks(evaluation, reads_images=await asyncio.to_thread(reads_images, args))
+
+    def api_model(self, evaluation: Evaluation) -> ApiModel | None:
+        """What is asked of an endpoint; None of a model that is computed here. Raises InvalidRequest."""
+        if not is_api(evaluation.model):
+            return None
+        return resolve_api(evaluation.model, evaluation.model_args, self._settings.endpoints)
 
     async def model_args(self, evaluation: Evaluation, path: str | None = None, *, is_merged: bool = True) -> ModelArgs:
         """What `model` and `model_args` mean, a hub id resolved to a commit; reads files or asks the hub, in a thread.
@@ -56,6 +70,8 @@ class Admission:
         `path`: where the model is, unless they say it; not `is_merged`: there are no weights yet.
         """
         model, model_args = evaluation.model, evaluation.model_args
+        if api := self.api_model(evaluation):
+            return await asyncio.to_thread(resolve_api_args, model_args, api)
         if path is not None:
             model, model_args = located_at(model, model_args, path)
 
@@ -92,6 +108,8 @@ class Admission:
         A job that was admitted earlier waits for what is not there now.
         """
         field = _model_field(evaluation)
+        if place.device == "api":
+            return ReplicaPlan()
         if place.device == "cpu":
             return plan_on_cpu(size, machine_bytes(), field=field)
         if place.slot_index is not None or place.slot_id is not None:
@@ -116,6 +134,9 @@ class Admission:
 
         A job that was admitted earlier waits for what is not there now, and any for GPUs while nobody knows of them.
         """
+        if api := self.api_model(evaluation):
+            _check_no_device(evaluation)
+            return Placement(device="api", max_replicas=1, slot_id=slot_id(api.endpoint))
         device, index, uuid = self._device(evaluation)
         may_wait = is_admitted or self.awaits_driver(evaluation)
         slots = [slot for slot in self._leases.slots(device) if index in (None, slot.index) and uuid in (None, slot.id)]
@@ -136,7 +157,7 @@ class Admission:
 
     def awaits_driver(self, evaluation: Evaluation) -> bool:
         """Whether the job needs GPUs, or may, of which nobody can say yet which there are."""
-        return self._leases.gpus_unknown and self._device(evaluation)[0] == "cuda"
+        return self._leases.gpus_unknown and not is_api(evaluation.model) and self._device(evaluation)[0] == "cuda"
 
     @property
     def no_driver(self) -> str:
@@ -147,7 +168,7 @@ class Admission:
         """Return once it is known which GPUs there are."""
         await self._leases.gpus_known()
 
-    def _device(self, evaluation: Evaluation) -> tuple[Literal["cpu", "cuda"], str | None, str | None]:
+    def _device(self, evaluation: Evaluation) -> tuple[Device, str | None, str | None]:
         """Kind of device, and the one GPU that is asked for: by its position, or by its UUID."""
         match evaluation.device:
             case None:
@@ -188,15 +209,24 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, evaluation: Evaluation, args: ModelArgs) -> None:
+    async def _check_tasks(self, evaluation: Evaluation, *, reads_images: bool, no_scores: str | None = None) -> None:
         tasks = evaluation.tasks
-        images = await asyncio.to_thread(reads_images, args)
-        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=images)
+        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=reads_images, no_scores=no_scores)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
             reasons = "; ".join(problem.reason for problem in problems)
             raise InvalidRequest(field, reasons, choices=first.suggestions)
+
+
+def _check_no_device(evaluation: Evaluation) -> None:
+    """A model behind an endpoint needs no device of this box."""
+    if evaluation.device not in (None, "cpu"):
+        raise InvalidRequest("device", "must be left out: the model is behind an endpoint")
+    if evaluation.num_gpus > 1:
+        raise InvalidRequest("num_gpus", "must be 0: the model is behind an endpoint")
+    if evaluation.deterministic:
+        raise InvalidRequest("deterministic", "must be false: the model is behind an endpoint")
 
 
 def _merge_for(evaluation: Evaluation, kind: CheckpointType) -> Merge:

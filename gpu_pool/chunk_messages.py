@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from gpu_pool.messages import LoadFailed, Message
-from gpu_pool.records import Record
+from gpu_pool.records import ApiModel, Record
 from gpu_pool.token_sequences import TokenSequences
 
 # ---------------------------------------------------------------- evaluator -> worker (data channel)
@@ -20,6 +20,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """First message on a data channel: the job whose requests follow. Answered by Welcome."""
 
     job_id: str
+    api: ApiModel | None = None
+    """Where an endpoint is to be asked: for which model, and how."""
 
 
 class GenerationOptions(Record, frozen=True, kw_only=True):

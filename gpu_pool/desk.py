@@ -65,9 +65,15 @@ class Desk:
         return await asyncio.shield(self._catalogue)
 
     async def check(
-        self, tasks: tuple[str, ...], num_fewshot: int | None, *, reads_images: bool = False
+        self,
+        tasks: tuple[str, ...],
+        num_fewshot: int | None,
+        *,
+        reads_images: bool = False,
+        no_scores: str | None = None,
     ) -> tuple[msg.TaskProblem, ...]:
-        """What is wrong with these tasks for a model that reads images, or does not.
+        """What is wrong with these tasks for a model that reads images, or does not, and gives no log-likelihoods for
+        the reason `no_scores`, or does (None).
 
         Raises:
             DeskUnavailable: the process ends meanwhile.
@@ -77,7 +83,13 @@ class Desk:
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
         self._child.send(
-            msg.CheckTasks(check_id=number, tasks=tasks, num_fewshot=num_fewshot, reads_images=reads_images)
+            msg.CheckTasks(
+                check_id=number,
+                tasks=tasks,
+                num_fewshot=num_fewshot,
+                reads_images=reads_images,
+                no_scores=no_scores,
+            )
         )
         try:
             return await answer

@@ -18,6 +18,7 @@ from gpu_pool.placement import Readiness, readiness_of, replicas_for
 from gpu_pool.records import EvaluatorState, Slot, WaitingView, WorkerState
 
 _GIB = 1 << 30
+_NOUNS = {"api": "endpoint", "cpu": "CPU worker", "cuda": "GPU"}
 
 
 def explain(ledger: Ledger, seconds_left: Mapping[str, float], limit: int) -> list[WaitingView]:
@@ -58,6 +59,8 @@ def _first(demands: Iterable[Demand], limit: int) -> list[Demand]:
 
 
 def _needs(demand: Demand) -> str:
+    if demand.spec.api is not None:
+        return f"the endpoint {demand.spec.api.endpoint}"
     if demand.spec.device == "cpu":
         return "a CPU worker"
     count = "1 GPU" if demand.gpus == 1 else f"{demand.gpus} GPUs at once"
@@ -82,7 +85,7 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     """What there is for a demand of this shape, slot by slot."""
     suited = [slot for slot in ledger.slots.values() if demand.accepts(slot)]
     free = [slot for slot in suited if ledger.usable(slot.id) and not ledger.holders.get(slot.id)]
-    noun = "CPU worker" if demand.spec.device == "cpu" else "GPU"
+    noun = _NOUNS[demand.spec.device]
     if not suited:
         said = [f"No {noun} that would do is there."]
     elif len(suited) == 1:

@@ -65,6 +65,8 @@ def changed_models(specs: Iterable[ModelSpec], memo: Path) -> frozenset[str]:
     """Replica keys of the models whose files are not what they were. Nothing is read: the unknown counts as such."""
     changed: set[str] = set()
     for spec in {spec.replica_key: spec for spec in specs}.values():
+        if spec.api is not None:
+            continue
         try:
             unchanged = fingerprint_model(spec.args, memo, read=False) == spec.fingerprint
         except (InvalidRequest, OSError):

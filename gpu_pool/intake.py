@@ -16,6 +16,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool.admission import Admission
 from gpu_pool.daemon_thread import in_daemon_thread
+from gpu_pool.endpoints import api_fingerprint
 from gpu_pool.errors import DatabaseUnavailable, InvalidRequest, KeyReused, ShuttingDown
 from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
 from gpu_pool.live_jobs import LiveJobs
@@ -23,7 +24,7 @@ from gpu_pool.losses import Losses
 from gpu_pool.merge import NotMergeable
 from gpu_pool.merges import Merges
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec, WaitingView
+from gpu_pool.records import ApiModel, Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec, WaitingView
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
@@ -109,8 +110,9 @@ class Intake:
     async def _identify(self, *jobs: Job) -> None:
         """Find the content of the model that these jobs name, merged first, and let the scheduler have them."""
         try:
+            api = self._admission.api_model(jobs[0].evaluation)
             args = _resolved(jobs[0]) or await self._admission.model_args(jobs[0].evaluation, await self._merged(jobs))
-            digest = await self._fingerprint(args)
+            digest = api_fingerprint(api) if api else await self._fingerprint(args)
         except ShuttingDown:
             return  # the next start takes them up again
         except Exception as error:
@@ -126,13 +128,13 @@ class Intake:
         waiting = [job for job in jobs if self._admission.awaits_driver(job.evaluation)]
         for job in jobs:
             if job not in waiting:
-                await self._demand(job, args, digest, sizes)
+                await self._demand(job, args, digest, sizes, api)
         if waiting:
             self._unplaced.update(job.id for job in waiting)
             await self._admission.driver_answers()
             self._unplaced.difference_update(job.id for job in waiting)
         for job in waiting:
-            await self._demand(job, args, digest, sizes)
+            await self._demand(job, args, digest, sizes, api)
 
     async def _note_model(self, job: Job, args: ModelArgs, digest: str) -> None:
         """What must be known of it later: that it is another one than before, or which commit of a hub it is."""
@@ -185,18 +187,28 @@ class Intake:
             said = f"its model cannot be looked at: {error!r}"
         await self._runner.settle_queued(job.id, JobEvent.FAIL, said)
 
-    async def _demand(self, job: Job, args: ModelArgs, digest: str, sizes: dict[str, ReplicaSize | None]) -> None:
+    async def _demand(
+        self,
+        job: Job,
+        args: ModelArgs,
+        digest: str,
+        sizes: dict[str, ReplicaSize | None],
+        api: ApiModel | None = None,
+    ) -> None:
         """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
         is_admitted = job.evaluation.merge is None or job.attempt > 0  # before it was merged nobody knew its size
         try:
             place = self._admission.place(job.evaluation, is_admitted=True)
-            if place.device not in sizes:
+            if api is not None:
+                sizes[place.device] = None
+            elif place.device not in sizes:
                 sizes[place.device] = await self._admission.size(job.evaluation, args, place)
             plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=is_admitted)
         except Exception as error:
             await self._refuse(job, error)
             return
-        spec = ModelSpec(kind="hf", args=args, fingerprint=digest, device=place.device)
+        kind = "hf" if api is None else job.evaluation.model
+        spec = ModelSpec(kind=kind, args=args, fingerprint=digest, device=place.device, api=api)
         demand = ev.Demand(
             job_id=job.id,
             spec=spec,

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 
+from gpu_pool.endpoints import slot_id
 from gpu_pool.errors import GpuNotFound, GpuNotQuarantined
 from gpu_pool.gpu_locks import GpuLock
 from gpu_pool.gpu_usage import (
@@ -57,6 +58,7 @@ class Leases:
         self._quarantined: dict[str, str] = {}
         self._accepted_errors: dict[str, int] = {}
         """GPU -> uncorrectable memory errors that an operator has seen and released it with."""
+        self._api_slots = [Slot(id=slot_id(name), device="api", index=name) for name in sorted(settings.endpoints)]
         self._cpu_slots = [Slot(id=f"cpu:{n}", device="cpu", index=str(n)) for n in range(settings.cpu_workers)]
 
     # ------------------------------------------------------------------ what there is
@@ -108,7 +110,7 @@ class Leases:
                 accepted = min(self._accepted_errors[gpu.uuid], gpu.uncorrectable_errors)
                 self._accepted_errors[gpu.uuid] = accepted
         seen = [(self._slot(gpu), self._why_not(gpu)) for gpu in gpus]
-        return (*((slot, None) for slot in self._cpu_slots), *seen)
+        return (*((slot, None) for slot in (*self._cpu_slots, *self._api_slots)), *seen)
 
     def lost(self) -> frozenset[str]:
         """By the last look, the slots that cannot compute any more: what runs there is lost."""
@@ -163,15 +165,15 @@ class Leases:
 
         `memory_bytes`: most memory that it may use on each GPU; 0: all, and no other worker may come.
         """
-        wanted = [slot_id for slot_id in slot_ids if not slot_id.startswith("cpu:")]
+        wanted = [slot for slot in slot_ids if not slot.startswith(("cpu:", "api:"))]
         if not wanted:
             return None
         await self.look()
-        for slot_id in wanted:
-            gpu = self._gpus.get(slot_id)
+        for slot in wanted:
+            gpu = self._gpus.get(slot)
             if reason := self._take(gpu, worker_id, memory_bytes) if gpu else "It is not there any more.":
                 self.release(worker_id)
-                return f"GPU {gpu.index if gpu else slot_id}: {reason}"
+                return f"GPU {gpu.index if gpu else slot}: {reason}"
         return None
 
     def _take(self, gpu: Gpu, worker_id: str, memory_bytes: int) -> str | None:

@@ -6,17 +6,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.fleet import EvaluatorChild, WorkerChild
 from gpu_pool.merge import staging_folder
 from gpu_pool.merges import MergerChild
+from gpu_pool.offspring import hidden
 from gpu_pool.records import Merge, ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
-from gpu_pool.supervisor import spawn
+from gpu_pool.supervisor import Child, Received, spawn
 from gpu_pool.warden import Warden
+from gpu_pool.worker.api.entry import api_worker_main
 from gpu_pool.worker.entry import worker_main
 from gpu_pool.worker.merging.entry import merger_main
 
@@ -32,10 +37,14 @@ class LocalProcesses:
         self._settings = settings
         self._visible_device = visible_device
         self._sockets = _socket_folder(settings.data_dir)
-        self._warden = Warden(settings.data_dir)
+        self._secrets = {endpoint.key_env for endpoint in settings.endpoints.values() if endpoint.key_env}
+        """Variables of the environment that hold keys of endpoints: each is for the process that asks it alone."""
+        self._warden = Warden(settings.data_dir, self._secrets)
 
     async def start(self) -> None:
         """End what a lost server's children may have left."""
+        with hidden(self._secrets):
+            resource_tracker.ensure_running()  # or it would be started with the first child, and inherit what that has
         await self._warden.start()
 
     def close(self) -> None:
@@ -61,11 +70,13 @@ class LocalProcesses:
             cache_max_bytes=settings.cache_max_bytes,
             runs_jobs=runs_jobs,
         )
-        return await spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator, self._warden.mark)
+        return await self._spawn(evaluator_id, evaluator_main, start, msg.decode_from_evaluator)
 
     async def worker(self, worker_id: str, spec: ModelSpec, slots: list[Slot], memory_bytes: int) -> WorkerChild:
         """A worker in these slots, that may take `memory_bytes` of each (0: all). Raises OSError, as above."""
         settings = self._settings
+        if spec.api is not None:
+            return await self._api_worker(worker_id, spec.api.endpoint)
         start = msg.WorkerStart(
             worker_id=worker_id,
             spec=spec,
@@ -78,14 +89,37 @@ class LocalProcesses:
             threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
             allow_remote_code=settings.allow_remote_code,
         )
-        return await spawn(worker_id, worker_main, start, msg.decode_from_worker, self._warden.mark)
+        return await self._spawn(worker_id, worker_main, start, msg.decode_from_worker)
+
+    async def _api_worker(self, worker_id: str, name: str) -> WorkerChild:
+        """What asks an endpoint: the only process that finds its key."""
+        endpoint = self._settings.endpoints[name]
+        start = msg.ApiWorkerStart(
+            worker_id=worker_id,
+            name=name,
+            endpoint=endpoint,
+            socket_path=self.address(worker_id),
+            log_path=self._log_path(worker_id),
+        )
+        return await self._spawn(worker_id, api_worker_main, start, msg.decode_from_worker, knows=endpoint.key_env)
 
     async def merger(self, job_id: str, merge: Merge, log_path: Path) -> MergerChild:
         """A process that merges a checkpoint and ends. Raises OSError, as above."""
         start = msg.MergeStart(
             job_id=job_id, merge=merge, staging_path=str(staging_folder(merge, job_id)), log_path=str(log_path)
         )
-        return await spawn(f"merger of job {job_id}", merger_main, start, msg.decode_from_merger, self._warden.mark)
+        return await self._spawn(f"merger of job {job_id}", merger_main, start, msg.decode_from_merger)
+
+    async def _spawn(
+        self,
+        name: str,
+        target: Callable[[Connection, Any, int], None],
+        start: Any,
+        decode: Callable[[bytes], Received],
+        knows: str | None = None,
+    ) -> Child[Received]:
+        """A child that finds no key in its environment, but for the one in the variable that it `knows`."""
+        return await spawn(name, target, start, decode, self._warden.mark, self._secrets - {knows})
 
     def address(self, worker_id: str) -> str:
         """Where the worker listens for evaluators."""

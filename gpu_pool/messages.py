@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gpu_pool.endpoints import Endpoint
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Evaluation, JobResult, Merge, ModelSpec, Progress, Record
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
@@ -64,6 +65,17 @@ class WorkerStart(Record, frozen=True, kw_only=True):
     @property
     def threads_of_a_rank(self) -> int:
         return max(1, self.threads // self.tensor_parallel)
+
+
+class ApiWorkerStart(Record, frozen=True, kw_only=True):
+    """What a process that asks an endpoint is told when it is spawned. Where the key is, not what it is."""
+
+    worker_id: str
+    name: str
+    """The operator's, of the endpoint."""
+    endpoint: Endpoint
+    socket_path: str
+    log_path: str
 
 
 class MergeStart(Record, frozen=True, kw_only=True):
@@ -120,6 +132,8 @@ class CheckTasks(Message, frozen=True, kw_only=True):
     """The request's: few-shot examples need a split of their own."""
     reads_images: bool = False
     """Whether the model does."""
+    no_scores: str | None = None
+    """Why the model gives no log-likelihoods; None: it does."""
 
 
 class BuildCatalogue(Message, frozen=True, kw_only=True):

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 
 from gpu_pool.gguf_header import GgufHeader, read_gguf_header
 from gpu_pool.quantization import quantization_method
-from gpu_pool.records import ModelArgs, Record
+from gpu_pool.records import Device, ModelArgs, Record
 from gpu_pool.weight_files import FLOATS, TYPE_BITS, Tensor, WeightFiles, finder, read_adapter, read_weight_files
 from gpu_pool.weight_types import loaded_bytes, once
 
@@ -79,7 +79,7 @@ class Shape(Record, frozen=True, kw_only=True):
     vocabulary: int = 0
 
 
-def replica_size(args: ModelArgs, device: Literal["cpu", "cuda"]) -> ReplicaSize | None:
+def replica_size(args: ModelArgs, device: Device) -> ReplicaSize | None:
     """The memory that a replica of `args` needs; None where no file tells. Reads headers, or asks the hub.
 
     `args` are resolved (`gpu_pool.models`): a hub id has its commit, an adapter is a local folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,13 @@ import msgspec
 from gpu_pool import checkpoints
 from gpu_pool.checkpoints import check_checkpoint, check_config, check_gguf, check_tokenizer, read_config
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.model_arguments import DTYPES, decode, in_our_words
+from gpu_pool.model_names import MODEL_NAMES, SAME_WEIGHTS, ModelName
 from gpu_pool.quantization import check_bitsandbytes, check_quantization
 from gpu_pool.records import ModelArgs
 from gpu_pool.suggestions import close_names
 from gpu_pool.weight_files import finder
 
-ALIASES: dict[str, tuple[str, ...]] = {
-    "hf": (
-        *("hf-auto", "hf-causal", "hf-multimodal", "huggingface", "transformers"),
-        # lmms-eval's names for families of models that transformers loads
-        *("aria", "async_hf", "async_hf_model", "fuyu", "gemma3", "gemma4", "glm4v", "idefics2", "instructblip"),
-        *("internvl_hf", "lfm2_5_vl", "llama4_scout", "llama_vision", "llava_hf", "llava_onevision", "mistral3_vl"),
-        *("phi3v", "phi4_multimodal", "qwen2_5_omni", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_omni"),
-        *("qwen3_vl", "video_llava", "videollama3"),
-    )
-}
-"""Kinds of model, and the other names of each."""
-
-DTYPES = {
-    **{name: name for name in ("auto", "float32", "bfloat16", "float16", "float64")},
-    **{"float": "float32", "half": "float16", "double": "float64"},
-}
-"""Accepted dtypes, and torch's own name of each."""
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 """What some need beside torch; transformers also takes them from the hub, with `kernels`."""
@@ -46,21 +32,23 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
 _HUB_KERNEL = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken", "*.spm"]
 
-_OWN_FIELDS = {
-    "batch_size": "give `batch_size` beside `model_args`",
-    "max_batch_size": 'give `batch_size` beside `model_args` (an integer or "auto")',
-    "device": "give `device` beside `model_args`",
-    "device_map": "the pool places models; give `num_gpus` beside `model_args`",
-    "parallelize": "the pool places models; give `num_gpus` beside `model_args`",
-    "gen_kwargs": "give `gen_kwargs` beside `model_args`",
-    "backend": "the checkpoint says whether it is an encoder-decoder; leave it out",
-}
-"""Keys that other harnesses take here, and where they belong."""
-
 
 def model_kinds() -> list[str]:
     """Every name that `model` may be, beside a path or hub id; sorted."""
-    return sorted({*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases)})
+    return list(MODEL_NAMES)
+
+
+def why_not(name: ModelName, kinds: Collection[str] = ()) -> str | None:
+    """Why models of that name cannot run here, where there are endpoints of these `kinds`; None where they can."""
+    if name.runs_on == "api" and name.kind not in kinds:
+        return f"the operator of this server lists no {name.kind} endpoint (setting endpoints)"
+    if name.package is None:
+        return name.reason
+    there = "is not installed" if find_spec(name.package) is None else "is not driven by evalpool"
+    return (
+        f"it runs by the package {name.package}, which {there}; its own server speaks OpenAI's protocol, and the "
+        "operator can list that as an endpoint"
+    )
 
 
 def located_at(model: str, model_args: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
@@ -72,7 +60,7 @@ def located_at(model: str, model_args: dict[str, Any], path: str) -> tuple[str, 
 
 def is_kind(model: str) -> bool:
     """Whether `model` names a kind of model, rather than a model."""
-    return model in model_kinds()
+    return model in MODEL_NAMES
 
 
 def resolve_model(
@@ -80,14 +68,14 @@ def resolve_model(
 ) -> ModelArgs:
     """The model that a request means, checked as far as local files allow.
 
-    `model` is a kind (then `model_args` has `pretrained`), or directly a path or hub id. A folder that is not
-    `is_merged` need not have weights yet.
+    `model` is a kind (then `model_args` has `pretrained`, or the kind a default), or directly a path or hub id. A
+    folder that is not `is_merged` need not have weights yet.
 
     Raises:
         InvalidRequest: naming `model` or `model_args.<key>`.
     """
     values, field = _with_pretrained(model, model_args)
-    args = _normalised(_decode(values))
+    args = decode(values)
     _check_values(args, allow_remote_code)
     args = _split_gguf_path(args, field)
     check_bitsandbytes(args)
@@ -122,6 +110,12 @@ def resolve_hub_revision(args: ModelArgs) -> ModelArgs:
     return msgspec.structs.replace(args, revision=commit)
 
 
+def local_tokenizer(name: str, field: str) -> str:
+    """The folder of a tokenizer of the hub, or its cache; raises InvalidRequest for `field`."""
+    _check_hub_id(name, field)
+    return _snapshot(name, None, _TOKENIZER_FILES, field)
+
+
 def reads_images(args: ModelArgs) -> bool:
     """Whether the model of these resolved arguments reads images, as far as its configuration and local files tell."""
     config = None if args.gguf_file else finder(args)("config.json")
@@ -136,18 +130,35 @@ def reads_images(args: ModelArgs) -> bool:
 
 
 def _with_pretrained(model: str, model_args: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The model arguments with `pretrained` filled in, and the field that said which model it is."""
-    if is_kind(model):
-        if not model_args.get("pretrained"):
-            raise InvalidRequest("model_args.pretrained", f"a path or hub id is needed for model kind {model!r}")
-        return model_args, "model_args.pretrained"
+    """The model arguments in our words with `pretrained` filled in, and the field that said which model it is."""
+    values = in_our_words(model_args)
+    if name := MODEL_NAMES.get(model):
+        if reason := why_not(name):
+            nearest = " or ".join(name.nearest)
+            problem = f"{model} cannot run here: {reason}. The nearest that can: {nearest}"
+            raise InvalidRequest("model", problem, choices=name.nearest)
+        if values.get("pretrained"):
+            _check_format(values["pretrained"])
+            return values, "model_args.pretrained"
+        if name.pretrained is None or "pretrained" in values:
+            also = f" ({name.note})" if name.note else ""
+            problem = f"a path or hub id is needed for model kind {model!r}{also}"
+            raise InvalidRequest("model_args.pretrained", problem)
+        return {**values, "pretrained": name.pretrained}, "model"
     if not os.path.exists(model) and not _HUB_ID.fullmatch(model):
         raise _unknown_model(model)
-    if model_args.get("pretrained") not in (None, model):
+    if values.get("pretrained") not in (None, model):
         raise InvalidRequest(
             "model_args.pretrained", f"must be left out, or be {model!r}: `model` names a model itself"
         )
-    return {**model_args, "pretrained": model}, "model"
+    return {**values, "pretrained": model}, "model"
+
+
+def _check_format(pretrained: Any) -> None:
+    """Refuse checkpoints of the hub that transformers would take for what they are not."""
+    if isinstance(pretrained, str) and (same := SAME_WEIGHTS.get(pretrained)) and not os.path.exists(pretrained):
+        problem = f"{pretrained} is in a format that transformers does not load; {same} has the same weights"
+        raise InvalidRequest("model_args.pretrained", problem, choices=(same,))
 
 
 def _unknown_model(model: str) -> InvalidRequest:
@@ -156,27 +167,6 @@ def _unknown_model(model: str) -> InvalidRequest:
     close = close_names(model, model_kinds())
     problem = f"{model!r} is neither a model kind (see GET /models), nor a path on the server, nor a hub id (org/name)"
     return InvalidRequest("model", problem, choices=close)
-
-
-def _decode(values: dict[str, Any]) -> ModelArgs:
-    known = ModelArgs.__struct_fields__
-    for key in values:
-        if key not in known:
-            reason = _OWN_FIELDS.get(key, f"unknown; known are {', '.join(sorted(known))}")
-            raise InvalidRequest(f"model_args.{key}", reason, choices=close_names(key, known))
-    try:
-        return msgspec.convert(values, ModelArgs, strict=True)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$.")
-        key = path.rstrip("`")
-        raise InvalidRequest(f"model_args.{key}" if key else "model_args", problem.replace("`", "")) from error
-
-
-def _normalised(args: ModelArgs) -> ModelArgs:
-    """One spelling for each dtype, so that equal models share a replica."""
-    keys = ("dtype", "softmax_dtype", "bnb_4bit_compute_dtype")
-    given = {key: name for key in keys if (name := getattr(args, key)) is not None}
-    return msgspec.structs.replace(args, **{key: DTYPES.get(name, name) for key, name in given.items()})
 
 
 def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:

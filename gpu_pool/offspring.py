@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,6 +41,20 @@ def marked(mark: str) -> Generator[None]:
         yield
     finally:
         os.environ[VARIABLE] = mark.partition("/")[0]
+
+
+@contextmanager
+def hidden(names: Collection[str]) -> Generator[None]:
+    """What is started meanwhile, by any thread, finds these variables empty: keys that are not for it.
+
+    They stay, for the same reason.
+    """
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(values, ""))
+    try:
+        yield
+    finally:
+        os.environ.update(values)
 
 
 def mark_process(pid: int, mark: str) -> None:

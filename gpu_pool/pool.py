@@ -18,6 +18,7 @@ import msgspec
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.admission import Admission
+from gpu_pool.api_models import check_endpoints
 from gpu_pool.cache import cache_path
 from gpu_pool.cache_upkeep import CacheUse, Pruned, cache_use, prune
 from gpu_pool.database_admin import database_of
@@ -87,6 +88,7 @@ class Pool:
         """
         if missing := [str(path) for path in self.settings.include_paths if not path.is_dir()]:
             raise PoolError(f"include_paths: there is no such folder: {', '.join(missing)}")
+        check_endpoints(self.settings.endpoints)
         data_dir = self.settings.data_dir
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_folder(data_dir)

@@ -108,6 +108,28 @@ class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     image_max_side: int | None = None
 
 
+Device = Literal["cpu", "cuda", "api"]
+"""Where a model is computed; "api": behind an endpoint, elsewhere."""
+
+
+class ApiModel(Record, frozen=True, kw_only=True):
+    """A model behind an endpoint that the operator lists, and how one job asks it."""
+
+    endpoint: str
+    """The operator's name of it."""
+    base_url: str
+    kind: Literal["chat", "completions"]
+    model: str
+    """The endpoint's name of it."""
+    num_concurrent: int
+    """Most requests of the job at once."""
+    max_retries: int
+    timeout_s: float
+    think_end_token: str | None = None
+    is_cached: bool = False
+    """Whether answers without sampling may come from the response cache."""
+
+
 class ModelSpec(Record, frozen=True, kw_only=True, dict=True):
     """A model by its content. Two specs with the same `replica_key` can be served by one loaded replica."""
 
@@ -115,11 +137,18 @@ class ModelSpec(Record, frozen=True, kw_only=True, dict=True):
     args: ModelArgs
     fingerprint: str
     """sha256 hex over weights, adapter, config, tokenizer and template (see `gpu_pool.fingerprint`)."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
+    api: ApiModel | None = None
+    """Of a model behind an endpoint; `args` then say what is known of it here, such as its tokenizer."""
 
     @cached_property
     def replica_key(self) -> str:
-        """Identity of a loaded replica: content, arguments and kind of device; not the path it was read from."""
+        """Identity of a loaded replica: content, arguments and kind of device; not the path it was read from.
+
+        One process asks an endpoint, for all jobs and whatever model.
+        """
+        if self.api is not None:
+            return f"api:{self.api.endpoint}"
         args = msgspec.structs.replace(self.args, pretrained="", tokenizer=None, peft=None)
         return f"{self.fingerprint}:{self.device}:{msgspec.json.encode(args, order='sorted').decode()}"
 
@@ -322,11 +351,11 @@ class Gpu(Record, frozen=True, kw_only=True):
 
 
 class Slot(Record, frozen=True, kw_only=True):
-    """Room for one worker: a GPU, or a share of the CPU."""
+    """Room for one worker: a GPU, a share of the CPU, or an endpoint elsewhere."""
 
     id: str
-    """A GPU's uuid, or "cpu:0"."""
-    device: Literal["cpu", "cuda"]
+    """A GPU's uuid, "cpu:0", or "api:NAME" of an endpoint."""
+    device: Device
     index: str = ""
     """Of a GPU, its position in PCI order; what `device: "cuda:N"` names."""
     memory_bytes: int = 0

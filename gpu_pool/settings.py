@@ -8,6 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from gpu_pool.endpoints import Endpoint
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Record
 
 _EVALUATOR_BYTES = 768 * 1024**2
@@ -40,6 +41,8 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Folders of the user's own task YAML."""
     dataset_roots: dict[str, str] = {}
     """Hub data set -> local files, so that unmodified tasks run offline."""
+    endpoints: dict[str, Endpoint] = {}
+    """OpenAI-compatible endpoints that requests may name, with what belongs to each."""
     cpu_workers: Annotated[int, Meta(ge=0)] = default_cpu_workers()
     evaluators: Annotated[int, Meta(ge=0)] = 0
     """Jobs that may run at once (evaluator processes). 0: one more than there may be workers, and 4 more for each GPU

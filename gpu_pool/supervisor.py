@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -20,7 +20,7 @@ import msgspec
 from gpu_pool.channel import Channel, OversizeFrame, Received
 from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.messages import Message, Shutdown
-from gpu_pool.offspring import SWEEP_SECONDS, end_all, mark_process, marked
+from gpu_pool.offspring import SWEEP_SECONDS, end_all, hidden, mark_process, marked
 
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
@@ -149,19 +149,22 @@ async def spawn(
     start: Any,
     decode: Callable[[bytes], Received],
     server_mark: str = "",
+    secrets: Collection[str] = (),
 ) -> Child[Received]:
     """Start `target(connection, start, parent_pid)` in a new interpreter; `server_mark` is on all that it starts.
 
-    Must run on the main thread's loop: the kernel ends the child with the *thread* that started it. Raises OSError when
-    it cannot be started, or not be watched; then there is no process.
+    It finds the variables `secrets` of the environment empty. Must run on the main thread's loop: the kernel ends the
+    child with the *thread* that started it. Raises OSError when it cannot be started, or not be watched; then there is
+    no process.
     """
-    resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
     mark = f"{server_mark or uuid.uuid4().hex}/{uuid.uuid4().hex}"
     ours, theirs = _spawn.Pipe(duplex=True)
     with ours, theirs:  # once it has its end, ours must be closed here, or its death would never show as the end
         process = _spawn.Process(target=target, args=(theirs, start, os.getpid()), name=name)
-        with marked(mark):
-            process.start()
+        with hidden(secrets):
+            resource_tracker.ensure_running()  # it serves all children: it is nobody's offspring
+            with marked(mark):
+                process.start()
         mark_process(process.pid or 0, mark)
         with contextlib.ExitStack() as unless_watched:
             unless_watched.callback(_end, process)

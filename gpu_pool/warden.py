@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 class Warden:
     """The server's side: starts the process, and replaces it where it ends. `start` it, use its mark, `close` it."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, secrets: Collection[str] = ()) -> None:
+        self._secrets = frozenset(secrets)
+        """Variables of the environment that are not for it."""
         self.mark = uuid.uuid4().hex
         """Of everything that this server starts."""
         self._record = data_dir / "processes.mark"
@@ -109,7 +112,7 @@ class Warden:
 
     def _start(self) -> None:
         self._restart = None
-        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        environment = {name: value for name, value in os.environ.items() if name not in (VARIABLE, *self._secrets)}
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "gpu_pool.warden", self.mark],

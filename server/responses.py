@@ -215,10 +215,47 @@ class TaskList(Response, frozen=True, kw_only=True, omit_defaults=True):
     entries: list[TaskInfo] | None = None
 
 
-class ModelList(Response, frozen=True, kw_only=True):
-    """Kinds for `model`, aliases included."""
+class ModelNameInfo(Response, frozen=True, kw_only=True):
+    """One name that `model` may be."""
+
+    name: str
+    runs_on: Literal["engine", "api"] | None
+    """evalpool's own engine, an endpoint that the operator lists, or nothing here."""
+    pretrained: str | None
+    """The checkpoint that is evaluated where `model_args` names none."""
+    reason: str | None
+    """Why it cannot run here."""
+    nearest: list[str]
+    """Of one that cannot, names that can and come closest."""
+    note: str | None
+
+
+class ModelArgumentInfo(Response, frozen=True, kw_only=True):
+    """One name in `model_args` of models on the engine."""
+
+    name: str
+    meaning: str | None
+    """The name of the argument that it is here; None: it is accepted, and means nothing."""
+    note: str | None
+
+
+class EndpointInfo(Response, frozen=True, kw_only=True):
+    """An endpoint that `model_args.endpoint` may name."""
+
+    name: str
+    kind: Literal["chat", "completions"]
+    base_url: str
+    model: str | None
+    """Where a request names none."""
+
+
+class ModelList(Response, frozen=True, kw_only=True, omit_defaults=True):
+    """Kinds for `model`, aliases included; the rest only with ?details=true."""
 
     models: list[str]
+    entries: list[ModelNameInfo] | None = None
+    arguments: list[ModelArgumentInfo] | None = None
+    endpoints: list[EndpointInfo] | None = None
 
 
 class GpuProcess(Response, frozen=True, kw_only=True):

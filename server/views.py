@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 from gpu_pool.cache_upkeep import CacheUse
+from gpu_pool.endpoints import Endpoint
 from gpu_pool.messages import TaskEntry
+from gpu_pool.model_arguments import known_arguments
+from gpu_pool.model_names import MODEL_NAMES
+from gpu_pool.models import model_kinds, why_not
 from gpu_pool.pool import Pool
 from gpu_pool.records import (
     GpuView,
@@ -179,6 +183,32 @@ def task_list(entries: tuple[TaskEntry, ...], details: bool) -> responses.TaskLi
         for entry in (entries if details else ())
     ]
     return responses.TaskList(tasks=[entry.name for entry in entries], entries=infos if details else None)
+
+
+def model_list(listed: Mapping[str, Endpoint], details: bool) -> responses.ModelList:
+    """Every kind of model; with `details` what each is here, the names of arguments, and the endpoints."""
+    if not details:
+        return responses.ModelList(models=model_kinds())
+    entries = [
+        responses.ModelNameInfo(
+            name=name.name,
+            runs_on=None if name.runs_on in ("package", "nothing") else name.runs_on,
+            pretrained=name.pretrained,
+            reason=why_not(name, {endpoint.kind for endpoint in listed.values()}),
+            nearest=list(name.nearest),
+            note=name.note,
+        )
+        for name in MODEL_NAMES.values()
+    ]
+    arguments = [
+        responses.ModelArgumentInfo(name=name, meaning=meaning, note=note)
+        for name, (meaning, note) in sorted(known_arguments().items())
+    ]
+    endpoints = [
+        responses.EndpointInfo(name=name, kind=endpoint.kind, base_url=endpoint.base_url, model=endpoint.model)
+        for name, endpoint in sorted(listed.items())
+    ]
+    return responses.ModelList(models=model_kinds(), entries=entries, arguments=arguments, endpoints=endpoints)
 
 
 def gpu_list(gpus: list[GpuView], pool: Pool) -> responses.GpuList:

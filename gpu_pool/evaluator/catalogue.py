@@ -16,7 +16,7 @@ from lm_eval.tasks.manager import TaskDict
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.dataset_roots import DatasetRoots
 from gpu_pool.evaluator.lazy_task import LazyTaskFactory
-from gpu_pool.evaluator.task_checks import TaskChecker, unknown
+from gpu_pool.evaluator.task_checks import Abilities, TaskChecker, unknown
 from gpu_pool.evaluator.task_index import (
     LIBRARY_ROOT,
     LMMS_EVAL_ROOT,
@@ -97,10 +97,19 @@ class TaskLibrary:
         return loaded
 
     def check(
-        self, names: Sequence[str], num_fewshot: int | None = None, *, reads_images: bool = False
+        self,
+        names: Sequence[str],
+        num_fewshot: int | None = None,
+        *,
+        reads_images: bool = False,
+        no_scores: str | None = None,
     ) -> tuple[TaskProblem, ...]:
-        """What keeps these tasks from running here, on a model that reads images or does not; nothing is downloaded."""
+        """What keeps these tasks from running here; nothing is downloaded.
+
+        The model reads images or does not, and gives no log-likelihoods for the reason `no_scores`, or does (None).
+        """
         self._refresh()
+        model = Abilities(reads_images=reads_images, no_scores=no_scores)
         problems: dict[str, TaskProblem] = {}
         asked: dict[tuple[Library, str], str] = {}
         for name in names:
@@ -112,7 +121,7 @@ class TaskLibrary:
         indexes: dict[Library, dict[str, Entry]] = {"lm": self._manager.task_index, "lmms": self._lmms_entries}
         for library, checker in self._checkers.items():
             some = [name for which, name in asked if which == library]
-            for problem in checker.check(some, indexes[library], self._broken, num_fewshot, reads_images):
+            for problem in checker.check(some, indexes[library], self._broken, num_fewshot, model):
                 name = asked[library, problem.task]
                 problems[name] = TaskProblem(task=name, reason=problem.reason, suggestions=problem.suggestions)
         return tuple(problems[name] for name in dict.fromkeys(names) if name in problems)

@@ -15,12 +15,15 @@ from gpu_pool.chunk_messages import Welcome
 from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
 from gpu_pool.evaluator.prefix_line import Chunk, Line
 from gpu_pool.evaluator.suspects import Suspect, Suspects
-from gpu_pool.evaluator.worker_link import Link
+from gpu_pool.evaluator.worker_link import IN_FLIGHT, Link
+from gpu_pool.records import ApiModel
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
     from gpu_pool.evaluator.shared_answers import SharedAnswers
 
+_ONE = 0.5
+"""Less than any unit costs: a chunk has at least one."""
 CAUSE_SECONDS = 5.0
 """How long the server may take to say how a worker ended whose connection is gone."""
 
@@ -42,16 +45,21 @@ class Dispatcher:
         read_media: Callable[[str], bytes] = lambda _: b"",
         *,
         deterministic: bool = False,
+        api: ApiModel | None = None,
     ) -> None:
         """The functions are called from the workers' threads: `on_answers(worker_id, units)`; `on_errors(units)`, which
         have an error in the place of an answer; `on_failure(error)` when the job cannot go on; `on_silence(worker_id)`
         while a worker owes answers and says nothing.
+
+        Requests to an endpoint (`api`) go one by one, as many at once as it may be asked.
 
         `paces` are what earlier jobs found out about the workers; `read_media` gives an image's file by its digest.
         """
         self.job_id = job_id
         self.batch_size = batch_size
         self.deterministic = deterministic
+        self.api = api
+        self.most_in_flight = IN_FLIGHT if api is None else api.num_concurrent
         self.on_answers = on_answers
         self.on_failure = on_failure
         self.on_silence = on_silence
@@ -249,7 +257,7 @@ class Dispatcher:
         for line in lines:
             if count := len(line):
                 worthwhile = worthwhile_cost(line.cost, count, self.batch_size) if line.max_gen_toks else 0
-                budget = link.pace.budget(line.kind, worthwhile, work)
+                budget = _ONE if self.api else link.pace.budget(line.kind, worthwhile, work)
                 if budget and (chunk := line.take(link, budget, work.remaining)):
                     return chunk
         return None

@@ -16,6 +16,10 @@ class JobError(PoolError):
     """The job cannot be completed."""
 
 
+class OptionsError(PoolError):
+    """A task's generation_kwargs cannot be honoured."""
+
+
 class ContentChanged(JobError):
     """The model's files are no longer those that were submitted."""
 

@@ -8,15 +8,11 @@ from typing import Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from gpu_pool.chunk_messages import GenerationOptions
-from gpu_pool.errors import PoolError
+from gpu_pool.evaluator.failures import OptionsError
 from gpu_pool.gen_kwargs import LENGTH_KEYS, WORKER_KEYS
 
 _DEFAULT_IF_NULL = ("max_length", "num_beams", "temperature")
 """Options that transformers' generate takes no None for; of others None is a value: no end token, say."""
-
-
-class OptionsError(PoolError):
-    """A task's generation_kwargs cannot be honoured."""
 
 
 def generation_options(gen_kwargs: dict, end_of_text: str | None) -> GenerationOptions:

@@ -12,12 +12,16 @@ import numpy as np
 from lm_eval.api.instance import Instance
 
 from gpu_pool.chunk_messages import MediaPrompt
+from gpu_pool.evaluator.api_prompts import TextPrompts
 from gpu_pool.evaluator.images import ImageFiles, ImageProblem, described, image_file, images_in
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.tokenising import Tokens
 
 IMAGE_COST = 256
 """Tokens that an image counts as: what a small one takes in most families of models."""
+
+
+_NOTHING: dict[str, Any] = {"visual": ()}
 
 
 class Shown(NamedTuple):
@@ -30,7 +34,7 @@ class Shown(NamedTuple):
 class ImagePrompts:
     """Makes the prompts of one job."""
 
-    def __init__(self, files: ImageFiles, encoder: PromptEncoder) -> None:
+    def __init__(self, files: ImageFiles, encoder: PromptEncoder | TextPrompts) -> None:
         """Image files go into `files`."""
         self._files = files
         self._encoder = encoder
@@ -46,7 +50,8 @@ class ImagePrompts:
         known: dict[int, tuple[tuple[str, ...], str | None]] = {}  # a document's choices show the same
         prompts: list[Shown] = []
         for instance in instances:
-            text, _, shown = arguments(instance)
+            text, _, *more = arguments(instance)
+            shown = more[0] if more and shows_images(instance) else _NOTHING
             if id(shown) not in known:
                 known[id(shown)] = self._keep_files(shown["visual"], folders)
             digests, problem = known[id(shown)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_pool.cache import CachedModel, ResponseCache, cache_path
+from gpu_pool.evaluator.api_prompts import TextPrompts, api_prompts
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.chunking import Paces
 from gpu_pool.evaluator.dispatch import Dispatcher
@@ -75,9 +76,10 @@ class JobRun:
             workshop.paces,
             self._images.read,
             deterministic=job.evaluation.deterministic,
+            api=job.model.api,
         )
         self._shared: SharedAnswers | None = None
-        if job.evaluation.use_cache:
+        if job.evaluation.use_cache and (job.model.api is None or job.model.api.is_cached):
             model = CachedModel(job.model.fingerprint, job.model.args.pretrained)
             self._shared = SharedAnswers(
                 workshop.cache, model, self._on_shared, self.dispatcher.submit, self._on_failure
@@ -108,7 +110,7 @@ class JobRun:
         """
         with self._progress, contextlib.closing(self._images), self._sharing(), contextlib.closing(self.dispatcher):
             seed_everything(self._evaluation)
-            encoder, self._is_current = self._workshop.encoders.get(self._job.model)
+            encoder = self._encoder()
             report = Report(self._job, encoder)
             files = ResultFiles(Path(self._job.output_dir), model_name(self._job), self._job.submitted_at)
             loaded = self._workshop.library.load(self._evaluation.tasks, self._evaluation.model)
@@ -121,6 +123,12 @@ class JobRun:
             self._progress.enter(Phase.SCORING)
             return self._finish(tasks, loaded.get("groups", {}), report, files)
 
+    def _encoder(self) -> PromptEncoder | TextPrompts:
+        if self._job.model.api is not None:
+            return api_prompts(self._job.model)
+        encoder, self._is_current = self._workshop.encoders.get(self._job.model)
+        return encoder
+
     @contextlib.contextmanager
     def _sharing(self) -> Generator[None]:
         try:
@@ -129,7 +137,7 @@ class JobRun:
             if self._shared:
                 self._shared.close()
 
-    def _ask_all(self, tasks: Mapping[str, Any], encoder: PromptEncoder, files: ResultFiles) -> None:
+    def _ask_all(self, tasks: Mapping[str, Any], encoder: PromptEncoder | TextPrompts, files: ResultFiles) -> None:
         """Build and queue every task's requests, publishing meanwhile what is complete."""
         for name, task in tasks.items():
             with _blame(name):
@@ -165,7 +173,7 @@ class JobRun:
         self._is_all_asked = True
         self._judge_errors()
 
-    def _chat_template(self, task: Any, encoder: PromptEncoder) -> ChatTemplate | None:
+    def _chat_template(self, task: Any, encoder: PromptEncoder | TextPrompts) -> ChatTemplate | None:
         has_template = encoder.has_chat_template
         wanted = harness_of(task).wanted_template(task, self._evaluation, has_template=has_template)
         return functools.partial(encoder.apply_chat_template, wanted) if wanted else None

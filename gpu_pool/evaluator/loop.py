@@ -71,7 +71,9 @@ class EvaluatorLoop:
         while True:
             match self._inbox.get():
                 case CheckTasks() as asked:
-                    problems = library.check(asked.tasks, asked.num_fewshot, reads_images=asked.reads_images)
+                    problems = library.check(
+                        asked.tasks, asked.num_fewshot, reads_images=asked.reads_images, no_scores=asked.no_scores
+                    )
                     self._send(TasksChecked(check_id=asked.check_id, problems=problems))
                 case BuildCatalogue():
                     self._send(Catalogue(entries=library.entries()))

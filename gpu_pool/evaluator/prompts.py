@@ -36,11 +36,15 @@ class PromptError(PoolError):
 class PromptEncoder:
     """Tokenizer, chat template and length of one model. Sources named below are `lm_eval.models.huggingface.HFLM`'s."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    sends_text = False
+    """Whether prompts go to the model as text, rather than as tokens."""
+
+    def __init__(self, args: ModelArgs, config: Any = None) -> None:
+        """`config` is the model's configuration; None: it is where the model is."""
         self._args = args
         source = args.tokenizer or args.pretrained
         try:
-            config = _load_config(args)
+            config = _load_config(args) if config is None else config
             self.tokenizer: Any = configure_pad_token(_load_tokenizer(args), model_config=config)
         except Exception as error:  # transformers raises whatever its parsers do
             raise PromptError(f"the tokenizer of {source} cannot be loaded: {explain(error)}") from error

@@ -14,6 +14,7 @@ from lm_eval.loggers.utils import get_commit_from_path, get_git_commit_hash
 
 from gpu_pool.cache import ENGINE_VERSION
 from gpu_pool.chunk_messages import Welcome
+from gpu_pool.evaluator.api_prompts import TextPrompts
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.messages import RunJob
 from gpu_pool.records import Evaluation, Progress
@@ -23,7 +24,7 @@ from gpu_pool.results import hash_text, sanitise_model_name
 class Report:
     """Fills in lm-eval's results (`simple_evaluate`, `EvaluationTracker.save_results_aggregated`)."""
 
-    def __init__(self, job: RunJob, encoder: PromptEncoder) -> None:
+    def __init__(self, job: RunJob, encoder: PromptEncoder | TextPrompts) -> None:
         self._job = job
         self._encoder = encoder
         self._start = time.time()
@@ -57,7 +58,7 @@ class Report:
     def _config(self, welcome: Welcome | None) -> dict[str, Any]:
         evaluation = self._job.evaluation
         args = self._job.model.args
-        loaded = {} if welcome is None else {"model_dtype": welcome.dtype}
+        loaded = {"model_dtype": welcome.dtype} if welcome and welcome.dtype else {}
         return {
             "model": self._job.model.kind,
             "model_args": {"pretrained": args.pretrained, **evaluation.model_args},
@@ -89,8 +90,8 @@ class Report:
             "engine_version": ENGINE_VERSION,
             "job_id": self._job.job_id,
             "fingerprint": self._job.model.fingerprint,
-            "dtype": welcome.dtype if welcome else None,
-            "attn_implementation": welcome.attn_implementation if welcome else None,
+            "dtype": (welcome and welcome.dtype) or None,
+            "attn_implementation": (welcome and welcome.attn_implementation) or None,
             "engine_route": welcome.route if welcome else None,
             "engine_route_reason": welcome.route_reason if welcome else None,
             "requests": progress.total,

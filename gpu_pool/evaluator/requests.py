@@ -23,6 +23,8 @@ from lm_eval.api.instance import Instance
 
 from gpu_pool.cache import ENGINE_VERSION, Answer, answer_key
 from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
+from gpu_pool.evaluator.api_options import api_options
+from gpu_pool.evaluator.api_prompts import TextPrompts
 from gpu_pool.evaluator.generation_options import generation_options, is_deterministic
 from gpu_pool.evaluator.image_prompts import ImagePrompts, Shown, arguments, forget_images, shows_images, stand_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
@@ -109,7 +111,7 @@ class RequestBuilder:
     def __init__(
         self,
         model: ModelSpec,
-        encoder: PromptEncoder,
+        encoder: PromptEncoder | TextPrompts,
         seed: int | None,
         images: ImagePrompts | None = None,
         *,
@@ -120,6 +122,7 @@ class RequestBuilder:
         self._images = images
         self._folders: Sequence[Path] = ()
         self._is_chat = False
+        self._is_api = model.api is not None
         self._thinking = model.args.enable_thinking
         self._seed = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._scope = cache_scope(model, deterministic)
@@ -147,9 +150,7 @@ class RequestBuilder:
         }
         self._folders = folders
         self._is_chat = is_chat
-        kinds = {
-            id(instance): instance.request_type + " with images" * shows_images(instance) for instance in instances
-        }
+        kinds = {id(instance): self._kind(instance) for instance in instances}
         repeats: dict[int, list[list[Unit]]] = {}
         for kind in dict.fromkeys(kinds.values()):
             if kind not in makers:
@@ -158,6 +159,11 @@ class RequestBuilder:
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
         forget_images(instances)
         return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
+
+    def _kind(self, instance: Instance) -> str:
+        """Text to continue goes the way of prompts with images, which are text, too."""
+        as_text = self._encoder.sends_text and instance.request_type == "generate_until"
+        return instance.request_type + " with images" * (as_text or shows_images(instance))
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
@@ -255,6 +261,8 @@ class RequestBuilder:
         options: GenerationOptions,
         shown: MediaPrompt | None = None,
     ) -> Unit:
+        if self._is_api:
+            options = api_options(options)
         written = msgspec.json.encode(options, order="sorted")
         kind = written.decode() if shown is None else f"{written.decode()} with images"
         unit = Unit(prompt=prompt, options=options, shown=shown, kind=kind)
@@ -295,6 +303,8 @@ def rolling_windows(tokens: Tokens, prefix_token_id: int, max_length: int) -> It
 
 def cache_scope(model: ModelSpec, deterministic: bool) -> bytes:
     """What all cache keys of a model begin with: its content and arguments, and what computes the answers."""
+    if model.api is not None:
+        return msgspec.json.encode([ENGINE_VERSION, model.fingerprint, model.args])
     libraries = [version("torch"), version("transformers")]
     return msgspec.json.encode([ENGINE_VERSION, model.replica_key, *libraries, *["deterministic"] * deterministic])
 

@@ -33,6 +33,18 @@ class _Leaf:
     overrides: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a model can do."""
+
+    reads_images: bool = False
+    no_scores: str | None = None
+    """Why it gives no log-likelihoods; None: it does."""
+
+
+TEXT_MODEL = Abilities()
+
+
 class TaskChecker:
     """Checks names against an index; what a YAML says is read once, until `forget`."""
 
@@ -61,7 +73,7 @@ class TaskChecker:
         index: Index,
         broken: Mapping[str, str],
         num_fewshot: int | None,
-        reads_images: bool = False,
+        model: Abilities = TEXT_MODEL,
     ) -> tuple[TaskProblem, ...]:
         """One problem for each name that cannot run; `broken` are unreadable YAML files and why."""
         problems: list[TaskProblem] = []
@@ -75,7 +87,7 @@ class TaskChecker:
             except Exception as error:  # a group's YAML is the user's: whatever is wrong with it, say so
                 problems.append(TaskProblem(task=name, reason=f"{name} cannot be read: {explain(error)}"))
                 continue
-            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot, reads_images)
+            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot, model)
             if reason:
                 problems.append(TaskProblem(task=name, reason=reason))
         return tuple(problems)
@@ -127,11 +139,11 @@ class TaskChecker:
     # ------------------------------------------------------------ leaves to reasons
 
     def _first_reasons(
-        self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None, reads_images: bool
+        self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None, model: Abilities
     ) -> str | None:
         reasons: dict[str, list[str]] = {}
         for leaf in leaves:
-            reason = self._reason(leaf, num_fewshot, reads_images)
+            reason = self._reason(leaf, num_fewshot, model)
             if reason:
                 reasons.setdefault(reason, []).append(leaf.name)
         if not reasons:
@@ -143,7 +155,7 @@ class TaskChecker:
         more = f" (one of {failing} such tasks)" if failing > 1 else ""
         return f"{name} cannot run: its task {tasks[0]}{more}: {reason}"
 
-    def _reason(self, leaf: _Leaf, num_fewshot: int | None, reads_images: bool) -> str | None:
+    def _reason(self, leaf: _Leaf, num_fewshot: int | None, model: Abilities) -> str | None:
         needs = self._needs_of(leaf)
         if isinstance(needs, str):
             return needs
@@ -154,8 +166,10 @@ class TaskChecker:
         if needs.modality in ("audio", "video"):
             verb = "hears" if needs.modality == "audio" else "watches"
             return f"it needs a model that {verb}; {needs.modality} is not served yet"
-        if needs.modality == "image" and not reads_images:
+        if needs.modality == "image" and not model.reads_images:
             return "it shows images, and the model reads text only (its config.json, or no processor_config.json)"
+        if needs.scores and model.no_scores is not None:
+            return f"it asks for log-likelihoods: {model.no_scores}"
         if needs.runs_code and not self._allow_code:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
         if needs.missing_modules:

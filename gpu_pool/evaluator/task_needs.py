@@ -16,7 +16,8 @@ from typing import Any
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from gpu_pool.evaluator.generation_options import OptionsError, generation_options
+from gpu_pool.evaluator.failures import OptionsError
+from gpu_pool.evaluator.generation_options import generation_options
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.package_files import function_file, is_file, module_file, parsed
 from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
@@ -40,6 +41,8 @@ class TaskNeeds:
     """Keys of the YAML that lm-eval does not know, and refuses."""
     modality: Modality | None
     """What its documents show beside text; None where nothing tells."""
+    scores: bool
+    """Whether it asks for log-likelihoods, as far as its YAML says."""
     runs_code: bool
     missing_modules: tuple[str, ...]
     """Python libraries that its code imports and that are not installed."""
@@ -71,6 +74,7 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         name=name,
         unknown_keys=tuple(sorted(set(config) - _KNOWN_KEYS)) if "class" not in config else (),
         modality=lm_eval_modality(config),
+        scores="class" not in config and config.get("output_type", "generate_until") != "generate_until",
         runs_code=_runs_code(config, sources),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
         dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),
@@ -95,6 +99,7 @@ def lmms_task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         name=name,
         unknown_keys=(),
         modality=lmms_eval_modality(config),
+        scores=output_type != "generate_until",
         runs_code=any(not _LMMS_RUNS_CODE.isdisjoint(path.parts) for path in modules),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file=False)))),
         dataset=config.get("dataset_path"),

@@ -106,10 +106,10 @@ class Link(threading.Thread):
             raise
 
     def _ask(self, connection: Connection[Any, Any]) -> None:
-        connection.send_bytes(encode(Hello(job_id=self._dispatcher.job_id)))
+        connection.send_bytes(encode(Hello(job_id=self._dispatcher.job_id, api=self._dispatcher.api)))
         self._receive(connection)
         while True:
-            while len(self.in_flight) < IN_FLIGHT and (chunk := self._dispatcher.take(self)):
+            while len(self.in_flight) < self._dispatcher.most_in_flight and (chunk := self._dispatcher.take(self)):
                 self._chunks += 1
                 self.in_flight[self._chunks] = chunk
                 self._send_media(connection, chunk.units)

@@ -8,7 +8,6 @@ from litestar import get
 from litestar.di import NamedDependency
 from litestar.params import QueryParameter
 
-from gpu_pool.models import model_kinds
 from gpu_pool.pool import Pool
 from server import views
 from server.errors import problems
@@ -25,6 +24,9 @@ async def list_tasks(
 
 
 @get("/models", tags=["catalogue"], responses=problems(400))
-async def list_models() -> ModelList:
+async def list_models(
+    pool: NamedDependency[Pool],
+    details: Annotated[bool, QueryParameter(description="Say also what each name is here")] = False,
+) -> ModelList:
     """Kinds that `model` may name; it may also be a path or a hub id."""
-    return ModelList(models=model_kinds())
+    return views.model_list(pool.settings.endpoints, details)

@@ -52,6 +52,23 @@ async def test_catalogue(api: Any):
     assert (await api.get("/models")).json() == {"models": model_kinds()}
 
 
+async def test_models_with_details(api: Any):
+    told = (await api.get("/models?details=true")).json()
+    entries = {entry["name"]: entry for entry in told["entries"]}
+    assert list(entries) == told["models"] == model_kinds()
+    assert entries["llava"] == {
+        "name": "llava",
+        "runs_on": "engine",
+        "pretrained": "llava-hf/llava-1.5-7b-hf",
+        "reason": None,
+        "nearest": [],
+        "note": "the reference's default liuhaotian/llava-v1.5-7b in transformers' format",
+    }
+    assert entries["cogvlm2"]["runs_on"] is None
+    assert "code of their own" in entries["cogvlm2"]["reason"]
+    assert {"name": "torch_dtype", "meaning": "dtype", "note": None} in told["arguments"]
+
+
 async def test_box(api: Any):
     gpu = (await api.get("/gpus")).json()["gpus"][0]
     assert (gpu["uuid"], gpu["free"], gpu["worker_id"], gpu["reason"]) == ("GPU-1", True, None, None)

@@ -1,0 +1,47 @@
+"""A family's name alone, through the whole service: its default checkpoint comes from the hub's cache."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+from evalpool_server import run_server
+from lmms_data import DOCUMENTS, write_lmms_data
+from service import Service
+
+from server.client import EvalError
+
+pytest.importorskip("lmms_eval")
+COMMIT = "0" * 40
+
+
+@pytest.fixture(scope="module")
+def box(tiny_vlm: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
+    """One CPU worker, the data of MME, and a hub's cache that has a tiny checkpoint in the place of LLaVA's."""
+    folder = tmp_path_factory.mktemp("box")
+    repo = folder / "hub" / "models--llava-hf--llava-1.5-7b-hf"
+    shutil.copytree(tiny_vlm("llava"), repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    roots = "".join(f'"{name}" = "{path}"\n' for name, path in write_lmms_data(folder / "roots").items())
+    (folder / "evalpool.toml").write_text(f"[dataset_roots]\n{roots}")
+    arguments = ("--config", folder / "evalpool.toml", "--cpu-workers", 1)
+    variables = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    with run_server(folder / "data", *arguments, variables=variables) as server, Service(server) as service:
+        yield service
+
+
+def test_llava_on_mme(box: Service) -> None:
+    job = box.finished(box.client.evaluate("llava", ["mme"], device="cpu")["job_id"])
+    assert job["model"]["args"]["pretrained"] == "llava-hf/llava-1.5-7b-hf"
+    assert job["model"]["args"]["revision"] == COMMIT
+    assert job["metrics"]["mme"]["mme_perception_score,none"] >= 0
+    assert job["metrics"]["mme"].get("evalpool_errored", 0) == 0
+    assert len(list(box.client.samples(job["job_id"], "mme"))) == DOCUMENTS
+
+
+def test_a_checkpoint_that_cannot_be_had_is_named(box: Service) -> None:
+    with pytest.raises(EvalError, match=r"Qwen/Qwen2\.5-VL-3B-Instruct is no path on the server, and the hub cannot"):
+        box.client.evaluate("qwen2_5_vl", ["mme"], device="cpu")
