@@ -14,7 +14,7 @@ from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, located_at, reads_images, resolve_hub_revision, resolve_model
+from gpu_pool.models import is_kind, located_at, modalities, resolve_hub_revision, resolve_model
 from gpu_pool.records import CheckpointType, Evaluation, Merge, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
@@ -190,8 +190,8 @@ class Admission:
 
     async def _check_tasks(self, evaluation: Evaluation, args: ModelArgs) -> None:
         tasks = evaluation.tasks
-        images = await asyncio.to_thread(reads_images, args)
-        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=images)
+        taken = await asyncio.to_thread(modalities, args)
+        problems = await self._desk.check(tasks, evaluation.num_fewshot, taken)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import assert_never
 
 from gpu_pool import messages as msg
 from gpu_pool.errors import PoolError
+from gpu_pool.records import Modality
 from gpu_pool.supervisor import Child
 
 RESTART_SECONDS = 2.0
@@ -63,9 +64,9 @@ class Desk:
         return await asyncio.shield(self._catalogue)
 
     async def check(
-        self, tasks: tuple[str, ...], num_fewshot: int | None, *, reads_images: bool = False
+        self, tasks: tuple[str, ...], num_fewshot: int | None, modalities: Set[Modality]
     ) -> tuple[msg.TaskProblem, ...]:
-        """What is wrong with these tasks for a model that reads images, or does not.
+        """What is wrong with these tasks for a model that takes these modalities.
 
         Raises:
             DeskUnavailable: the process ends meanwhile.
@@ -74,9 +75,8 @@ class Desk:
         assert self._child is not None
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._child.send(
-            msg.CheckTasks(check_id=number, tasks=tasks, num_fewshot=num_fewshot, reads_images=reads_images)
-        )
+        taken = tuple(sorted(modalities))
+        self._child.send(msg.CheckTasks(check_id=number, tasks=tasks, num_fewshot=num_fewshot, modalities=taken))
         try:
             return await answer
         finally:

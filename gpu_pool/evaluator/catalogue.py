@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from gpu_pool.evaluator.task_index import (
 from gpu_pool.evaluator.task_names import Library, TaskNames
 from gpu_pool.evaluator.task_needs import lmms_task_needs
 from gpu_pool.messages import TaskEntry, TaskProblem
+from gpu_pool.records import TEXT_ONLY, Modality
 
 _KINDS: dict[str, Literal["task", "group", "tag"]] = {"GROUP": "group", "TAG": "tag"}
 
@@ -97,9 +98,12 @@ class TaskLibrary:
         return loaded
 
     def check(
-        self, names: Sequence[str], num_fewshot: int | None = None, *, reads_images: bool = False
+        self,
+        names: Sequence[str],
+        num_fewshot: int | None = None,
+        modalities: Set[Modality] = TEXT_ONLY,
     ) -> tuple[TaskProblem, ...]:
-        """What keeps these tasks from running here, on a model that reads images or does not; nothing is downloaded."""
+        """What keeps these tasks from running here, on a model that takes `modalities`; nothing is downloaded."""
         self._refresh()
         problems: dict[str, TaskProblem] = {}
         asked: dict[tuple[Library, str], str] = {}
@@ -112,7 +116,7 @@ class TaskLibrary:
         indexes: dict[Library, dict[str, Entry]] = {"lm": self._manager.task_index, "lmms": self._lmms_entries}
         for library, checker in self._checkers.items():
             some = [name for which, name in asked if which == library]
-            for problem in checker.check(some, indexes[library], self._broken, num_fewshot, reads_images):
+            for problem in checker.check(some, indexes[library], self._broken, num_fewshot, modalities):
                 name = asked[library, problem.task]
                 problems[name] = TaskProblem(task=name, reason=problem.reason, suggestions=problem.suggestions)
         return tuple(problems[name] for name in dict.fromkeys(names) if name in problems)

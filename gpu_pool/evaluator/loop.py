@@ -73,7 +73,7 @@ class EvaluatorLoop:
         while True:
             match self._inbox.get():
                 case CheckTasks() as asked:
-                    problems = self._library.check(asked.tasks, asked.num_fewshot, reads_images=asked.reads_images)
+                    problems = self._library.check(asked.tasks, asked.num_fewshot, frozenset(asked.modalities))
                     self._send(TasksChecked(check_id=asked.check_id, problems=problems))
                 case BuildCatalogue():
                     self._send(Catalogue(entries=self._library.entries()))

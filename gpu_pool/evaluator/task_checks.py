@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.hub_data import HubData
 from gpu_pool.evaluator.task_needs import TaskNeeds, read_config, task_needs
 from gpu_pool.messages import TaskProblem
+from gpu_pool.records import TEXT_ONLY, Modality
 from gpu_pool.suggestions import close_names
 
 Index = Mapping[str, Entry]
@@ -61,9 +62,12 @@ class TaskChecker:
         index: Index,
         broken: Mapping[str, str],
         num_fewshot: int | None,
-        reads_images: bool = False,
+        modalities: Set[Modality] = TEXT_ONLY,
     ) -> tuple[TaskProblem, ...]:
-        """One problem for each name that cannot run; `broken` are unreadable YAML files and why."""
+        """One problem for each name that cannot run on a model that takes `modalities`.
+
+        `broken` are unreadable YAML files and why.
+        """
         problems: list[TaskProblem] = []
         sources: dict[str, str] = {}
         for name in dict.fromkeys(names):
@@ -75,7 +79,7 @@ class TaskChecker:
             except Exception as error:  # a group's YAML is the user's: whatever is wrong with it, say so
                 problems.append(TaskProblem(task=name, reason=f"{name} cannot be read: {explain(error)}"))
                 continue
-            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot, reads_images)
+            reason = _twice(name, leaves, sources) or self._first_reasons(name, leaves, num_fewshot, modalities)
             if reason:
                 problems.append(TaskProblem(task=name, reason=reason))
         return tuple(problems)
@@ -127,11 +131,11 @@ class TaskChecker:
     # ------------------------------------------------------------ leaves to reasons
 
     def _first_reasons(
-        self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None, reads_images: bool
+        self, name: str, leaves: Sequence[_Leaf], num_fewshot: int | None, modalities: Set[Modality]
     ) -> str | None:
         reasons: dict[str, list[str]] = {}
         for leaf in leaves:
-            reason = self._reason(leaf, num_fewshot, reads_images)
+            reason = self._reason(leaf, num_fewshot, modalities)
             if reason:
                 reasons.setdefault(reason, []).append(leaf.name)
         if not reasons:
@@ -143,7 +147,7 @@ class TaskChecker:
         more = f" (one of {failing} such tasks)" if failing > 1 else ""
         return f"{name} cannot run: its task {tasks[0]}{more}: {reason}"
 
-    def _reason(self, leaf: _Leaf, num_fewshot: int | None, reads_images: bool) -> str | None:
+    def _reason(self, leaf: _Leaf, num_fewshot: int | None, modalities: Set[Modality]) -> str | None:
         needs = self._needs_of(leaf)
         if isinstance(needs, str):
             return needs
@@ -151,11 +155,8 @@ class TaskChecker:
             return f"lm-eval does not know these keys of its YAML: {', '.join(needs.unknown_keys)}"
         if needs.eval_split is None and not needs.has_class:
             return "its YAML names neither a test_split nor a validation_split"
-        if needs.modality in ("audio", "video"):
-            verb = "hears" if needs.modality == "audio" else "watches"
-            return f"it needs a model that {verb}; {needs.modality} is not served yet"
-        if needs.modality == "image" and not reads_images:
-            return "it shows images, and the model reads text only (its config.json, or no processor_config.json)"
+        if reason := _modality_reason(needs, modalities):
+            return reason
         if needs.runs_code and not self._allow_code:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
         if needs.missing_modules:
@@ -192,6 +193,23 @@ class TaskChecker:
                 return local.lacks(split)
         return None
 
+
+def _modality_reason(needs: TaskNeeds, modalities: Set[Modality]) -> str | None:
+    if "text" not in modalities:
+        if needs.modality in ("text", "image", "video"):
+            return "it plays no sounds, and the model writes down what it hears"
+        if needs.output_type not in ("generate_until", None):
+            return f"its output_type is {needs.output_type}, and the model writes down what it hears: generate_until"
+        return None
+    if needs.modality is None or needs.modality in modalities:
+        return None
+    taken = " and ".join(_TAKEN[kind] for kind in ("text", "image", "audio") if kind in modalities)
+    told = "its config.json, or no processor_config.json"
+    return f"it {_SHOWN[needs.modality]}, and the model reads {taken} only ({told})"
+
+
+_SHOWN = {"text": "asks in text", "image": "shows images", "audio": "plays sounds", "video": "shows videos"}
+_TAKEN = {"text": "text", "image": "images and videos", "audio": "sounds"}
 
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "include"})
 
