@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Set
 from pathlib import Path
 
 from gpu_pool.api_models import is_api, resolve_api, resolve_api_args, why_no_scores
 from gpu_pool.desk import Desk
-from gpu_pool.endpoints import slot_id
+from gpu_pool.endpoints import slot_id, taken_by
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
 from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, located_at, reads_images, resolve_hub_revision, resolve_model
-from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, ModelArgs, Record
+from gpu_pool.models import is_kind, located_at, modalities, resolve_hub_revision, resolve_model
+from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, Modality, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
@@ -49,14 +50,14 @@ class Admission:
                 raise InvalidRequest("merge", "must be left out: a model behind an endpoint has no checkpoint here")
             args = await self.model_args(evaluation)
             no_scores = why_no_scores(args, api, self._settings.endpoints[api.endpoint])
-            await self._check_tasks(evaluation, reads_images=api.kind == "chat", no_scores=no_scores)
+            await self._check_tasks(evaluation, taken_by(api), no_scores=no_scores)
             return
         if merge := await self.merge_for(evaluation):
             args = await self.model_args(evaluation, merge.description_path, is_merged=False)
         else:
             args = await self.model_args(evaluation)
             self.plan(evaluation, await self.size(evaluation, args, place), place)
-        await self._check_tasks(evaluation, reads_images=await asyncio.to_thread(reads_images, args))
+        await self._check_tasks(evaluation, await asyncio.to_thread(modalities, args))
 
     def api_model(self, evaluation: Evaluation) -> ApiModel | None:
         """What is asked of an endpoint; None of a model that is computed here. Raises InvalidRequest."""
@@ -209,9 +210,9 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, evaluation: Evaluation, *, reads_images: bool, no_scores: str | None = None) -> None:
+    async def _check_tasks(self, evaluation: Evaluation, taken: Set[Modality], *, no_scores: str | None = None) -> None:
         tasks = evaluation.tasks
-        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=reads_images, no_scores=no_scores)
+        problems = await self._desk.check(tasks, evaluation.num_fewshot, taken, no_scores=no_scores)
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

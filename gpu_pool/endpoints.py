@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from gpu_pool.records import ApiModel, Record
+from gpu_pool.records import TEXT_ONLY, ApiModel, Modality, Record
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 """Of each kind of endpoint, after its base URL."""
@@ -52,3 +52,8 @@ def slot_id(endpoint: str) -> str:
 def api_fingerprint(model: ApiModel) -> str:
     """What a model behind an endpoint is known by: nobody can tell its content."""
     return f"{slot_id(model.endpoint)}/{model.model}@{model.base_url}"
+
+
+def taken_by(model: ApiModel) -> frozenset[Modality]:
+    """What a model behind an endpoint can be sent, whatever it makes of it."""
+    return frozenset({"text", "image"}) if model.kind == "chat" else TEXT_ONLY

@@ -73,9 +73,7 @@ _HEARING = {
     "qwen2_audio": "Qwen/Qwen2-Audio-7B-Instruct",
     "whisper": "openai/whisper-tiny",
 }
-"""The same of families that only hear."""
-SERVES_AUDIO = False
-"""Whether the engine does."""
+"""The same of families that hear."""
 
 SAME_WEIGHTS: dict[str, str] = {
     "OpenGVLab/InternVL3-8B": "OpenGVLab/InternVL3-8B-hf",
@@ -203,11 +201,7 @@ _ALIASES = {
 
 def _names() -> dict[str, ModelName]:
     table = [ModelName(name, "engine", default, note=_NOTES.get(name)) for name, default in _ENGINE.items()]
-    if SERVES_AUDIO:
-        table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
-    else:
-        reason = "it needs a model that hears; audio is not served yet"
-        table += [ModelName(name, "nothing", reason=reason, nearest=("qwen2_5_vl",)) for name in _HEARING]
+    table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
     table += [ModelName(name, "api", kind=kind) for name, kind in _API.items()]
     table += [ModelName(name, "package", package=package, nearest=("hf",)) for name, package in _PACKAGES.items()]
     table += [
@@ -239,7 +233,8 @@ RENAMED: dict[str, str] = {
     "num_frame": "num_frames",
     "torch_dtype": "dtype",
 }
-"""lmms-eval's names of arguments -> ours. One whose name here is no argument means nothing: it is of videos."""
+"""lmms-eval's names of arguments -> ours. One whose name here is no argument means nothing: it is of videos,
+which are shown as `num_frames` images."""
 
 FLAGS: dict[str, tuple[str, str]] = {
     "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),

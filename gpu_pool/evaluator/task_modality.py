@@ -10,13 +10,15 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gpu_pool.evaluator.package_files import function_file, module_file, parsed
-
-Modality = Literal["text", "image", "audio", "video"]
+from gpu_pool.records import Modality
 
 _VIDEO = re.compile(r"video|\.mp4|\.mkv|\.webm|frames", re.IGNORECASE)
+_PICTURE = re.compile(r"\.convert\(|Image\.open|PIL_?Image")
+_FILE_OF_VIDEO = re.compile(r"\.mp4|\.mkv|\.webm|cache_dir|video_path", re.IGNORECASE)
+"""Frames that a task's code decodes are pictures: only the file of a video is one."""
 _AUDIO = re.compile(r"audio|\.wav|\.mp3|\.flac|sampling_rate|speech", re.IGNORECASE)
 _MENTIONED_TYPE = {"image_url": "image", "image": "image", "video": "video", "audio": "audio"}
 
@@ -25,6 +27,8 @@ def lm_eval_modality(config: dict[str, Any]) -> Modality:
     """Of a task of lm-eval."""
     if config.get("doc_to_audio"):
         return "audio"
+    if config.get("doc_to_video"):
+        return "video"
     return "image" if config.get("doc_to_image") else "text"
 
 
@@ -45,7 +49,7 @@ def lmms_eval_modality(config: dict[str, Any]) -> Modality | None:
     source = "\n".join(_sources(*named, seen=set()))
     if not source:
         return None
-    if _VIDEO.search(source):
+    if _VIDEO.search(source) and (_FILE_OF_VIDEO.search(source) or not _PICTURE.search(source)):
         return "video"
     return "audio" if _AUDIO.search(source) else "image"
 
