@@ -25,6 +25,7 @@ from gpu_pool.merge import NotMergeable, is_merged, remove_staging
 from gpu_pool.order import Line, rank
 from gpu_pool.post_mortem import PostMortem
 from gpu_pool.records import Job, JobState, Merge, WaitingView
+from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
@@ -42,19 +43,17 @@ class Merges:
 
     def __init__(
         self,
+        settings: PoolSettings,
         store: Store,
         jobs: LiveJobs,
         start: StartMerger,
         job_dir: Callable[[str], Path],
-        max_attempts: int,
-        unresponsive_s: float,
     ) -> None:
+        self._settings = settings
         self._store = store
         self._jobs = jobs
         self._start = start
         self._job_dir = job_dir
-        self._max_attempts = max_attempts
-        self._unresponsive_s = unresponsive_s
         self._post_mortem = PostMortem()
         self._losses: dict[str, Losses] = {}
         """Of merges that wait or run again."""
@@ -181,7 +180,7 @@ class Merges:
     async def _follow(self, job: Job, child: MergerChild) -> None:
         """Hear the process of a merge until it is gone, and conclude the job."""
         outcome: msg.MergeDone | msg.JobFailed | None = None
-        watchdog = Watchdog(child, self._unresponsive_s)
+        watchdog = Watchdog(child, self._settings.unresponsive_s)
 
         async def on_message(message: msg.FromMerger) -> None:
             nonlocal outcome
@@ -227,7 +226,7 @@ class Merges:
     async def _lose(self, job: Job, losses: Losses | None, cause: str, *, from_outside: bool) -> None:
         """The process of a merge is gone: it waits again, or has lost too many."""
         losses = (losses or Losses(attempts=job.retries)).and_another(done=0, from_outside=from_outside)
-        if losses.are_too_many(max_attempts=self._max_attempts, max_retries=None):
+        if losses.are_too_many(max_attempts=self._settings.max_attempts, max_retries=None):
             await self._jobs.settle(job, JobEvent.FAIL, f"{cause} ({losses.times})")
         else:
             self._losses[job.id] = losses

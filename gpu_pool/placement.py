@@ -83,7 +83,7 @@ def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) ->
             else:
                 found.append(worker)
     if len(found) > 1:
-        found.sort(key=lambda worker: (worker.state is WorkerState.STARTING, len(worker.jobs), worker.id))
+        found.sort(key=lambda worker: (worker.state is WorkerState.STARTING, len(worker.jobs)))
     return found
 
 

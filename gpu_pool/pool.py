@@ -104,14 +104,7 @@ class Pool:
         self._runner = Runner(
             self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
         )
-        self._merges = Merges(
-            self._store,
-            self._jobs,
-            self._processes.merger,
-            self.job_dir,
-            self.settings.max_attempts,
-            self.settings.unresponsive_s,
-        )
+        self._merges = Merges(self.settings, self._store, self._jobs, self._processes.merger, self.job_dir)
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
         await self._intake.recover()
         await self._look_once()

@@ -18,6 +18,7 @@ from gpu_pool.merge import NotMergeable, staging_folder
 from gpu_pool.merges import MergerChild, Merges, merged_path
 from gpu_pool.messages import MergeStart, decode_from_merger
 from gpu_pool.records import Job, JobState, Merge
+from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 from gpu_pool.supervisor import spawn
 from gpu_pool.transitions import JobEvent
@@ -34,8 +35,8 @@ class Box:
     def __init__(self, folder: Path, store: Store) -> None:
         self.folder, self.store = folder, store
         self.jobs = LiveJobs(store, {})
-        limits = {"max_attempts": 2, "unresponsive_s": UNRESPONSIVE_SECONDS}
-        self.merges = Merges(store, self.jobs, self.start, lambda job_id: folder / "jobs" / job_id, **limits)
+        settings = PoolSettings(data_dir=folder, max_attempts=2, unresponsive_s=UNRESPONSIVE_SECONDS)
+        self.merges = Merges(settings, store, self.jobs, self.start, lambda job_id: folder / "jobs" / job_id)
         self.task = asyncio.create_task(self.merges.run())
         self.refusals = 0
         """How many processes cannot be started."""

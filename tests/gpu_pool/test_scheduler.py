@@ -74,6 +74,17 @@ def test_a_job_that_shares_for_longer_than_loading_takes_moves_to_a_slot_of_its_
     assert sorted(len(worker.jobs) for worker in box.ledger.workers.values()) == [1, 1]
 
 
+def test_of_equally_used_replicas_a_job_takes_the_oldest() -> None:
+    box = Box(slots=12, evaluators=4)
+    box.submit("j", max_replicas=12)
+    workers = list(box.ledger.workers)
+    assert workers != sorted(workers), "the order of their ids as texts is another one"
+    for worker_id in workers:
+        box.load(worker_id)
+    box.end("j")
+    assert [attach.worker_id for job in "kl" for attach in box.of(ev.Attach, box.submit(job))] == workers[:2]
+
+
 def test_of_equally_shared_workers_beyond_its_cap_a_job_gives_the_latest_back() -> None:
     box = Box(slots=12, evaluators=2)
     box.submit("j", max_replicas=12)
