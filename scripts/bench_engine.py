@@ -8,13 +8,14 @@ positions through the head for each document, the largest difference of a log-pr
 and how many choices or texts differ. "% of limit" is how much of the CPU time is what perfect sharing takes on the
 measured peaks of this machine: arithmetic, and in decoding the bytes to be read (the formula is in engine_limit.py).
 
-HF's batch size is the fastest of --hf-batch-sizes on its documents. Its cost per document depends on
-their length and not on their number, so it runs a part of them, which are about as long in the mean (less
-so with a small --share); differences are counted on that part. In half precision the same differences between lm-eval's
-backend at two batch sizes stand beside them: those that a batch size alone makes. Both are counted with the backend's
-softmax in fp32, as ours is: by itself it rounds log-probabilities to the model's dtype, so coarsely that the layers'
-differences are lost in it. And what log-probabilities of either side, the backend's as it is, differ by from those in
-fp32: rounding errors that have nothing to do with each other make two answers differ by more than either is wrong.
+HF's batch size is the fastest of --hf-batch-sizes on its documents. Its cost per document depends on their length and
+not on their number, so it runs a part of them, which are about as long in the mean (less so with a small --share);
+differences are counted on that part. In half precision they are differences from the backend at batch size 1, and
+beside them stand those that a batch size alone makes: of the backend at the other --hf-batch-sizes from the backend at
+batch size 1, the largest, and the root mean square of all. Both are counted with the backend's softmax in fp32, as ours
+is: by itself it rounds log-probabilities to the model's dtype, so coarsely that the layers' differences are lost in it.
+And what log-probabilities of either side, the backend's as it is, differ by from those in fp32: rounding errors that
+have nothing to do with each other make two answers differ by more than either is wrong.
 
 With --generate-batch, transformers' own continuous batching answers some of the prompts to be continued in the same
 turns. Its ratio is its CPU time beside ours on just these prompts; its texts are compared with lm-eval's.
@@ -93,7 +94,7 @@ class Bench:
         if self.exact is None:
             notes = differences(few, theirs, _by_key(many, found))
         else:
-            notes = self._half_precision(self.exact, few, size, theirs, _by_key(many, found))
+            notes = self._half_precision(self.exact, few, theirs, _by_key(many, found))
         if self.deterministic:
             notes["deterministic costs"] = self._deterministic_cost(few)
         return {
@@ -106,15 +107,16 @@ class Bench:
         }
 
     def _half_precision(
-        self, exact: HuggingFace, few: Sequence[Instance], size: int, theirs: Sequence[Any], found: dict[Any, Any]
+        self, exact: HuggingFace, few: Sequence[Instance], theirs: Sequence[Any], found: dict[Any, Any]
     ) -> Row:
-        """How far the answers are apart, those of two of lm-eval's batch sizes, and either side's from fp32."""
+        """How far the answers are from those at batch size 1, lm-eval's at the others, and either side's from fp32."""
         generating = few[0].request_type == "generate_until"
-        unrounded = theirs if generating else ask(self.hf.backend(size, torch.float32), few)
-        other = ask(self.hf.backend(1 if size > 1 else 4, torch.float32), few)
-        notes = differences(few, unrounded, found)
-        alone = differences(few, unrounded, _by_key(few, other))
-        notes |= {f"HF alone: {name}": value for name, value in alone.items()}
+        single, *others = (
+            _by_key(few, ask(self.hf.backend(size, torch.float32), few)) for size in (1, *self.hf.sizes_beyond_one(few))
+        )
+        unbatched = [single[_key(request)] for request in few]
+        notes = spread(few, unbatched, [found])
+        notes |= {f"HF alone: {name}": value for name, value in spread(few, unbatched, others).items()}
         if not generating:
             true = ask(exact.backend(1), few)
             notes["HF: rms Δ to fp32"] = root_mean_square(few, true, _by_key(few, theirs))
@@ -194,6 +196,23 @@ def differences(requests: Sequence[Instance], theirs: Sequence[Any], ours: dict[
         other = sum(_best(0, some) != _best(1, some) for some in choices.values())
         found["picks differ"] = f"{other} of {len(choices)}"
     return found
+
+
+def spread(requests: Sequence[Instance], theirs: Sequence[Any], others: Sequence[dict[Any, Any]]) -> Row:
+    """How far each of some answers to `requests` is from `theirs`: the most of any, and the root mean square of all."""
+    if not others:
+        return {}
+    by_other = [differences(requests, theirs, other) for other in others]
+    found = {name: max((row[name] for row in by_other), key=_leading_number) for name in by_other[0]}
+    if "max Δ logp" in found:
+        squares = [root_mean_square(requests, theirs, other) ** 2 for other in others]
+        found["rms Δ logp"] = math.sqrt(statistics.fmean(squares))
+    return found
+
+
+def _leading_number(value: float | str) -> float:
+    """Of a number, or of "3 of 80"."""
+    return float(str(value).split()[0])
 
 
 def root_mean_square(requests: Sequence[Instance], exact: Sequence[Any], found: dict[Any, Any]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -96,7 +97,12 @@ class Stages:
 class Sink:
     """In a dispatcher's place: counts units and answers them at once."""
 
-    def __init__(self, on_answers: Callable[[str, Sequence[Any]], None], stages: Stages) -> None:
+    def __init__(
+        self,
+        on_answers: Callable[[str, Sequence[Any]], None],
+        put_in_line: Callable[[Sequence[Any], str | None], None],
+        stages: Stages,
+    ) -> None:
         self.welcome = None
         self.plainly: list[str] = []
         self.units = self.tokens = 0
@@ -105,6 +111,7 @@ class Sink:
         self._tokens: list[Any] = []
         """Kept, as if no answer came before the last request is built: the most memory that a job needs."""
         self._on_answers = on_answers
+        self._put_in_line = put_in_line
         self._stages = stages
         self._started = time.perf_counter(), time.process_time()
 
@@ -116,6 +123,7 @@ class Sink:
         self.units += len(units)
         self.tokens += sum(unit.cost for unit in units)
         self._tokens += [(unit.prompt, unit.continuation) for unit in units]
+        self._put_in_line([copy.copy(unit) for unit in units], group)  # answered ones forget their tokens
         with self._stages.stage("answers into the cache"):
             for unit in units:
                 unit.answer = "" if unit.options else (-1.0, False)
@@ -137,6 +145,7 @@ def prepare(options: Options) -> Json:
         from gpu_pool.evaluator import harness_lm_eval as harness
         from gpu_pool.evaluator.catalogue import TaskLibrary
         from gpu_pool.evaluator.job import JobRun
+        from gpu_pool.evaluator.prefix_line import Line
         from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
         from gpu_pool.evaluator.requests import RequestBuilder
         from gpu_pool.fingerprint import fingerprint_model, memo_path
@@ -172,7 +181,7 @@ def prepare(options: Options) -> Json:
             stages.measure(owner, method, stage)
         before = _peak_mib()
         run = open_job(job, lambda message: None)
-        run.dispatcher = sink = Sink(run._on_answers, stages)  # type: ignore[assignment]
+        run.dispatcher = sink = Sink(run._on_answers, Line("all").add, stages)  # type: ignore[assignment]
         done = run.execute()
         return {
             "seconds": stages.so_far(),

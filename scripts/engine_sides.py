@@ -135,6 +135,10 @@ class HuggingFace:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return HFLM(stock.model, tokenizer=stock.tokenizer, softmax_dtype=softmax_dtype, **sizes)
 
+    def sizes_beyond_one(self, requests: Sequence[Instance]) -> list[int]:
+        """Batch sizes that so many requests tell apart from 1."""
+        return [size for size in self._sizes if 1 < size <= len(requests)]
+
     def best(self, requests: Sequence[Instance], meter: Meter) -> tuple[int, Any]:
         """(batch size, backend) that answers `requests` in the least CPU time."""
         costs: dict[int, float] = {}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_engine import spread
+from lm_eval.api.instance import Instance
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_engine.py"
 WORKLOADS = ("mmlu 5-shot", "gsm8k 5 random shots", "rolling perplexity", "deep tree", "distinct prompts")
@@ -52,6 +54,42 @@ def test_generation_without_generate_batch(tiny_model: Path, benchmark_data: Pat
 
 @pytest.mark.slow
 def test_half_precision_is_compared_with_full(tiny_model: Path, benchmark_data: Path) -> None:
-    [row] = bench(tiny_model, "--max-length", 2048, "--dtype", "bfloat16", "--workloads", "mmlu 5-shot")["rows"]
+    options = ["--max-length", 2048, "--dtype", "bfloat16", "--workloads", "mmlu 5-shot", "--hf-batch-sizes", 1, 2]
+    [row] = bench(tiny_model, *options)["rows"]
     assert 0 < row["ours: rms Δ to fp32"] < 2 * row["HF: rms Δ to fp32"]
-    assert row["HF alone: max Δ logp"] >= 0
+    for side in ("", "HF alone: "):
+        assert 0 < row[f"{side}rms Δ logp"] <= row[f"{side}max Δ logp"]
+        assert row[f"{side}picks differ"].endswith(row["picks differ"].split()[-1])
+
+
+def choices(documents: int) -> list[Instance]:
+    """Two choices of each document."""
+    return [
+        Instance("loglikelihood", {}, ("", ""), number, metadata=("task", document, 1))
+        for document in range(documents)
+        for number in range(2)
+    ]
+
+
+def test_spread_is_over_all_of_the_others() -> None:
+    """Of two others, the first differs in one value, the second in two, which make another choice the best."""
+    requests = choices(2)
+    keys = [("task", document, number) for document in range(2) for number in range(2)]
+    reference = [(-4.0, False), (-2.0, False), (-1.0, False), (-10.0, False)]
+
+    def other(*values: float) -> dict[tuple[str, int, int], tuple[float, bool]]:
+        return dict(zip(keys, ((value, False) for value in values), strict=True))
+
+    first, second = other(-4.4, -2.0, -1.0, -10.0), other(-1.0, -2.0, -1.0, -8.0)
+    found = spread(requests, reference, [first, second])
+    assert found["max Δ logp"] == pytest.approx(0.75)
+    assert found["rms Δ logp"] == pytest.approx(((0.1**2 + 0.75**2 + 0.2**2) / 8) ** 0.5)
+    assert found["picks differ"] == "1 of 2"
+    assert spread(requests, reference, []) == {}
+
+
+def test_spread_of_texts() -> None:
+    requests = [Instance("generate_until", {}, ("", {}), 0, metadata=("task", number, 1)) for number in range(12)]
+    texts = [str(number) for number in range(12)]
+    others = [{("task", number, 0): "" if number < many else str(number) for number in range(12)} for many in (2, 11)]
+    assert spread(requests, texts, others) == {"texts differ": "11 of 12"}

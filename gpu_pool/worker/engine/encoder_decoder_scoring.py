@@ -71,10 +71,10 @@ def score_pairs(
     """
     contexts = _plan_contexts(loaded, requests)
 
-    most_logits = _most_logits(loaded, deterministic)
+    most_positions = _most_positions(loaded, deterministic)
 
     def run(batch: list[Context]) -> list[tuple[int, Answer]]:
-        return _score_contexts(loaded, batch, batch_size, most_logits, should_stop)
+        return _score_contexts(loaded, batch, batch_size, most_positions, should_stop)
 
     def on_shortage(batch: list[Context]) -> None:
         loaded.limits.shrink(len(batch) * len(batch[0].tokens))
@@ -117,7 +117,7 @@ def _contexts_fit(loaded: LoadedModel, batch_size: int | None) -> Callable[[list
 
 
 def _rows_fit(
-    loaded: LoadedModel, width: int, batch_size: int | None, most_logits: int
+    loaded: LoadedModel, width: int, batch_size: int | None, most_positions: int
 ) -> Callable[[list[Any], Any], bool]:
     """Whether the decoder may take one more row, none longer than the first, after contexts padded to `width`."""
 
@@ -125,17 +125,17 @@ def _rows_fit(
         if loaded.company is Company.NONE:
             return False
         longest, length = len(batch[0][1].inputs), len(item[1].inputs)
-        if (len(batch) + 1) * longest > most_logits:
+        if (len(batch) + 1) * longest > most_positions:
             return False
         return is_worthwhile(loaded.limits, len(batch), width + longest, width + length, batch_size)
 
     return fits
 
 
-def _most_logits(loaded: LoadedModel, deterministic: bool) -> int:
+def _most_positions(loaded: LoadedModel, deterministic: bool) -> int:
     """Positions whose logits there is room for."""
     head = loaded.model.get_output_embeddings() or loaded.model.get_input_embeddings()
-    return loaded.limits.logits(head.weight.shape[0], deterministic=deterministic)
+    return loaded.limits.scored_positions(head.weight.shape[0], deterministic=deterministic)
 
 
 @torch.inference_mode()
@@ -143,7 +143,7 @@ def _score_contexts(
     loaded: LoadedModel,
     contexts: list[Context],
     batch_size: int | None,
-    most_logits: int,
+    most_positions: int,
     should_stop: Callable[[], bool],
 ) -> list[tuple[int, Answer]]:
     """Answers for all targets of `contexts`: one pass of the encoder, as many of the decoder as its rows need."""
@@ -160,7 +160,7 @@ def _score_contexts(
         decoder_ids = pad_right([row.inputs for row in rows], loaded.device)
         forward = partial(decode, loaded.model, select(encoded, places), mask[places], decoder_ids)
         scores = TokenScores(loaded.softmax_dtype)
-        for start, logits in _pieces(loaded, forward, decoder_ids.shape, most_logits):
+        for start, logits in _pieces(loaded, forward, decoder_ids.shape, most_positions):
             scores.add(logits.flatten(0, 1), _asked(rows, start, logits.shape[1]))
         return list(scores.answers().items())
 
@@ -169,16 +169,16 @@ def _score_contexts(
 
     rows = [(place, row) for place, context in enumerate(contexts) for row in context.rows]
     rows.sort(key=lambda item: -len(item[1].inputs))
-    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size, most_logits), on_shortage))
+    return list(run_batches(run, rows, _rows_fit(loaded, ids.shape[1], batch_size, most_positions), on_shortage))
 
 
 def _pieces(
-    loaded: LoadedModel, forward: Forward, shape: Sequence[int], most_logits: int
+    loaded: LoadedModel, forward: Forward, shape: Sequence[int], most_positions: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first position, logits [rows, positions, vocabulary]) of decoder rows of this `shape`: as many as there is room
     for."""
     rows, width = shape
-    positions = range(0, width, max(1, most_logits // rows))
+    positions = range(0, width, max(1, most_positions // rows))
     if len(positions) == 1 or loaded.layers is None:
         yield 0, forward()
     else:

@@ -71,7 +71,7 @@ class Limits:
     def _shrinking(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("scored_tokens", "generated_tokens", "held_bytes")}
 
-    def logits(self, vocabulary: int, *, deterministic: bool = False) -> int:
+    def scored_positions(self, vocabulary: int, *, deterministic: bool = False) -> int:
         """Positions of a forward pass whose logits may be asked for, at least one.
 
         `deterministic`: whatever this worker's memory; each is placed where it has room for so many.

@@ -120,7 +120,7 @@ class LoadedModel:
 
     def room(self, sequences: float) -> Room:
         """What a forward pass along the token tree that answers at most so many `sequences` may hold at present."""
-        return Room(self.limits.scored_tokens, self.limits.logits(self.vocabulary), sequences)
+        return Room(self.limits.scored_tokens, self.limits.scored_positions(self.vocabulary), sequences)
 
     @cached_property
     def prefix_cache(self) -> PrefixCache:

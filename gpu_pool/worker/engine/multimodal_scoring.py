@@ -110,7 +110,7 @@ def _score_window(
 def _fits(loaded: LoadedModel, asked: MediaLoglikelihoodChunk) -> Callable[[list[_Question], _Question], bool]:
     """Whether one more question may be read together with the others."""
     alone = asked.deterministic or loaded.media.company is Company.NONE or not loaded.media.shares_prompts
-    most_logits = loaded.limits.logits(loaded.vocabulary)
+    most_positions = loaded.limits.scored_positions(loaded.vocabulary)
 
     def fits(batch: list[_Question], question: _Question) -> bool:
         first, count = batch[0], len(batch) + 1
@@ -119,8 +119,8 @@ def _fits(loaded: LoadedModel, asked: MediaLoglikelihoodChunk) -> Callable[[list
         if len(first.read) != len(question.read) or (asked.batch_size and count > asked.batch_size):
             return False
         width = max(one.width for one in (*batch, question))
-        logits = count * max(1, len(first.read)) * (width - len(first.inputs) + 1)
-        return logits <= most_logits and count * width <= loaded.limits.scored_tokens
+        positions = count * max(1, len(first.read)) * (width - len(first.inputs) + 1)
+        return positions <= most_positions and count * width <= loaded.limits.scored_tokens
 
     return fits
 

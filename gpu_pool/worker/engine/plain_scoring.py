@@ -35,21 +35,21 @@ def score_rows(
     """
     rows = sorted(rows, key=lambda row: (-len(row.tokens), row.tokens))  # longest first: memory runs out early
 
-    most_logits = loaded.limits.logits(loaded.vocabulary, deterministic=deterministic)
+    most_positions = loaded.limits.scored_positions(loaded.vocabulary, deterministic=deterministic)
 
     def run(batch: list[Row]) -> list[tuple[int, Answer]]:
         if should_stop():
             raise Cancelled
         forget_earlier_passes(loaded)
-        return _score_rows(loaded, batch, most_logits)
+        return _score_rows(loaded, batch, most_positions)
 
     def on_shortage(batch: list[Row]) -> None:
         loaded.limits.shrink(len(batch) * len(batch[0].tokens))
 
-    return dict(run_batches(run, rows, _fits(loaded, batch_size, most_logits), on_shortage))
+    return dict(run_batches(run, rows, _fits(loaded, batch_size, most_positions), on_shortage))
 
 
-def _fits(loaded: LoadedModel, batch_size: int | None, most_logits: int) -> Callable[[list[Row], Row], bool]:
+def _fits(loaded: LoadedModel, batch_size: int | None, most_positions: int) -> Callable[[list[Row], Row], bool]:
     """Whether one more row, none longer than the first, leaves the others' answers alone and fits the requested size,
     ours, and the logits' memory."""
     boundary = rope_boundary(loaded) or loaded.max_length
@@ -60,24 +60,24 @@ def _fits(loaded: LoadedModel, batch_size: int | None, most_logits: int) -> Call
             return False
         if width > boundary and len(row.tokens) != width:
             return False
-        if _logits(loaded, [*batch, row]) > most_logits:
+        if _scored_positions(loaded, [*batch, row]) > most_positions:
             return False
         return is_worthwhile(loaded.limits, len(batch), width, len(row.tokens), batch_size)
 
     return fits
 
 
-def _logits(loaded: LoadedModel, rows: Sequence[Row]) -> int:
+def _scored_positions(loaded: LoadedModel, rows: Sequence[Row]) -> int:
     """Positions of `rows`, none longer than the first, whose logits are computed together."""
     start = min(row.first_scored for row in rows) if loaded.narrows_logits else 0
     return len(rows) * (len(rows[0].tokens) - start)
 
 
 @torch.inference_mode()
-def _score_rows(loaded: LoadedModel, rows: list[Row], most_logits: int) -> list[tuple[int, Answer]]:
+def _score_rows(loaded: LoadedModel, rows: list[Row], most_positions: int) -> list[tuple[int, Answer]]:
     """One forward pass: (index of the request, answer) for all targets of `rows`."""
-    if len(rows) == 1 and _logits(loaded, rows) > most_logits and loaded.layers is not None:
-        return _score_in_pieces(loaded, rows[0], most_logits)
+    if len(rows) == 1 and _scored_positions(loaded, rows) > most_positions and loaded.layers is not None:
+        return _score_in_pieces(loaded, rows[0], most_positions)
     wanted = sorted({position for row in rows for position in range(row.first_scored, len(row.tokens))})
     column = {position: index for index, position in enumerate(wanted)}
     ids = pad_right([row.tokens for row in rows], loaded.device)
@@ -89,9 +89,9 @@ def _score_rows(loaded: LoadedModel, rows: list[Row], most_logits: int) -> list[
     return list(scores.answers().items())
 
 
-def _score_in_pieces(loaded: LoadedModel, row: Row, most_logits: int) -> list[tuple[int, Answer]]:
+def _score_in_pieces(loaded: LoadedModel, row: Row, most_positions: int) -> list[tuple[int, Answer]]:
     """The same for a row with more logits than there is room for: some of them after the others."""
-    positions = range(row.first_scored, len(row.tokens), most_logits)
+    positions = range(row.first_scored, len(row.tokens), most_positions)
     forward = partial(loaded.all_logits, pad_right([row.tokens], loaded.device))
     scores = TokenScores(loaded.softmax_dtype)
     for start, logits in zip(positions, logits_in_pieces(loaded.layers, forward, positions), strict=True):

@@ -50,8 +50,8 @@ class Room(NamedTuple):
     """What a forward pass may hold, or what a block takes of it."""
 
     tokens: float
-    logits: float
-    """Positions whose logits are asked for."""
+    positions: float
+    """Those whose logits are asked for."""
     sequences: float
     """That end there."""
 
@@ -88,7 +88,7 @@ def plan(
     """
     if deterministic:
         return lay_out_grid(sequences, needed_from, grid=GRID, known=known)
-    longest_block = max(1, int(min(room.tokens, room.logits)))
+    longest_block = max(1, int(min(room.tokens, room.positions)))
     return lay_out(sequences, needed_from, longest_block=longest_block, known=known)
 
 
