@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 
 from gpu_pool.api_models import is_api, resolve_api, resolve_api_args, why_no_scores
-from gpu_pool.desk import Desk
+from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.endpoints import slot_id
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
@@ -211,7 +212,12 @@ class Admission:
 
     async def _check_tasks(self, evaluation: Evaluation, *, reads_images: bool, no_scores: str | None = None) -> None:
         tasks = evaluation.tasks
-        problems = await self._desk.check(tasks, evaluation.num_fewshot, reads_images=reads_images, no_scores=no_scores)
+        few = evaluation.num_fewshot
+        check = partial(self._desk.check, tasks, few, reads_images=reads_images, no_scores=no_scores)
+        try:
+            problems = await check()
+        except DeskUnavailable:  # as a rule it was not these tasks that ended it: the next one is asked, once
+            problems = await check()
         if problems:
             first = problems[0]
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"

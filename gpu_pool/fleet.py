@@ -215,7 +215,12 @@ class Fleet:
     def _arm(self, deadline: Deadline, seconds: float, late: Callable[[], None]) -> None:
         """Do something when that time is over, in place of what was to be done before."""
         self._disarm(deadline)
-        self._timers[deadline] = asyncio.get_running_loop().call_later(seconds, late)
+
+        def fire() -> None:
+            del self._timers[deadline]
+            late()
+
+        self._timers[deadline] = asyncio.get_running_loop().call_later(seconds, fire)
 
     def _disarm(self, deadline: Deadline) -> None:
         if timer := self._timers.pop(deadline, None):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -25,13 +24,13 @@ from gpu_pool.database_admin import database_of
 from gpu_pool.desk import Desk
 from gpu_pool.errors import (
     DatabaseUnavailable,
-    DataDirInUse,
     InvalidRequest,
     JobAlreadyFinished,
     PoolError,
     ShuttingDown,
 )
 from gpu_pool.explain import explain
+from gpu_pool.file_lock import lock_folder
 from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
 from gpu_pool.intake import Intake
@@ -40,6 +39,7 @@ from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.local_processes import LocalProcesses
 from gpu_pool.merge import plan_merge
 from gpu_pool.merges import Merges
+from gpu_pool.process_logs import keep_bounded
 from gpu_pool.records import (
     CheckpointType,
     Evaluation,
@@ -91,7 +91,7 @@ class Pool:
         check_endpoints(self.settings.endpoints)
         data_dir = self.settings.data_dir
         data_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(data_dir)
+        self._lock = lock_folder(data_dir)
         self._processes = LocalProcesses(self.settings, self._leases.visible_device)
         self._store = await Store.open(database_of(self.settings), alone=True)
         await self._processes.start()
@@ -117,6 +117,9 @@ class Pool:
         self._watch(asyncio.create_task(self._look(), name="look"))
         retention = Retention(self.settings, self._store, self._jobs.forget, data_dir / "jobs")
         self._watch(asyncio.create_task(retention.run(), name="retention"))
+        fleet = self._runner.fleet
+        logs = keep_bounded(data_dir / "logs", lambda: {"desk", *fleet.evaluators, *fleet.workers})
+        self._watch(asyncio.create_task(logs, name="logs"))
 
     async def stop(self) -> None:
         """End every process within seconds; running jobs go back to the queue."""
@@ -345,14 +348,3 @@ def _append_to_log(path: Path, sentence: str) -> None:
     """A line in a job's log, in the format of its evaluator, which appends to the file too."""
     with contextlib.suppress(OSError), path.open("a") as log:
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S},000 WARNING gpu_pool.pool: {sentence}\n")
-
-
-def _lock_folder(folder: Path) -> int:
-    """Hold the folder for this process; raises DataDirInUse. The lock goes with the process."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataDirInUse(f"another server uses the data folder {folder}") from None
-    return descriptor

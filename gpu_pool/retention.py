@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -62,7 +63,7 @@ class Retention:
             folder = self._folder / job_id
             if folder.parent != self._folder or folder.name != job_id or job_id == "..":
                 logger.error("job %r has an id that is no folder's name; its files are left", job_id)
-            elif folder.is_symlink():  # put there by a person, who keeps what it points to
+            elif os.path.islink(folder):  # put there by a person, who keeps what it points to
                 try:
                     folder.unlink()
                 except OSError as error:

@@ -12,7 +12,7 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line
 
 from gpu_pool.admission import Admission, Placement
-from gpu_pool.desk import Desk
+from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
@@ -41,9 +41,7 @@ class Gpus(Inventory):
 class OneTask:
     """A desk that knows one task."""
 
-    async def check(
-        self, tasks: tuple[str, ...], num_fewshot: int | None, *, reads_images: bool = False
-    ) -> tuple[TaskProblem, ...]:
+    async def check(self, tasks: tuple[str, ...], num_fewshot: int | None, **_: object) -> tuple[TaskProblem, ...]:
         unknown = (task for task in tasks if task != "arc_easy")
         return tuple(TaskProblem(task=task, reason="unknown task", suggestions=("arc_easy",)) for task in unknown)
 
@@ -211,3 +209,27 @@ async def test_a_refused_task_is_named_with_the_nearest(tmp_path: Path, tiny_mod
     await admission.admit(right)
     args = await admission.model_args(right)
     assert args.pretrained == str(tiny_model)
+
+
+class Mortal(OneTask):
+    """It ends as often as that while it is asked, and then knows its task."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths = deaths
+
+    async def check(self, *asked: Any, **more: Any) -> tuple[TaskProblem, ...]:
+        self.deaths -= 1
+        if self.deaths >= 0:
+            raise DeskUnavailable
+        return await super().check(*asked, **more)
+
+
+async def test_a_desk_that_ends_meanwhile_is_asked_once_more(tiny_model: Path, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=2)
+    leases = Leases(settings, Inventory(visible_devices=""))
+    fine, unknown = (evaluation(model=str(tiny_model), tasks=(task,)) for task in ("arc_easy", "arc_eazy"))
+    await Admission(settings, cast(Desk, Mortal(1)), leases).admit(fine)
+    with pytest.raises(InvalidRequest, match="unknown task"):
+        await Admission(settings, cast(Desk, Mortal(1)), leases).admit(unknown)
+    with pytest.raises(DeskUnavailable):
+        await Admission(settings, cast(Desk, Mortal(2)), leases).admit(fine)

@@ -89,3 +89,16 @@ async def test_why_an_evaluator_ends_is_in_its_log_and_in_what_becomes_of_its_jo
 )
 def test_the_pause_before_a_restart_grows_to_a_limit(failed_starts: int, seconds: float) -> None:
     assert restart_pause(failed_starts) == seconds
+
+
+async def test_what_is_late_is_not_kept(tmp_path: Path) -> None:
+    """Nobody disarms what was awaited for a job that has ended."""
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1, drop_timeout_s=0.001)
+    leases = Leases(settings, Inventory(visible_devices=""))
+    processes = Processes(evaluator=none, worker=none, address=str)
+    fleet = Fleet(settings, leases, processes, put=none, hear=none, background=asyncio.ensure_future)
+    fleet.detach(ev.Detach(job_id="j", evaluator_id="e", worker_id="w", at_once=False))
+    assert fleet._timers
+    async with asyncio.timeout(60):
+        while fleet._timers:
+            await asyncio.sleep(0.001)

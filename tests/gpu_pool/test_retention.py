@@ -85,6 +85,19 @@ async def test_nothing_outside_the_jobs_folder_is_touched(store: Store, tmp_path
     assert (tmp_path / "moved" / "results" / "scores.json").exists()
 
 
+async def test_a_folder_that_cannot_be_looked_at_does_not_keep_the_others(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "jobs"
+    await ended(store, folder, "a")
+    unreadable = "x" * 300  # which no file system takes for a name
+    await store.add(msgspec.structs.replace(make_job(unreadable, JobState.FAILED), completed_at=NOON))
+    retention = Retention(PoolSettings(retention_jobs=0), store, lambda deleted: None, folder)
+    assert await retention.delete_expired(NOON) == 2
+    assert await left(store, folder) == []
+    assert "cannot be deleted" in caplog.text
+
+
 async def test_files_that_cannot_be_deleted_do_not_keep_the_others(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

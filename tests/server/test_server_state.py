@@ -26,6 +26,8 @@ async def test_queue_and_health_agree(api: Any, fake_pool: FakePool):
     assert (wait["job_id"], wait["needs"], wait["reason"]) == (fourth, "1 GPU", "none is free")
     assert datetime.fromisoformat(wait["expected_start"]).tzinfo is not None
     assert (await api.get("/queue?explain=0")).json()["waiting"] == []
+    assert (await api.get("/queue?explain=1000")).status_code == 200
+    assert (await api.get("/queue?explain=1001")).status_code == 400
     assert queue == {
         "queue_size": 1,
         "running_job": first,
