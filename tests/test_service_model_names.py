@@ -28,7 +28,7 @@ def chat() -> Generator[FakeOpenAI]:
 def box(
     tiny_vlm: Callable[[str], Path], chat: FakeOpenAI, tmp_path_factory: pytest.TempPathFactory
 ) -> Generator[Service]:
-    """One CPU worker, the data of MME, an endpoint, and a hub's cache with a tiny checkpoint in the place of LLaVA's."""
+    """One CPU worker, the data of MME, an endpoint, and a hub's cache with a tiny checkpoint in LLaVA's place."""
     folder = tmp_path_factory.mktemp("box")
     repo = folder / "hub" / "models--llava-hf--llava-1.5-7b-hf"
     shutil.copytree(tiny_vlm("llava"), repo / "snapshots" / COMMIT)
