@@ -8,7 +8,7 @@ import pytest
 
 from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
 from gpu_pool.evaluator.api_options import api_options
-from gpu_pool.evaluator.failures import OptionsError
+from gpu_pool.evaluator.generation_options import OptionsError
 from gpu_pool.records import ApiModel
 from gpu_pool.worker.api.bodies import (
     UnreadableAnswer,
