@@ -82,6 +82,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             fake.gate.wait()
             status, headers, answer = fake.answer(self.path, dict(self.headers), body)
+        finally:  # before the answer: who has it may ask again at once
+            with fake.lock:
+                fake.at_once -= 1
+        try:
             data = json.dumps(answer).encode()
             self.send_response(status)
             for name, value in {**headers, "Content-Type": "application/json", "Content-Length": len(data)}.items():
@@ -90,9 +94,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
         except (BrokenPipeError, ConnectionResetError):  # who asked has gone
             self.close_connection = True
-        finally:
-            with fake.lock:
-                fake.at_once -= 1
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -14,6 +14,7 @@ from fake_nvml import FakeNvml, gpu_line
 
 from gpu_pool.admission import Admission, Placement
 from gpu_pool.desk import Desk, DeskUnavailable
+from gpu_pool.endpoints import Endpoint
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
@@ -236,3 +237,34 @@ async def test_a_desk_that_ends_meanwhile_is_asked_once_more(tiny_model: Path, t
         await Admission(settings, cast(Desk, Mortal(1)), leases).admit(unknown)
     with pytest.raises(DeskUnavailable):
         await Admission(settings, cast(Desk, Mortal(2)), leases).admit(fine)
+
+
+TALK = Endpoint(base_url="https://host/v1", model="m")
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+async def test_a_model_behind_an_endpoint_needs_nothing_of_the_box(tmp_path: Path, gpus: int) -> None:
+    admission = await box(tmp_path, gpus, endpoints={"talk": TALK})
+    asked = evaluation(model="openai", num_gpus=0)
+    await admission.admit(asked)
+    place = admission.place(asked)
+    assert place == Placement(device="api", max_replicas=1, slot_id="api:talk")
+    assert admission.plan(asked, None, place) == ReplicaPlan()
+    assert not admission.awaits_driver(asked)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"device": "cuda:0"}, "device"),
+        ({"num_gpus": 2}, "num_gpus"),
+        ({"deterministic": True}, "deterministic"),
+        ({"merge": "ema"}, "merge"),
+        ({"model": "local-completions"}, "model"),
+    ],
+)
+async def test_what_an_endpoint_has_not(tmp_path: Path, fields: dict[str, object], field: str) -> None:
+    admission = await box(tmp_path, 2, endpoints={"talk": TALK})
+    with pytest.raises(InvalidRequest) as refused:
+        await admission.admit(evaluation(**{"model": "openai"} | fields))
+    assert refused.value.field == field

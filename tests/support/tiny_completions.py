@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class TinyCompletions:
-    """Answers bodies of /completions whose prompts are tokens."""
+    """Answers bodies of /completions whose prompt is one list of tokens, or a list of one such list."""
 
     def __init__(self, folder: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -22,7 +22,8 @@ class TinyCompletions:
 
     def __call__(self, body: Json) -> Json:
         """The first choice."""
-        tokens = torch.tensor([body["prompt"]])
+        prompt = body["prompt"]
+        tokens = torch.tensor(prompt if isinstance(prompt[0], list) else [prompt])
         with self._lock, torch.inference_mode():
             return self._scores(tokens) if body.get("echo") else self._text(tokens, body)
 

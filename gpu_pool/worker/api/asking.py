@@ -67,14 +67,14 @@ class Asker:
                 raise AskingFailed(f"{failure} (tried {tried + 1} times)") if tried else failure
             if wish > LONGEST_WISH_SECONDS:
                 raise AskingFailed(f"{failure}; the endpoint asks to wait for {wish:.0f} s")
-            await asyncio.sleep(max(wish, self.pause(tried)))
+            await asyncio.sleep(self.pause(tried, wish))
         raise AssertionError("the last try returns or raises")
 
-    def pause(self, tried: int) -> float:
-        """Seconds after so many failed tries before: doubled each time, and up to a half less by chance, lest all that
-        failed together come again together."""
+    def pause(self, tried: int, wish: float) -> float:
+        """Seconds to wait when so many tries have failed before this one: doubled each time, and up to a half less by
+        chance, lest all that failed together come again together; or as the endpoint wishes, where that is longer."""
         longest = min(LONGEST_PAUSE_SECONDS, self._endpoint.retry_pause_s * 2.0 ** min(tried, 30))
-        return longest * random.uniform(0.5, 1.0)
+        return max(wish, longest * random.uniform(0.5, 1.0))
 
     async def _try_once(self, body: dict[str, Any], timeout_s: float) -> tuple[Any, float | None]:
         """The answer; or an AskingFailed, and for how long the endpoint wants to be left alone (None: for ever)."""

@@ -143,8 +143,8 @@ class Service:
                             client.media.pop(digest, None)
                     case MediaLoglikelihoodChunk() | Hello() | _:
                         raise ConnectionError("it sends what no endpoint can be asked")
-        except (ConnectionError, msgspec.DecodeError) as error:
-            print(f"data channel: a connection is closed: {error}")
+        except (ConnectionError, KeyError, msgspec.DecodeError) as error:
+            print(f"data channel: a connection is closed: {error!r}")
         finally:
             if client is not None:
                 self._clients.discard(client)
