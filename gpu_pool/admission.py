@@ -16,8 +16,19 @@ from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
-from gpu_pool.models import is_kind, located_at, reads_images, resolve_hub_revision, resolve_model
-from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, ModelArgs, Record
+from gpu_pool.models import is_kind, located_at, modalities, resolve_hub_revision, resolve_model
+from gpu_pool.records import (
+    OF_CHATS,
+    TEXT_ONLY,
+    ApiModel,
+    CheckpointType,
+    Device,
+    Evaluation,
+    Merge,
+    Modality,
+    ModelArgs,
+    Record,
+)
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
@@ -50,14 +61,14 @@ class Admission:
                 raise InvalidRequest("merge", "must be left out: a model behind an endpoint has no checkpoint here")
             args = await self.model_args(evaluation)
             no_scores = why_no_scores(args, api, self._settings.endpoints[api.endpoint])
-            await self._check_tasks(evaluation, reads_images=api.kind == "chat", no_scores=no_scores)
+            await self._check_tasks(evaluation, OF_CHATS if api.kind == "chat" else TEXT_ONLY, no_scores)
             return
         if merge := await self.merge_for(evaluation):
             args = await self.model_args(evaluation, merge.description_path, is_merged=False)
         else:
             args = await self.model_args(evaluation)
             self.plan(evaluation, await self.size(evaluation, args, place), place)
-        await self._check_tasks(evaluation, reads_images=await asyncio.to_thread(reads_images, args))
+        await self._check_tasks(evaluation, await asyncio.to_thread(modalities, args))
 
     def api_model(self, evaluation: Evaluation) -> ApiModel | None:
         """What is asked of an endpoint; None of a model that is computed here. Raises InvalidRequest."""
@@ -210,10 +221,12 @@ class Admission:
             raise InvalidRequest("output_dir", "is a file; name a folder")
         return path
 
-    async def _check_tasks(self, evaluation: Evaluation, *, reads_images: bool, no_scores: str | None = None) -> None:
+    async def _check_tasks(
+        self, evaluation: Evaluation, taken: frozenset[Modality], no_scores: str | None = None
+    ) -> None:
         tasks = evaluation.tasks
         few = evaluation.num_fewshot
-        check = partial(self._desk.check, tasks, few, reads_images=reads_images, no_scores=no_scores)
+        check = partial(self._desk.check, tasks, few, taken, no_scores=no_scores)
         try:
             problems = await check()
         except DeskUnavailable:  # as a rule it was not these tasks that ended it: the next one is asked, once

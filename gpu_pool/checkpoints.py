@@ -12,6 +12,7 @@ import msgspec
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.fingerprint import indexed_shards
 from gpu_pool.merge import RANK_FILE, has_shards
+from gpu_pool.records import Modality
 
 _ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -38,8 +39,19 @@ IMAGE_TEXT_TYPES = frozenset(
 )
 """Model types that transformers' AutoModelForImageTextToText loads and that continue text with images in it."""
 
-IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""Where a checkpoint says how images are processed."""
+AUDIO_TEXT_TYPES = frozenset(
+    {
+        *("gemma3n", "glmasr", "granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen2_audio"),
+        "qwen3_omni_moe_thinker",
+    }
+)
+"""Model types that transformers' AutoModelForMultimodalLM loads and that continue text with sounds in it."""
+
+SPEECH_TYPES = frozenset({"whisper"})
+"""Model types that write down what is said: they hear one sound, and read no prompt."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Where a checkpoint says how images and sounds are processed."""
 
 ENCODER_DECODER_TYPES = frozenset(
     {
@@ -110,6 +122,10 @@ def check_config(config: Mapping[str, Any], field: str) -> None:
         if architectures and all(_lacks_decoder(architecture) for architecture in architectures):
             raise InvalidRequest(field, f"{name} is no language model (such as T5ForConditionalGeneration)")
         return
+    if config.get("model_type") in AUDIO_TEXT_TYPES | SPEECH_TYPES:
+        if architectures and not any(a.endswith(_CONDITIONAL_SUFFIX) for a in architectures):
+            raise InvalidRequest(field, f"{name} writes no text (such as WhisperForConditionalGeneration)")
+        return
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         return
     if reads_images(config) or any(a.endswith(_HEAD_SUFFIXES) for a in architectures):
@@ -131,6 +147,19 @@ def reads_images(config: Mapping[str, Any]) -> bool:
         return False
     looks_so = "vision_config" in config and any(a.endswith(_CONDITIONAL_SUFFIX) for a in _architectures(config))
     return config.get("model_type") in IMAGE_TEXT_TYPES or (looks_so and config.get("model_type") not in _OTHER_TYPES)
+
+
+def modalities(config: Mapping[str, Any]) -> frozenset[Modality]:
+    """What a model of this config.json takes, if its processor is there. A video is shown as images."""
+    kind = config.get("model_type")
+    if kind in SPEECH_TYPES:
+        return frozenset({"audio"})
+    taken: set[Modality] = {"text"}
+    if reads_images(config):
+        taken |= {"image", "video"}
+    if kind in AUDIO_TEXT_TYPES:
+        taken.add("audio")
+    return frozenset(taken)
 
 
 def _lacks_decoder(architecture: str) -> bool:

@@ -65,6 +65,18 @@ class Media(Message, frozen=True, kw_only=True):
     data: bytes
 
 
+class MediaFile(Message, frozen=True, kw_only=True):
+    """A file as Media has it, that stays where it is: a worker reads it from there when a prompt shows it."""
+
+    digest: str
+    path: str
+    """Absolute."""
+    size: int
+    """Bytes."""
+    modified_ns: int
+    """With `size` tells whether it is still the file of that digest."""
+
+
 class ForgetMedia(Message, frozen=True, kw_only=True):
     """No later chunk shows these, unless they are sent again; those sent before are not affected.
 
@@ -75,10 +87,20 @@ class ForgetMedia(Message, frozen=True, kw_only=True):
 
 
 class MediaPrompt(Record, frozen=True, kw_only=True):
-    """Text with the model's own placeholders of images, and the digests of the images in their order."""
+    """Text with the model's own placeholders, and the digests of what stands there, each kind in its order."""
 
     text: str
     media: tuple[str, ...] = ()
+    """What is seen: images and videos."""
+    frames: tuple[int, ...] = ()
+    """Of each of `media`, as how many images it is shown where it is a video; 0: it is an image. Empty: all are."""
+    audio: tuple[str, ...] = ()
+    """What is heard."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All digests."""
+        return (*self.media, *self.audio)
 
 
 class MediaLoglikelihoodChunk(Message, frozen=True, kw_only=True):
@@ -104,7 +126,14 @@ class MediaGenerationChunk(Message, frozen=True, kw_only=True):
 
 
 ToWorkerData = (
-    Hello | LoglikelihoodChunk | GenerationChunk | Media | ForgetMedia | MediaLoglikelihoodChunk | MediaGenerationChunk
+    Hello
+    | LoglikelihoodChunk
+    | GenerationChunk
+    | Media
+    | MediaFile
+    | ForgetMedia
+    | MediaLoglikelihoodChunk
+    | MediaGenerationChunk
 )
 
 

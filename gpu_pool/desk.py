@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import assert_never
 
 from gpu_pool import messages as msg
 from gpu_pool.errors import PoolError
+from gpu_pool.records import Modality
 from gpu_pool.supervisor import Child
 from gpu_pool.watchdog import Watchdog
 
@@ -68,12 +69,12 @@ class Desk:
         self,
         tasks: tuple[str, ...],
         num_fewshot: int | None,
+        modalities: Set[Modality],
         *,
-        reads_images: bool = False,
         no_scores: str | None = None,
     ) -> tuple[msg.TaskProblem, ...]:
-        """What is wrong with these tasks for a model that reads images, or does not, and gives no log-likelihoods for
-        the reason `no_scores`, or does (None).
+        """What is wrong with these tasks for a model that takes these modalities, and gives no log-likelihoods for the
+        reason `no_scores`, or does (None).
 
         Raises:
             DeskUnavailable: the process ends meanwhile.
@@ -82,12 +83,13 @@ class Desk:
         assert self._child is not None
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        taken = tuple(sorted(modalities))
         self._child.send(
             msg.CheckTasks(
                 check_id=number,
                 tasks=tasks,
                 num_fewshot=num_fewshot,
-                reads_images=reads_images,
+                modalities=taken,
                 no_scores=no_scores,
             )
         )

@@ -12,7 +12,16 @@ from typing import Any, Literal
 import msgspec
 
 from gpu_pool.endpoints import Endpoint
-from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, Evaluation, JobResult, Merge, ModelSpec, Progress, Record
+from gpu_pool.records import (
+    DEFAULT_CACHE_MAX_BYTES,
+    Evaluation,
+    JobResult,
+    Merge,
+    Modality,
+    ModelSpec,
+    Progress,
+    Record,
+)
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
@@ -130,8 +139,8 @@ class CheckTasks(Message, frozen=True, kw_only=True):
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
     """The request's: few-shot examples need a split of their own."""
-    reads_images: bool = False
-    """Whether the model does."""
+    modalities: tuple[Modality, ...] = ("text",)
+    """What the model takes."""
     no_scores: str | None = None
     """Why the model gives no log-likelihoods; None: it does."""
 
@@ -169,7 +178,7 @@ class TaskEntry(Record, frozen=True, kw_only=True):
     """Whose task it is; the operator's own are lm-eval's."""
     output_type: str | None = None
     """The library's output type of a task, where its YAML says it."""
-    modality: Literal["text", "image", "audio", "video"] | None = None
+    modality: Modality | None = None
     """What its documents show beside text, where that is known."""
     documents: int | None = None
     """How many it has, where local files tell without being read."""

@@ -17,10 +17,12 @@ from gpu_pool.errors import InvalidRequest
 from gpu_pool.model_arguments import DTYPES, decode, in_our_words
 from gpu_pool.model_names import MODEL_NAMES, SAME_WEIGHTS, ModelName
 from gpu_pool.quantization import check_bitsandbytes, check_quantization
-from gpu_pool.records import ModelArgs
+from gpu_pool.records import TEXT_ONLY, Modality, ModelArgs
 from gpu_pool.suggestions import close_names
 from gpu_pool.weight_files import finder
 
+SPEECH_TASKS = ("transcribe", "translate")
+"""Of a speech model."""
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 """What some need beside torch; transformers also takes them from the hub, with `kernels`."""
@@ -116,14 +118,14 @@ def local_tokenizer(name: str, field: str) -> str:
     return _snapshot(name, None, _TOKENIZER_FILES, field)
 
 
-def reads_images(args: ModelArgs) -> bool:
-    """Whether the model of these resolved arguments reads images, as far as its configuration and local files tell."""
+def modalities(args: ModelArgs) -> frozenset[Modality]:
+    """What the model of these resolved arguments takes, as far as its configuration and local files tell."""
     config = None if args.gguf_file else finder(args)("config.json")
-    if config is None or not checkpoints.reads_images(read_config(config, "model")):
-        return False
+    taken = TEXT_ONLY if config is None else checkpoints.modalities(read_config(config, "model"))
     source = args.tokenizer or args.pretrained
     find = finder(msgspec.structs.replace(args, pretrained=source))
-    return not os.path.exists(source) or any(map(find, checkpoints.IMAGE_PROCESSOR_FILES))
+    has_processor = not os.path.exists(source) or any(map(find, checkpoints.PROCESSOR_FILES))
+    return taken if has_processor else taken & TEXT_ONLY
 
 
 # ---------------------------------------------------------------- names and values
@@ -180,13 +182,16 @@ def _check_values(args: ModelArgs, allow_remote_code: bool) -> None:
     if args.prefix_token_id is not None and args.prefix_token_id < 0:
         raise InvalidRequest("model_args.prefix_token_id", "must be a token id, 0 or more")
     _check_images(args)
+    if args.task not in (None, *SPEECH_TASKS):
+        raise InvalidRequest("model_args.task", f"must be one of {', '.join(SPEECH_TASKS)}", choices=SPEECH_TASKS)
     if args.trust_remote_code and not allow_remote_code:
         problem = "refused: the operator has not allowed code that comes with a checkpoint (allow_remote_code)"
         raise InvalidRequest("model_args.trust_remote_code", problem)
 
 
 def _check_images(args: ModelArgs) -> None:
-    for key in ("max_images", "min_pixels", "max_pixels", "image_width", "image_height", "image_max_side"):
+    sizes = ("min_pixels", "max_pixels", "image_width", "image_height", "image_max_side")
+    for key in ("max_images", "num_frames", *sizes):
         if (value := getattr(args, key)) is not None and value < 1:
             raise InvalidRequest(f"model_args.{key}", "must be an integer of at least 1")
     if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:

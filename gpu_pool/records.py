@@ -66,10 +66,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of the values below: immutable, strict when decoded. (Type checkers want the keywords repeated in each.)"""
 
 
+Modality = Literal["text", "image", "audio", "video"]
+"""What a task shows or a model takes."""
+TEXT_ONLY: frozenset[Modality] = frozenset({"text"})
+"""What a model takes that is nothing but a language model."""
+OF_CHATS: frozenset[Modality] = frozenset({"text", "image"})
+"""What a chat endpoint is sent."""
+
+
 class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Constructor arguments of a transformers model; names and meaning are those of lm-eval's HF backends.
 
     Those from `image_token_id` on are of its `hf-multimodal`: how images stand in prompts, and how large they are.
+    `num_frames` is of lmms-eval's models of videos, `language` and `task` of its Whisper.
     """
 
     pretrained: str
@@ -106,6 +115,14 @@ class ModelArgs(Record, frozen=True, kw_only=True, omit_defaults=True):
     image_width: int | None = None
     image_height: int | None = None
     image_max_side: int | None = None
+    num_frames: int = 8
+    """Images that a video is shown as."""
+    audio_string: str | None = None
+    """What stands for a sound in a prompt without a chat template, as `image_string` for an image."""
+    language: str | None = None
+    """That a speech model is to write; None: as its generation_config.json says, or what it hears."""
+    task: str | None = None
+    """Of a speech model: "transcribe" or "translate"."""
 
 
 Device = Literal["cpu", "cuda", "api"]

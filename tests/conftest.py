@@ -121,6 +121,17 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_audio(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a family of models that hear, a random checkpoint, fp32, with its processor."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return _make("make_tiny_audio.py", family, tmp_path_factory.mktemp(family))
+
+    return make
+
+
 def _make(script: str, *arguments: Path | str) -> Path:
     """Run a script that makes the folder among its arguments that does not exist or is empty; returns that."""
     subprocess.run([sys.executable, ROOT / "tests" / script, *arguments], check=True, capture_output=True)

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import Tokens
-from gpu_pool.evaluator.typed_content import IMAGE_PLACEHOLDER, first_images, typed_content
-from gpu_pool.records import ModelSpec
+from gpu_pool.evaluator.typed_content import PLACEHOLDERS, MediaPlaces
+from gpu_pool.records import OF_CHATS, TEXT_ONLY, ModelSpec
 
 _NO_SCORES = "it asks for log-likelihoods, which this endpoint gives none of"
 _UNLIMITED = 1 << 30
@@ -29,6 +29,8 @@ class TextPrompts:
     """Of a model that is sent text. Its questions' tokens are their bytes: they put questions in order, no more."""
 
     sends_text = True
+    transcribes = False
+    num_frames = 0
     is_encoder_decoder = False
     end_of_text = None
     prefix_token_id = 0
@@ -37,10 +39,11 @@ class TextPrompts:
     def __init__(self, model: ModelSpec) -> None:
         assert model.api is not None
         self._is_chat = model.api.kind == "chat"
-        self._args = model.args
-        self.reads_images = self._is_chat
+        args = model.args
+        self.modalities = OF_CHATS if self._is_chat else TEXT_ONLY
         self.has_chat_template = self._is_chat
-        self.max_images = model.args.max_images
+        self.max_images = args.max_images
+        self._places = MediaPlaces(kinds=self.modalities, interleave=args.interleave, max_images=args.max_images)
 
     def encode(self, strings: Iterable[str]) -> dict[str, Tokens]:
         """What stands for each distinct string."""
@@ -78,16 +81,14 @@ class TextPrompts:
             raise PromptError("apply_chat_template needs a chat endpoint, or a tokenizer with a chat template")
         return json.dumps([{**turn, "content": self._content(turn["content"])} for turn in history])
 
-    def place_images(self, prompt: str) -> str:
+    def place_media(self, prompt: str) -> str:
         """A prompt without a chat template: what the user says."""
         return self.apply_chat_template(True, [{"role": "user", "content": prompt}]) if self._is_chat else prompt
 
     def _content(self, content: Any) -> Any:
         if not isinstance(content, str):
-            return first_images(content, self.max_images)
-        if IMAGE_PLACEHOLDER not in content:
-            return content
-        return typed_content(content, interleave=self._args.interleave, max_images=self.max_images)
+            return self._places.shown(content)
+        return self._places.typed(content) if PLACEHOLDERS["image"] in content else content
 
     def description(self) -> dict[str, Any]:
         """Nothing is known of its tokens."""

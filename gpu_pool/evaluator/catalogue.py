@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from gpu_pool.evaluator.task_index import (
 from gpu_pool.evaluator.task_names import Library, TaskNames
 from gpu_pool.evaluator.task_needs import lmms_task_needs
 from gpu_pool.messages import TaskEntry, TaskProblem
+from gpu_pool.records import TEXT_ONLY, Modality
 
 _KINDS: dict[str, Literal["task", "group", "tag"]] = {"GROUP": "group", "TAG": "tag"}
 
@@ -100,16 +101,16 @@ class TaskLibrary:
         self,
         names: Sequence[str],
         num_fewshot: int | None = None,
+        modalities: Set[Modality] = TEXT_ONLY,
         *,
-        reads_images: bool = False,
         no_scores: str | None = None,
     ) -> tuple[TaskProblem, ...]:
-        """What keeps these tasks from running here; nothing is downloaded.
+        """What keeps these tasks from running here, on a model that takes `modalities`; nothing is downloaded.
 
-        The model reads images or does not, and gives no log-likelihoods for the reason `no_scores`, or does (None).
+        It gives no log-likelihoods for the reason `no_scores`, or does (None).
         """
         self._refresh()
-        model = Abilities(reads_images=reads_images, no_scores=no_scores)
+        model = Abilities(modalities=modalities, no_scores=no_scores)
         problems: dict[str, TaskProblem] = {}
         asked: dict[tuple[Library, str], str] = {}
         for name in names:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
-from gpu_pool.chunk_messages import Welcome
+from gpu_pool.chunk_messages import MediaFile, Welcome
 from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
 from gpu_pool.evaluator.prefix_line import Chunk, Line
 from gpu_pool.evaluator.suspects import Suspect, Suspects
@@ -42,7 +42,7 @@ class Dispatcher:
         on_failure: Callable[[str], None],
         on_silence: Callable[[str], None] = lambda _: None,
         paces: Paces | None = None,
-        read_media: Callable[[str], bytes] = lambda _: b"",
+        read_media: Callable[[str], bytes | MediaFile] = lambda _: b"",
         *,
         deterministic: bool = False,
         api: ApiModel | None = None,
@@ -53,7 +53,8 @@ class Dispatcher:
 
         Requests to an endpoint (`api`) go one by one, as many at once as it may be asked.
 
-        `paces` are what earlier jobs found out about the workers; `read_media` gives an image's file by its digest.
+        `paces` are what earlier jobs found out about the workers; `read_media` gives a file that prompts show, or where
+        it is, by its digest.
         """
         self.job_id = job_id
         self.batch_size = batch_size

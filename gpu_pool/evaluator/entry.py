@@ -77,10 +77,12 @@ def _prepare_for_jobs(start: EvaluatorStart, library: TaskLibrary) -> OpenJob:
     from gpu_pool.evaluator.images import leave_undecoded
     from gpu_pool.evaluator.job import JobRun, Workshop
     from gpu_pool.evaluator.prompts import import_model_code
+    from gpu_pool.evaluator.sounds import leave_sounds_undecoded
 
     memoise_templates()
     bootstrap.install()
     leave_undecoded()
+    leave_sounds_undecoded()
     import_model_code()
     workshop = Workshop(
         library,

@@ -7,7 +7,7 @@ document, a group.
 # pyright: basic
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol
 
 from lm_eval.api.group import Group
@@ -17,7 +17,7 @@ from lm_eval.api.task import Task
 from gpu_pool.evaluator import harness_lm_eval
 from gpu_pool.evaluator.harness_lm_eval import ChatTemplate
 from gpu_pool.evaluator.scores import TaskScore
-from gpu_pool.records import Evaluation
+from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 
 
 class Harness(Protocol):
@@ -31,7 +31,7 @@ class Harness(Protocol):
         evaluation: Evaluation,
         allow_code: bool,
         *,
-        reads_images: bool = False,
+        modalities: Set[Modality] = TEXT_ONLY,
         output_dir: str | None = None,
     ) -> None:
         """Apply the request's overrides to one task, whose own files go into `output_dir`.
@@ -50,8 +50,9 @@ class Harness(Protocol):
     ) -> Iterator[list[Instance]]:
         """lm-eval's instances, by portions of documents of these sizes.
 
-        Their arguments are (context, continuation or generation options), and of those with images
-        {"visual": images}; the context has a placeholder for each image, unless a chat template has made it.
+        Their arguments are (context, continuation or generation options), and of those with media {"visual": images,
+        and Videos among them, "audio": sounds, "video": videos}; the context has a placeholder for each of them, unless
+        a chat template has made it.
         """
         ...
 

@@ -14,7 +14,7 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import lm_eval.utils
@@ -27,7 +27,7 @@ from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups,
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.images import described
 from gpu_pool.evaluator.scores import TaskScore
-from gpu_pool.records import Evaluation
+from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
 
 ChatTemplate = Callable[..., str]
@@ -64,7 +64,7 @@ def configure_task(
     evaluation: Evaluation,
     allow_code: bool,
     *,
-    reads_images: bool = False,
+    modalities: Set[Modality] = TEXT_ONLY,
     output_dir: str | None = None,
 ) -> None:
     """Apply the request's overrides to one task, none of which writes files of its own.
@@ -74,10 +74,8 @@ def configure_task(
     """
     if getattr(task, "UNSAFE_CODE", False) and not allow_code:
         raise TaskError(f"{name} runs code written by the model, which the operator of this server does not allow")
-    if task.get_config("doc_to_audio"):
-        raise TaskError(f"{name} needs a model that hears; audio is not served yet")
-    if getattr(task, "MULTIMODAL", False) and not reads_images:
-        raise TaskError(f"{name} needs a model that reads images")
+    for kind in sorted(_shown(task) - modalities):
+        raise TaskError(f"{name} needs a model that takes {kind}")
     if task.get_config("output_type") == "generate_until":
         if evaluation.gen_kwargs:
             task.set_config(key="generation_kwargs", value=evaluation.gen_kwargs, update=True)
@@ -85,6 +83,17 @@ def configure_task(
     if evaluation.predict_only:
         task.override_metric(metric_name="bypass")
     set_fewshots(name, task, evaluation)
+
+
+def _shown(task: Any) -> set[Modality]:
+    """What a task's documents show."""
+    kinds: tuple[Modality, ...] = ("image", "audio")
+    shown: set[Modality] = {kind for kind in kinds if task.get_config(f"doc_to_{kind}")}
+    if getattr(task, "shows_videos", False):
+        shown.add("video")
+    if "audio" not in shown:
+        shown.add("text")
+    return shown
 
 
 def set_fewshots(name: str, task: Any, evaluation: Evaluation) -> None:

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import datasets
@@ -29,7 +29,7 @@ from gpu_pool.evaluator.images import ImageProblem, described
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
 from gpu_pool.evaluator.scores import TaskScore
-from gpu_pool.records import Evaluation
+from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
 
 # after lmms_tasks, which undoes what importing them does
@@ -46,6 +46,8 @@ from lmms_eval.filters.transformation import StripThinkingFilter  # isort: skip
 from gpu_pool.evaluator.lmms_prompts import Prompt, chat_prompt, text_prompt  # isort: skip
 
 _FEWSHOT_DELIMITER = "\n\n"
+_PROBLEMS = (ImageProblem, SystemExit)
+"""What a document's code raises; tasks of videos end the process where a file is missing."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def configure_task(
     evaluation: Evaluation,
     allow_code: bool,
     *,
-    reads_images: bool = False,
+    modalities: Set[Modality] = TEXT_ONLY,
     output_dir: str | None = None,
 ) -> None:
     """Apply the request's overrides to one task (`simple_evaluate`). Submission has seen to code of the model's.
@@ -65,7 +67,7 @@ def configure_task(
         TaskError: it has no few-shot examples.
     """
     inner = task.task
-    task.reads_images = reads_images
+    task.modalities = modalities
     submissions_in(task, output_dir)
     if task.is_generation:
         options = {**(inner.config.generation_kwargs or {}), **evaluation.gen_kwargs}
@@ -131,12 +133,12 @@ def _ask(
         theirs: Any = inner.construct_requests(doc_id=doc_id, ctx="", metadata=metadata)
         try:
             messages = inner.doc_to_messages(whole)
-        except ImageProblem as problem:  # the document's error, not the job's
-            messages = [{"role": "user", "content": [{"type": "image", "url": problem}]}]
+        except _PROBLEMS as problem:  # the document's error, not the job's
+            messages = [{"role": "user", "content": [_shown_problem(problem, task)]}]
         prompt = chat_prompt(
             messages,
             chat_template,
-            reads_images=task.reads_images,
+            modalities=task.modalities,
             system_instruction=evaluation.system_instruction,
         )
         return [(theirs, _instance(theirs, doc, prompt, _chat_options(config.generation_kwargs)))]
@@ -144,24 +146,31 @@ def _ask(
     made: Any = ConfigurableTask.construct_requests(inner, doc_id=doc_id, ctx=context, metadata=metadata)
     try:
         visuals = inner.doc_to_visual(whole)
-    except ImageProblem as problem:
-        visuals = [problem]
+    except _PROBLEMS as problem:
+        visuals = [_shown_problem(problem, task)["url"]]
     asked: list[tuple[Any, Instance]] = []
     for theirs in made if isinstance(made, list) else [made]:
         text, then = theirs.args[:2]
         shown = visuals if len(theirs.args) > 2 else None  # a choice without its question shows nothing
-        prompt = text_prompt(text, shown, chat_template if text else None, reads_images=task.reads_images)
+        prompt = text_prompt(text, shown, chat_template if text else None, modalities=task.modalities)
         asked.append((theirs, _instance(theirs, doc, prompt, str(then(doc)) if callable(then) else then)))
     return asked
 
 
+def _shown_problem(problem: BaseException, task: LmmsTask) -> dict[str, Any]:
+    """A part of a message that stands for what cannot be shown."""
+    kind = "image" if "image" in task.modalities else "audio"
+    shown = problem if isinstance(problem, ImageProblem) else ImageProblem(str(problem))
+    return {"type": kind, "url": shown}
+
+
 def _instance(theirs: Any, doc: Any, prompt: Prompt, then: Any) -> Instance:
     """lm-eval's instance of an instance of lmms-eval; answers to the one are answers to the other."""
-    text, images = prompt
+    text, media = prompt
     return Instance(
         request_type=theirs.request_type,
         doc=doc,
-        arguments=(text, copy.deepcopy(then), *([{"visual": images}] if images else [])),
+        arguments=(text, copy.deepcopy(then), *([media] if media else [])),
         idx=theirs.idx,
         metadata=(theirs.task_name, theirs.doc_id, theirs.repeats),
         resps=theirs.resps,

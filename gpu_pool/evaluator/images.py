@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.utils.file_utils import xopen
 from PIL import Image
 
@@ -31,7 +30,7 @@ _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
 
 
 class ImageProblem(PoolError):
-    """A document's image cannot be had."""
+    """A document's image, sound or video cannot be had."""
 
 
 class UndecodedImage(dict[str, Any]):
@@ -173,7 +172,7 @@ def _read(path: str, folders: Iterable[Path]) -> bytes:
 
 
 def described(value: Any) -> Any:
-    """A document, or a part of one, with a digest and the size of each image in the place of the image."""
+    """A document, or a part of one, with a digest and the size of each file in the place of the file."""
     match value:
         case UndecodedImage() if "decoded" in vars(value):
             return described(value.decoded)
@@ -187,48 +186,9 @@ def described(value: Any) -> Any:
             return {name: described(item) for name, item in value.items()}
         case Image.Image():
             return {"image": f"{value.mode} {value.width} x {value.height}", **described(value.tobytes())}
+        case np.ndarray():
+            return {"array": f"{value.dtype} {' x '.join(map(str, value.shape))}", **described(value.tobytes())}
         case list() | tuple():
             return [described(item) for item in value]
         case _:
             return value
-
-
-class ImageFiles:
-    """The image files of one job, each once, by their digests: on disk, because there may be more than memory holds."""
-
-    def __init__(self, folder: Path) -> None:
-        """A file without a name in `folder` holds them: it is gone when this process is."""
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._file: Any = None
-        self._places: dict[str, tuple[int, int]] = {}
-        self._end = 0
-
-    def add(self, data: bytes) -> str:
-        """Keep a file; returns its digest (sha256 hex).
-
-        Raises:
-            OSError: the disk is full, say.
-        """
-        digest = hashlib.sha256(data).hexdigest()
-        with self._lock:
-            if digest not in self._places:
-                if self._file is None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with the job)
-                self._file.seek(self._end)
-                self._file.write(data)
-                self._file.flush()
-                self._places[digest] = (self._end, len(data))
-                self._end += len(data)
-        return digest
-
-    def read(self, digest: str) -> bytes:
-        """A file that was added; from any thread."""
-        start, length = self._places[digest]
-        return os.pread(self._file.fileno(), length, start)
-
-    def close(self) -> None:
-        """Give the disk space back."""
-        if self._file is not None:
-            self._file.close()

@@ -23,8 +23,8 @@ from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
 from gpu_pool.evaluator.harness import combine, harness_of
 from gpu_pool.evaluator.harness_lm_eval import ChatTemplate, portions, seed_everything
-from gpu_pool.evaluator.image_prompts import ImagePrompts
-from gpu_pool.evaluator.images import ImageFiles
+from gpu_pool.evaluator.media_files import MediaFiles
+from gpu_pool.evaluator.media_prompts import MediaPrompts
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
@@ -64,7 +64,7 @@ class JobRun:
         self._workshop = workshop
         self._send = send
         self._progress = ProgressReporter(job.job_id, send)
-        self._images = ImageFiles(workshop.media_dir)
+        self._media = MediaFiles(workshop.media_dir)
         batch_size = None if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
         self.dispatcher = Dispatcher(
             job.job_id,
@@ -74,7 +74,7 @@ class JobRun:
             self._on_failure,
             self._on_silence,
             workshop.paces,
-            self._images.read,
+            self._media.read,
             deterministic=job.evaluation.deterministic,
             api=job.model.api,
         )
@@ -108,7 +108,7 @@ class JobRun:
         Raises:
             PoolError: the job cannot be completed, and why.
         """
-        with self._progress, contextlib.closing(self._images), self._sharing(), contextlib.closing(self.dispatcher):
+        with self._progress, contextlib.closing(self._media), self._sharing(), contextlib.closing(self.dispatcher):
             seed_everything(self._evaluation)
             encoder = self._encoder()
             report = Report(self._job, encoder)
@@ -146,14 +146,14 @@ class JobRun:
                     task,
                     self._evaluation,
                     self._workshop.allow_code,
-                    reads_images=encoder.reads_images,
+                    modalities=encoder.modalities,
                     output_dir=self._job.output_dir,
                 )
         builder = RequestBuilder(
             self._job.model,
             encoder,
             self._evaluation.torch_random_seed,
-            ImagePrompts(self._images, encoder),
+            MediaPrompts(self._media, encoder),
             deterministic=self._evaluation.deterministic,
         )
         for number, (name, task) in enumerate(tasks.items()):

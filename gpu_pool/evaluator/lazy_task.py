@@ -21,7 +21,8 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 
 from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.typed_content import IMAGE_PLACEHOLDER
+from gpu_pool.evaluator.typed_content import PLACEHOLDERS
+from gpu_pool.records import Modality
 
 KEPT_PROCESSED = 128
 """Processed splits that are kept; lm-eval asks for them several times a job."""
@@ -39,8 +40,21 @@ class LazyTask(ConfigurableTask):
         self._fewshot_seed: int | None = None
         self._shots: list[Any] = []
         """Few-shot documents of the prompt that is being built."""
+        config = dict(config)
+        self._doc_to_video: Any = config.pop("doc_to_video", None)
         super().__init__(config=config)
+        if self.shows_videos:
+            self.MULTIMODAL = True
         self._is_built = True
+
+    @property
+    def shows_videos(self) -> bool:
+        """Whether its YAML has `doc_to_video`, which lm-eval lacks: like `doc_to_image`, with videos."""
+        return self._doc_to_video is not None
+
+    def doc_to_video(self, doc: Any) -> Any:
+        """The videos of a document."""
+        return self.doc_to_image(doc, self._doc_to_video)
 
     def fewshot_docs(self) -> Any:
         """The documents that examples are drawn from; None while the task is built, which makes that skip them."""
@@ -55,7 +69,7 @@ class LazyTask(ConfigurableTask):
         kind = self.fewshot_cfg.sampler
         make = samplers.get_sampler(kind) if isinstance(kind, str) else kind
         sampler = make(list(documents), rnd=None).set_rnd(self._fewshot_seed)
-        if self.config.doc_to_image:
+        if self._media:
             sampler.sample = self._remembering(sampler.sample)
         return sampler
 
@@ -65,19 +79,37 @@ class LazyTask(ConfigurableTask):
         return super().fewshot_context(*args, **kwargs)
 
     def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
-        """As in lm-eval, with the images of the few-shot examples before the document's own: lm-eval leaves them out,
-        though the examples' text shows where they belong."""
+        """As in lm-eval, with videos, and with the media of the few-shot examples before the document's own: lm-eval
+        leaves them out, though the examples' text shows where they belong."""
         made = super().construct_requests(doc, ctx, **kwargs)
-        shown = [self.doc_to_image(shot) for shot in self._shots if self._shows_images(shot)]
-        if shown:
-            for instance in made if isinstance(made, list) else [made]:
-                *others, media = instance.arguments
-                instance.arguments = (*others, {**media, "visual": [*shown, media["visual"]]})
+        if not self._media:
+            return made
+        instances = made if isinstance(made, list) else [made]
+        given: dict[str, Any] = instances[0].arguments[2] if len(instances[0].arguments) > 2 else {}
+        shown: dict[str, Any] = {}
+        for key, kind, get in self._media:
+            own = given[key] if key in given else get(doc)
+            of_shots = [get(shot) for shot in self._shots if PLACEHOLDERS[kind] in self._text_of_shot(shot)]
+            shown[key] = [*of_shots, own] if of_shots else own
+        for instance in instances:
+            instance.arguments = (*instance.arguments[:2], shown)
         return made
 
     @property
+    def _media(self) -> list[tuple[str, Modality, Callable[[Any], Any]]]:
+        """(key of a request, kind, what gives it of a document) of all that documents show."""
+        media: list[tuple[str, Modality, Callable[[Any], Any]]] = []
+        if self.config.doc_to_image:
+            media.append(("visual", "image", self.doc_to_image))
+        if self.config.doc_to_audio:
+            media.append(("audio", "audio", self.doc_to_audio))
+        if self.shows_videos:
+            media.append(("video", "video", self.doc_to_video))
+        return media
+
+    @property
     def media_folders(self) -> list[Path]:
-        """Where relative paths of images may lie: beside the data files, or in the data folder."""
+        """Where relative paths of media may lie: beside the data files, or in the data folder."""
         options = self.config.dataset_kwargs or {}
         files = options.get("data_files") or ()
         groups = files.values() if isinstance(files, dict) else [files]
@@ -93,8 +125,8 @@ class LazyTask(ConfigurableTask):
 
         return remembered
 
-    def _shows_images(self, shot: Any) -> bool:
-        return IMAGE_PLACEHOLDER in str(self.doc_to_text(shot, self.fewshot_cfg.doc_to_text))
+    def _text_of_shot(self, shot: Any) -> str:
+        return str(self.doc_to_text(shot, self.fewshot_cfg.doc_to_text))
 
     def set_fewshot_seed(self, seed: int | None = None) -> None:
         """As in lm-eval, without making the sampler."""

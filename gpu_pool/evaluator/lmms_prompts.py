@@ -8,20 +8,26 @@ text has placeholders, else before all of it.
 # pyright: basic
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from lmms_eval.api.task import ConfigurableMessagesTask
 
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.images import ImageProblem, UndecodedImage
-from gpu_pool.evaluator.typed_content import IMAGE_PLACEHOLDER
+from gpu_pool.evaluator.media_prompts import Video
+from gpu_pool.evaluator.typed_content import PLACEHOLDERS
+from gpu_pool.records import TEXT_ONLY, Modality
 
 Turn = dict[str, Any]
-Prompt = tuple[str, list[Any]]
-"""A text, and the images that it shows in turn."""
+Media = dict[str, list[Any]]
+"""{"visual": images and Videos, "audio": sounds}, in turn; what there is none of is left out."""
+Prompt = tuple[str, Media]
+"""A text, and what it shows."""
 
-_VERBS = {"video": "watches", "audio": "hears"}
+_KINDS: dict[str, Modality] = {"image": "image", "image_url": "image", "video": "video", "audio": "audio"}
+"""Of parts of messages."""
+_KEYS: dict[Modality, str] = {"image": "visual", "video": "visual", "audio": "audio"}
 
 
 class UnservedModality(PoolError):
@@ -32,25 +38,23 @@ def chat_prompt(
     messages: Iterable[Turn],
     chat_template: Callable[..., str],
     *,
-    reads_images: bool,
+    modalities: Set[Modality],
     system_instruction: str | None = None,
 ) -> Prompt:
     """A conversation by a chat template.
 
     Raises:
-        UnservedModality: it has video or audio, or images for a model that reads text only.
+        UnservedModality: it shows what the model, which takes `modalities`, does not take.
     """
     turns: list[Turn] = [{"role": "system", "content": system_instruction}] if system_instruction else []
-    images: list[Any] = []
+    media: Media = {}
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        typed = [_typed(part, images) for part in parts]
-        if not reads_images:
-            _refuse(images)
-        text = "".join(part["text"] for part in typed) if not reads_images else None
+        typed = [_typed(part, media, modalities) for part in parts]
+        text = "".join(part["text"] for part in typed) if modalities == TEXT_ONLY else None
         turns.append({"role": message["role"], "content": typed if text is None else text})
-    return chat_template(turns), images
+    return chat_template(turns), media
 
 
 def text_prompt(
@@ -58,7 +62,7 @@ def text_prompt(
     visuals: Any,
     chat_template: Callable[..., str] | None,
     *,
-    reads_images: bool,
+    modalities: Set[Modality],
 ) -> Prompt:
     """A text and what `doc_to_visual` gives; a chat template makes it the user's turn.
 
@@ -66,20 +70,18 @@ def text_prompt(
         UnservedModality: as of `chat_prompt`.
     """
     shown = visuals if isinstance(visuals, list | tuple) else [] if visuals is None else [visuals]
-    images: list[Any] = []
-    for visual in shown:
-        _typed(_part(visual), images)
-    if not reads_images:
-        _refuse(images)
-    text = context
-    if images and IMAGE_PLACEHOLDER not in context:
-        text = IMAGE_PLACEHOLDER * len(images) + context
-    return (text if chat_template is None else chat_template([{"role": "user", "content": text}])), images
+    media: Media = {}
+    kinds = [_typed(_part(visual, modalities), media, modalities)["type"] for visual in shown]
+    missing = [PLACEHOLDERS[kind] for kind in kinds if PLACEHOLDERS[kind] not in context]
+    text = "".join(missing) + context
+    return (text if chat_template is None else chat_template([{"role": "user", "content": text}])), media
 
 
-def _part(visual: Any) -> dict[str, Any]:
+def _part(visual: Any, modalities: Set[Modality]) -> dict[str, Any]:
     """A visual as a part of a message."""
-    if isinstance(visual, UndecodedImage | ImageProblem | bytes):
+    if isinstance(visual, ImageProblem):
+        return {"type": "image" if "image" in modalities else "audio", "url": visual}
+    if isinstance(visual, UndecodedImage | bytes):
         return {"type": "image", "url": visual}
     try:
         return ConfigurableMessagesTask._visual_to_content(visual)
@@ -87,19 +89,18 @@ def _part(visual: Any) -> dict[str, Any]:
         raise UnservedModality(f"doc_to_visual gives {type(visual).__name__}, which is no image here") from None
 
 
-def _typed(part: dict[str, Any], images: list[Any]) -> dict[str, Any]:
-    """A part as chat templates take it; an image goes into `images`."""
-    kind = part["type"]
-    if kind == "text":
+def _typed(part: dict[str, Any], media: Media, modalities: Set[Modality]) -> dict[str, Any]:
+    """A part as chat templates take it; what it shows goes into `media`."""
+    if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    if kind in ("image", "image_url"):
-        image = part.get("url", part.get("image", part.get("image_url")))
-        inner = image.get("url") if isinstance(image, dict) and not isinstance(image, UndecodedImage) else None
-        images.append(image if inner is None else inner)
-        return {"type": "image"}
-    raise UnservedModality(f"a document needs a model that {_VERBS.get(kind, 'takes')} {kind}; that is not served yet")
-
-
-def _refuse(images: list[Any]) -> None:
-    if images:
-        raise UnservedModality("its documents show images, and the model reads text only")
+    kind = _KINDS.get(part["type"])
+    if kind is None or kind not in modalities:
+        taken = ", ".join(sorted(modalities))
+        raise UnservedModality(f"its documents show {part['type']}, and the model takes {taken}")
+    shown = part.get("url", part.get(kind, part.get(part["type"])))
+    if kind == "image" and isinstance(shown, dict) and not isinstance(shown, UndecodedImage):
+        shown = shown.get("url", shown)
+    if kind == "video" and isinstance(shown, dict) and {"video_start", "video_end"} & shown.keys():
+        raise UnservedModality("its documents show parts of videos, which are not served")
+    media.setdefault(_KEYS[kind], []).append(Video(shown) if kind == "video" else shown)
+    return {"type": kind}

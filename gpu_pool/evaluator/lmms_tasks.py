@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks._index import Entry, Kind
 from PIL import ImageFile
 
+from gpu_pool.records import TEXT_ONLY, Modality
+
 os.environ.setdefault("LOGURU_LEVEL", "INFO")  # what it writes goes into the jobs' logs
 _load_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
 with warnings.catch_warnings():  # it turns all warnings off
     from lmms_eval.api import metrics
     from lmms_eval.api.group import ConfigurableGroup
-    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
     from lmms_eval.tasks import TaskManager
 ImageFile.LOAD_TRUNCATED_IMAGES = _load_truncated  # a truncated image is an error of its document
 
@@ -41,8 +43,8 @@ class LmmsTask:
     """lmms-eval's."""
     task: Any
     """Its ConfigurableMessagesTask, or a class of the task's own."""
-    reads_images: bool = False
-    """Whether the model does."""
+    modalities: Set[Modality] = TEXT_ONLY
+    """What the model takes."""
     asked: list[tuple[Any, Instance]] = field(default_factory=list)
     """lmms-eval's instances and what is asked for each; their lists of responses are one."""
 
@@ -53,7 +55,7 @@ class LmmsTask:
 
     @property
     def media_folders(self) -> list[Path]:
-        """Where relative paths of images may lie: beside the data files, or in the data folder."""
+        """Where relative paths of media may lie: beside the data files, or in the data folder."""
         options = self.task.config.dataset_kwargs or {}
         files = options.get("data_files") or ()
         groups = files.values() if isinstance(files, dict) else [files]
@@ -154,8 +156,20 @@ def _bootstrap_stderr(f: Callable[[Sequence[Any]], float], xs: Sequence[Any], it
     return metrics.sample_stddev([value for seed in range(iters // chunk) for value in resampled((seed, xs))])
 
 
+def _typed_visual(typed: Callable[[Any], dict[str, Any]]) -> Any:
+    def visual_to_content(cls: type, visual: Any) -> dict[str, Any]:
+        """lmms-eval's, but a sound's samples or file are no video."""
+        if isinstance(visual, dict) and "array" in visual:
+            return {"type": "audio", "url": visual}
+        return typed(visual)
+
+    return classmethod(visual_to_content)
+
+
 def _patch() -> None:
-    """An error is raised at once, and as what it is: lmms-eval tries five times and then says RetryError."""
+    """Sounds are told from videos, and an error is raised at once, and as what it is: lmms-eval tries five times and
+    then says RetryError."""
+    ConfigurableMessagesTask._visual_to_content = _typed_visual(ConfigurableMessagesTask._visual_to_content)
     for method in ("download", "process_results"):
         setattr(ConfigurableTask, method, getattr(ConfigurableTask, method).__wrapped__)
     metrics.bootstrap_stderr = _bootstrap_stderr

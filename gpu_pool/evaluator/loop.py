@@ -72,7 +72,7 @@ class EvaluatorLoop:
             match self._inbox.get():
                 case CheckTasks() as asked:
                     problems = library.check(
-                        asked.tasks, asked.num_fewshot, reads_images=asked.reads_images, no_scores=asked.no_scores
+                        asked.tasks, asked.num_fewshot, frozenset(asked.modalities), no_scores=asked.no_scores
                     )
                     self._send(TasksChecked(check_id=asked.check_id, problems=problems))
                 case BuildCatalogue():

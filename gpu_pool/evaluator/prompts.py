@@ -20,9 +20,9 @@ from gpu_pool import checkpoints
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
-from gpu_pool.evaluator.typed_content import first_images, typed_content, with_image_strings
+from gpu_pool.evaluator.typed_content import MediaPlaces
 from gpu_pool.fingerprint import fingerprint_model
-from gpu_pool.records import ModelArgs, ModelSpec
+from gpu_pool.records import TEXT_ONLY, Modality, ModelArgs, ModelSpec
 
 _WARM_TOKENIZERS = 4
 
@@ -60,11 +60,22 @@ class PromptEncoder:
         if self.is_encoder_decoder:  # whose prompts lm-eval gives to the tokenizer as they are
             prompt_special, bos = {}, None
         self._prompts = TextEncoder(tokeniser, prompt_special | {"truncation": args.truncation}, bos)
-        self.reads_images = checkpoints.reads_images(config.to_dict()) and _has_image_processor(args)
-        if self.reads_images and (template := _processor_template(args)) is not None:
+        taken = checkpoints.modalities(config.to_dict())
+        self.modalities: frozenset[Modality] = taken if _has_processor(args) else taken & TEXT_ONLY
+        self.transcribes = "text" not in taken
+        self._takes_media = bool(self.modalities - TEXT_ONLY)
+        if self._takes_media and (template := _processor_template(args)) is not None:
             self.tokenizer.chat_template = template
         self.max_images = args.max_images
+        self.num_frames = args.num_frames
+        self._places = MediaPlaces(
+            kinds=self.modalities,
+            interleave=args.interleave,
+            max_images=args.max_images,
+            num_frames=args.num_frames,
+        )
         self._image_string = _image_string(args, config, self.tokenizer)
+        self._audio_string = _audio_string(args, config, self.tokenizer)
         self._template_args = dict(args.chat_template_args or {})
         if args.enable_thinking is not None:
             self._template_args["enable_thinking"] = args.enable_thinking
@@ -142,9 +153,9 @@ class PromptEncoder:
     ) -> str:
         """One conversation as a prompt; without its system turn if the template refuses that.
 
-        For a model that reads images, contents are lists of typed parts, as `hf-multimodal` makes them.
+        For a model that takes media, contents are lists of typed parts, as `hf-multimodal` makes them.
         """
-        if self.reads_images:
+        if self._takes_media:
             history = [{**turn, "content": self._typed(turn["content"])} for turn in history]
         render = functools.partial(
             self.tokenizer.apply_chat_template,
@@ -160,19 +171,22 @@ class PromptEncoder:
             _log.warning("The chat template refuses the conversation: trying without its system turn")
             return render([turn for turn in history if turn["role"] != "system"])
 
-    def place_images(self, prompt: str) -> str:
-        """A prompt without a chat template, which knows it: the model's own string where images belong.
+    def place_media(self, prompt: str) -> str:
+        """A prompt without a chat template, which knows it: the model's own strings where media belong.
 
         Raises:
-            PromptError: nobody knows what that string is.
+            PromptError: nobody knows what such a string is.
         """
-        if self._image_string is None:
-            raise PromptError("Its configuration names no token for images: give image_string in model_args")
-        return with_image_strings(prompt, self._image_string, self.max_images)
+        try:
+            return self._places.with_strings(prompt, self._image_string, self._audio_string)
+        except LookupError as error:
+            [kind] = error.args
+            raise PromptError(
+                f"Its configuration names no token for {kind}: give {kind}_string in model_args"
+            ) from None
 
     def _typed(self, content: Any) -> Any:
-        options = {"interleave": self._args.interleave, "max_images": self.max_images}
-        return typed_content(content, **options) if isinstance(content, str) else first_images(content, self.max_images)
+        return self._places.typed(content) if isinstance(content, str) else self._places.shown(content)
 
     def description(self) -> dict[str, Any]:
         """lm-eval's tokenizer entries of a results file (`add_tokenizer_info`)."""
@@ -276,8 +290,22 @@ def _image_string(args: ModelArgs, config: Any, tokenizer: Any) -> str | None:
     return None if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
 
 
-def _has_image_processor(args: ModelArgs) -> bool:
-    return any(_find(args, name) is not None for name in checkpoints.IMAGE_PROCESSOR_FILES)
+def _audio_string(args: ModelArgs, config: Any, tokenizer: Any) -> str | None:
+    """What stands for a sound in a prompt without a chat template; Qwen's is enclosed (`HFAUDIOLMQWEN`)."""
+    if args.audio_string is not None:
+        return args.audio_string
+    candidates = (getattr(config, f"audio_token_{name}", None) for name in ("id", "index"))
+    token_id = next((candidate for candidate in candidates if candidate is not None), None)
+    if token_id is None:
+        return None
+    token = tokenizer.decode([token_id], skip_special_tokens=False)
+    vocabulary = tokenizer.get_vocab()
+    begin, end = (name if name in vocabulary else "" for name in ("<|audio_bos|>", "<|audio_eos|>"))
+    return begin + token + end
+
+
+def _has_processor(args: ModelArgs) -> bool:
+    return any(_find(args, name) is not None for name in checkpoints.PROCESSOR_FILES)
 
 
 def _processor_template(args: ModelArgs) -> Any:

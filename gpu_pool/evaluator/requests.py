@@ -26,7 +26,7 @@ from gpu_pool.chunk_messages import GenerationOptions, MediaPrompt
 from gpu_pool.evaluator.api_options import api_options
 from gpu_pool.evaluator.api_prompts import TextPrompts
 from gpu_pool.evaluator.generation_options import generation_options, is_deterministic
-from gpu_pool.evaluator.image_prompts import ImagePrompts, Shown, arguments, forget_images, shows_images, stand_in
+from gpu_pool.evaluator.media_prompts import MediaPrompts, Shown, arguments, forget_media, shows_media, stand_in
 from gpu_pool.evaluator.prompts import PromptEncoder, PromptError
 from gpu_pool.evaluator.tokenising import NO_TOKENS, Tokens
 from gpu_pool.records import ModelSpec
@@ -42,7 +42,7 @@ class Unit:
     continuation: Tokens = field(default_factory=lambda: NO_TOKENS)
     options: GenerationOptions | None = None
     shown: MediaPrompt | None = None
-    """The prompt of a question with images, which only a worker can make tokens of: `prompt` stands in for them."""
+    """The prompt of a question with media, which only a worker can make tokens of: `prompt` stands in for them."""
     kind: str = "loglikelihood"
     """Units of one kind may share a chunk: the same for equal `options`."""
     seed: int = 0
@@ -113,13 +113,13 @@ class RequestBuilder:
         model: ModelSpec,
         encoder: PromptEncoder | TextPrompts,
         seed: int | None,
-        images: ImagePrompts | None = None,
+        media: MediaPrompts | None = None,
         *,
         deterministic: bool = False,
     ) -> None:
-        """`images` makes the prompts of instances with images; None: there are none."""
+        """`media` makes the prompts of instances with media; None: there are none."""
         self._encoder = encoder
-        self._images = images
+        self._media = media
         self._folders: Sequence[Path] = ()
         self._is_chat = False
         self._is_api = model.api is not None
@@ -134,8 +134,8 @@ class RequestBuilder:
     ) -> TaskRequests:
         """The requests of these instances of one task, in their order.
 
-        Relative paths of images are looked for in `folders`; `is_chat`: a chat template has placed the images. In the
-        instances a description takes the place of each image: a job's images are in its files, not in memory.
+        Relative paths of media are looked for in `folders`; `is_chat`: a chat template has placed them. In the
+        instances a description takes the place of each file: a job's media are in files, not in memory.
 
         Raises:
             PromptError: the model or its arguments do not allow the kind of request.
@@ -145,8 +145,8 @@ class RequestBuilder:
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generation,
-            "loglikelihood with images": self._loglikelihood_with_images,
-            "generate_until with images": self._generation_with_images,
+            "loglikelihood with media": self._loglikelihood_with_media,
+            "generate_until with media": self._generation_with_media,
         }
         self._folders = folders
         self._is_chat = is_chat
@@ -154,16 +154,16 @@ class RequestBuilder:
         repeats: dict[int, list[list[Unit]]] = {}
         for kind in dict.fromkeys(kinds.values()):
             if kind not in makers:
-                raise PromptError(f"{kind} cannot be asked: what is scored must follow the images")
+                raise PromptError(f"{kind} cannot be asked: what is scored must follow what is shown")
             some = [instance for instance in instances if kinds[id(instance)] == kind]
             repeats.update(zip(map(id, some), makers[kind](some), strict=True))
-        forget_images(instances)
+        forget_media(instances)
         return TaskRequests([(instance, repeats[id(instance)]) for instance in instances])
 
     def _kind(self, instance: Instance) -> str:
-        """Text to continue goes the way of prompts with images, which are text, too."""
+        """Text to continue goes the way of prompts with media, which are text, too."""
         as_text = self._encoder.sends_text and instance.request_type == "generate_until"
-        return instance.request_type + " with images" * (as_text or shows_images(instance))
+        return instance.request_type + " with media" * (as_text or shows_media(instance))
 
     def _loglikelihood(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
@@ -214,7 +214,7 @@ class RequestBuilder:
             for instance, option in zip(instances, options, strict=True)
         ]
 
-    def _loglikelihood_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+    def _loglikelihood_with_media(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         if self._thinking:
             raise PromptError("enable_thinking=True cannot be used with log-likelihood tasks, only with generation")
         prompts = self._shown(instances)
@@ -229,7 +229,7 @@ class RequestBuilder:
             repeats.append([[unit]] * (instance.repeats or 1))
         return repeats
 
-    def _generation_with_images(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
+    def _generation_with_media(self, instances: Sequence[Instance]) -> list[list[list[Unit]]]:
         prompts = self._shown(instances)
         tokens = self._encoder.encode(prompt.text for prompt, _ in prompts)
         repeats: list[list[list[Unit]]] = []
@@ -244,12 +244,12 @@ class RequestBuilder:
         return repeats
 
     def _shown(self, instances: Sequence[Instance]) -> list[Shown]:
-        assert self._images is not None, "nobody has said where image files go"
-        return self._images.of(instances, self._folders, is_chat=self._is_chat)
+        assert self._media is not None, "nobody has said where files go"
+        return self._media.of(instances, self._folders, is_chat=self._is_chat)
 
     def _scoring(self, context: Tokens, continuation: Tokens, shown: MediaPrompt | None = None) -> Unit:
         key = answer_key(self._scope, *_question(b"loglikelihood", context, shown), continuation.tobytes())
-        kind = "loglikelihood" if shown is None else "loglikelihood with images"
+        kind = "loglikelihood" if shown is None else "loglikelihood with media"
         unit = Unit(prompt=context, continuation=continuation, shown=shown, kind=kind, key=key)
         return self._units.setdefault(key, unit)
 
@@ -264,7 +264,7 @@ class RequestBuilder:
         if self._is_api:
             options = api_options(options)
         written = msgspec.json.encode(options, order="sorted")
-        kind = written.decode() if shown is None else f"{written.decode()} with images"
+        kind = written.decode() if shown is None else f"{written.decode()} with media"
         unit = Unit(prompt=prompt, options=options, shown=shown, kind=kind)
         if not is_deterministic(options):
             unit.seed = self._sampling_seed(instance, repeat)
@@ -282,7 +282,10 @@ def _question(kind: bytes, prompt: Tokens, shown: MediaPrompt | None) -> tuple[b
     """What tells a prompt from all others, as parts of a key."""
     if shown is None:
         return kind, prompt.tobytes()
-    return kind + b" with images", shown.text.encode(errors="surrogatepass"), "".join(shown.media).encode()
+    files = ["".join(shown.media)]
+    if shown.frames or shown.audio:
+        files += [",".join(map(str, shown.frames)), "".join(shown.audio)]
+    return kind + b" with images", shown.text.encode(errors="surrogatepass"), *(part.encode() for part in files)
 
 
 def _errored(problem: str) -> Unit:

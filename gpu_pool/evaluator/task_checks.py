@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.hub_data import HubData
 from gpu_pool.evaluator.task_needs import TaskNeeds, read_config, task_needs
 from gpu_pool.messages import TaskProblem
+from gpu_pool.records import TEXT_ONLY, Modality
 from gpu_pool.suggestions import close_names
 
 Index = Mapping[str, Entry]
@@ -37,7 +38,7 @@ class _Leaf:
 class Abilities:
     """What a model can do."""
 
-    reads_images: bool = False
+    modalities: Set[Modality] = TEXT_ONLY
     no_scores: str | None = None
     """Why it gives no log-likelihoods; None: it does."""
 
@@ -75,7 +76,10 @@ class TaskChecker:
         num_fewshot: int | None,
         model: Abilities = TEXT_MODEL,
     ) -> tuple[TaskProblem, ...]:
-        """One problem for each name that cannot run; `broken` are unreadable YAML files and why."""
+        """One problem for each name that cannot run on a model with these abilities.
+
+        `broken` are unreadable YAML files and why.
+        """
         problems: list[TaskProblem] = []
         sources: dict[str, str] = {}
         for name in dict.fromkeys(names):
@@ -163,11 +167,8 @@ class TaskChecker:
             return f"lm-eval does not know these keys of its YAML: {', '.join(needs.unknown_keys)}"
         if needs.eval_split is None and not needs.has_class:
             return "its YAML names neither a test_split nor a validation_split"
-        if needs.modality in ("audio", "video"):
-            verb = "hears" if needs.modality == "audio" else "watches"
-            return f"it needs a model that {verb}; {needs.modality} is not served yet"
-        if needs.modality == "image" and not model.reads_images:
-            return "it shows images, and the model reads text only (its config.json, or no processor_config.json)"
+        if reason := _modality_reason(needs, model.modalities):
+            return reason
         if needs.scores and model.no_scores is not None:
             return f"it asks for log-likelihoods: {model.no_scores}"
         if needs.runs_code and not self._allow_code:
@@ -206,6 +207,23 @@ class TaskChecker:
                 return local.lacks(split)
         return None
 
+
+def _modality_reason(needs: TaskNeeds, modalities: Set[Modality]) -> str | None:
+    if "text" not in modalities:
+        if needs.modality in ("text", "image", "video"):
+            return "it plays no sounds, and the model writes down what it hears"
+        if needs.output_type not in ("generate_until", None):
+            return f"its output_type is {needs.output_type}, and the model writes down what it hears: generate_until"
+        return None
+    if needs.modality is None or needs.modality in modalities:
+        return None
+    taken = " and ".join(_TAKEN[kind] for kind in ("text", "image", "audio") if kind in modalities)
+    told = "its config.json, or no processor_config.json"
+    return f"it {_SHOWN[needs.modality]}, and the model reads {taken} only ({told})"
+
+
+_SHOWN = {"text": "asks in text", "image": "shows images", "audio": "plays sounds", "video": "shows videos"}
+_TAKEN = {"text": "text", "image": "images and videos", "audio": "sounds"}
 
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "include"})
 

@@ -23,15 +23,16 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.package_files import package_folder
-from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
+from gpu_pool.evaluator.task_modality import lm_eval_modality, lmms_eval_modality
+from gpu_pool.records import Modality
 from gpu_pool.whole_file import replace_file
 
 LIBRARY_ROOT = Path(lm_eval.tasks.__file__).parent
 _LMMS_EVAL = package_folder("lmms_eval")
 LMMS_EVAL_ROOT = _LMMS_EVAL and _LMMS_EVAL / "tasks"
 """lmms-eval's tasks; None where it is not installed."""
-INDEX_VERSION = 2
-"""Of what an index says of the same files: 2 has modalities, and lmms-eval's tasks."""
+INDEX_VERSION = 3
+"""Of what an index says of the same files: 3 tells images and videos of lmms-eval's tasks apart better."""
 _IGNORED_FOLDERS = ("__pycache__", ".ipynb_checkpoints", ".git")
 _log = logging.getLogger(__name__)
 

@@ -10,11 +10,10 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gpu_pool.evaluator.package_files import function_file, module_file, parsed
-
-Modality = Literal["text", "image", "audio", "video"]
+from gpu_pool.records import Modality
 
 _VIDEO = re.compile(r"video|\.mp4|\.mkv|\.webm|frames", re.IGNORECASE)
 _AUDIO = re.compile(r"audio|\.wav|\.mp3|\.flac|sampling_rate|speech", re.IGNORECASE)
@@ -25,6 +24,8 @@ def lm_eval_modality(config: dict[str, Any]) -> Modality:
     """Of a task of lm-eval."""
     if config.get("doc_to_audio"):
         return "audio"
+    if config.get("doc_to_video"):
+        return "video"
     return "image" if config.get("doc_to_image") else "text"
 
 

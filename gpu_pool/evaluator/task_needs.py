@@ -20,10 +20,12 @@ from gpu_pool.evaluator.failures import OptionsError
 from gpu_pool.evaluator.generation_options import generation_options
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.package_files import function_file, is_file, module_file, parsed
-from gpu_pool.evaluator.task_modality import Modality, lm_eval_modality, lmms_eval_modality
+from gpu_pool.evaluator.task_modality import lm_eval_modality, lmms_eval_modality
 from gpu_pool.gen_kwargs import task_option_problem
+from gpu_pool.records import Modality
 
-_KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(TaskConfig)) | {"group", "task_list"}
+_KNOWN_KEYS = frozenset(field.name for field in dataclasses.fields(TaskConfig)) | {"group", "task_list", "doc_to_video"}
+"""lm-eval's, and ours."""
 _CODE_MARKS = ("HF_ALLOW_CODE_EVAL", "code_eval", "UNSAFE_CODE = True")
 _LMMS_RUNS_CODE = frozenset({"auxsolidmath", "mathvision", "megabench"})
 """Folders of lmms-eval whose scoring passes the model's text to `eval` or `exec`."""
@@ -41,6 +43,8 @@ class TaskNeeds:
     """Keys of the YAML that lm-eval does not know, and refuses."""
     modality: Modality | None
     """What its documents show beside text; None where nothing tells."""
+    output_type: str | None
+    """As its YAML says."""
     scores: bool
     """Whether it asks for log-likelihoods, as far as its YAML says."""
     runs_code: bool
@@ -74,6 +78,7 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         name=name,
         unknown_keys=tuple(sorted(set(config) - _KNOWN_KEYS)) if "class" not in config else (),
         modality=lm_eval_modality(config),
+        output_type=config.get("output_type"),
         scores="class" not in config and config.get("output_type", "generate_until") != "generate_until",
         runs_code=_runs_code(config, sources),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
@@ -84,7 +89,7 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         eval_split=config.get("test_split") or config.get("validation_split"),
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=_fewshot_split(config),
-        options_problem=_options_problem(config.get("generation_kwargs")),
+        options_problem=_options_problem(config.get("generation_kwargs")) or _mixture_problem(config),
     )
 
 
@@ -99,6 +104,7 @@ def lmms_task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         name=name,
         unknown_keys=(),
         modality=lmms_eval_modality(config),
+        output_type=output_type,
         scores=output_type != "generate_until",
         runs_code=any(not _LMMS_RUNS_CODE.isdisjoint(path.parts) for path in modules),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file=False)))),
@@ -122,6 +128,12 @@ def _options_problem(options: Any) -> str | None:
         generation_options(options, None)
     except OptionsError as error:
         return str(error)
+    return None
+
+
+def _mixture_problem(config: dict[str, Any]) -> str | None:
+    if config.get("doc_to_image") and config.get("doc_to_video"):
+        return "doc_to_image and doc_to_video together do not say which stands where; leave one out"
     return None
 
 

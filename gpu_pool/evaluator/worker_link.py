@@ -119,7 +119,7 @@ class Link(threading.Thread):
             self._receive(connection)
 
     def _send_media(self, connection: Connection[Any, Any], units: Sequence[Unit]) -> None:
-        digests = [digest for unit in units if unit.shown for digest in unit.shown.media]
+        digests = [digest for unit in units if unit.shown for digest in unit.shown.files]
         for message in self._sent.before(digests) if digests else ():
             connection.send_bytes(encode(message))
 

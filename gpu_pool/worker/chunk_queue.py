@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from gpu_pool.chunk_messages import FromWorkerData, GenerationChunk, LoglikelihoodChunk
+from gpu_pool.chunk_messages import FromWorkerData, GenerationChunk, LoglikelihoodChunk, MediaFile
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 
 Chunk = LoglikelihoodChunk | GenerationChunk | MediaChunk
@@ -24,7 +24,7 @@ class Client:
         self.send = send
         self.hang_up = hang_up
         self.waiting: deque[Chunk] = deque()
-        self.media: dict[str, bytes] = {}
+        self.media: dict[str, bytes | MediaFile] = {}
         """Files that it has sent and may ask about, by digest; only for the data channel's own thread."""
         self.gone = False
         """Nobody waits for its answers any more: a running chunk of it ends at its next step."""

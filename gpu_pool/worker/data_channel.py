@@ -22,6 +22,7 @@ from gpu_pool.chunk_messages import (
     Hello,
     LoglikelihoodChunk,
     Media,
+    MediaFile,
     MediaGenerationChunk,
     MediaLoglikelihoodChunk,
     ToWorkerData,
@@ -95,6 +96,8 @@ async def _serve_evaluator(
                     queue.put(client, MediaChunk(message, preparation.plan(message.prompts, client.media)))
                 case Media(digest=digest, data=data) if client is not None:
                     client.media[digest] = data
+                case MediaFile(digest=digest) if client is not None:
+                    client.media[digest] = message
                 case ForgetMedia(digests=digests) if client is not None:
                     for digest in digests:
                         client.media.pop(digest, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.messages import TaskProblem
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Gpu
+from gpu_pool.records import Evaluation, Gpu, Modality
 from gpu_pool.replica_plan import ReplicaPlan
 from gpu_pool.settings import PoolSettings
 
@@ -41,7 +42,9 @@ class Gpus(Inventory):
 class OneTask:
     """A desk that knows one task."""
 
-    async def check(self, tasks: tuple[str, ...], num_fewshot: int | None, **_: object) -> tuple[TaskProblem, ...]:
+    async def check(
+        self, tasks: tuple[str, ...], num_fewshot: int | None, modalities: Set[Modality], **_: object
+    ) -> tuple[TaskProblem, ...]:
         unknown = (task for task in tasks if task != "arc_easy")
         return tuple(TaskProblem(task=task, reason="unknown task", suggestions=("arc_easy",)) for task in unknown)
 

@@ -12,7 +12,7 @@ import pytest
 
 from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.models import model_kinds, reads_images, resolve_hub_revision, resolve_model
+from gpu_pool.models import modalities, model_kinds, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
 
 NEW_IMAGE_TEXT = {"model_type": "of_tomorrow", "vision_config": {}, "architectures": ["XForConditionalGeneration"]}
@@ -223,7 +223,7 @@ def test_language_models_are_accepted(config: dict[str, Any]) -> None:
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "no causal language model"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
         ({"architectures": ["MistralModel"]}, "no causal language model"),
-        ({"architectures": ["WhisperX"], "model_type": "whisper", "is_encoder_decoder": True}, "those that are: bart"),
+        ({"architectures": ["WhisperX"], "model_type": "speecht5", "is_encoder_decoder": True}, "those that are: bart"),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "no language model"),
         ({"architectures": ["BartForSequenceClassification"], "model_type": "bart"}, "no language model"),
         ({"architectures": ["InternVLChatModel"], "vision_config": {}}, "no model that continues text"),
@@ -302,7 +302,7 @@ def test_which_models_read_images(tmp_path: Path, config: dict[str, Any], files:
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in files:
         (tmp_path / name).write_text("{}")
-    assert reads_images(ModelArgs(pretrained=str(tmp_path))) is reads
+    assert ("image" in modalities(ModelArgs(pretrained=str(tmp_path)))) is reads
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpu_pool.checkpoints import SPEECH_TYPES
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
 from gpu_pool.worker.engine.blocks import Tokens
@@ -22,10 +23,11 @@ from gpu_pool.worker.engine.encoder_decoder import decoded_logits
 from gpu_pool.worker.engine.head import find_layers
 from gpu_pool.worker.engine.limits import Limits
 from gpu_pool.worker.engine.media import MediaError
-from gpu_pool.worker.engine.multimodal_checks import ImageFacts, check_images
+from gpu_pool.worker.engine.multimodal_checks import MediaFacts, check_media
 from gpu_pool.worker.engine.packed import measure_token_bytes
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.prefix_cache import PrefixCache
+from gpu_pool.worker.engine.preparation import Files
 from gpu_pool.worker.engine.processing import PromptProcessor
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 from gpu_pool.worker.engine.rope import rope_boundary
@@ -52,7 +54,14 @@ class LoadedModel:
     forward_names: frozenset[str]
     """Keyword arguments that the model's own forward takes."""
     processor: PromptProcessor | None = None
-    """Of a model that reads images."""
+    """Of a model that takes images or sounds."""
+    speech: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What a speech model is told beside the sound: its `language`, its `task`."""
+
+    @property
+    def transcribes(self) -> bool:
+        """Whether it writes down one sound, whatever it is asked."""
+        return self.model.config.model_type in SPEECH_TYPES
 
     @property
     def dtype(self) -> str:
@@ -131,9 +140,9 @@ class LoadedModel:
         return probe_company(self.model, partial(generated_logits, self.model))
 
     @cached_property
-    def images(self) -> ImageFacts:
-        """What prompts with images may share."""
-        return check_images(self)
+    def media(self) -> MediaFacts:
+        """What prompts with media may share."""
+        return check_media(self)
 
     @cached_property
     def scoring_company(self) -> Company:
@@ -177,14 +186,14 @@ class LoadedModel:
     def _without_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if "use_cache" in self.forward_names else {}
 
-    def prepare(self, prompt: MediaPrompt, media: Mapping[str, bytes]) -> PromptInputs:
-        """What forward takes for a prompt with images, whose files are `media`, by digest.
+    def prepare(self, prompt: MediaPrompt, media: Files) -> PromptInputs:
+        """What forward takes for a prompt with media, whose files are `media`.
 
         Raises:
-            MediaError: an image cannot be shown, or not to this model.
+            MediaError: something cannot be shown, or not to this model.
         """
         if self.processor is None:
-            raise MediaError("this model reads no images")
+            raise MediaError("this model reads text only")
         return self.processor.prepare(prompt, media)
 
     def generated_rows(self, longest: int, in_blocks: int = 0) -> int:
@@ -231,8 +240,8 @@ class LoadedModel:
         sharded = f", sharded over {ranks} ranks" if ranks > 1 else ""
         route, reason = self.route
         facts = f"{millions:.1f} M parameters, {self.dtype}{weights}, {self.attn_implementation} attention{sharded}"
-        images = f"; images: {self.images}" if self.processor else ""
-        return f"{name}, {facts}; {route} route: {reason}{images}"
+        media = f"; media: {self.media}" if self.processor else ""
+        return f"{name}, {facts}; {route} route: {reason}{media}"
 
 
 def _quantization_methods(model: Any) -> list[str]:

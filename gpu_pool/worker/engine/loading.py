@@ -25,7 +25,7 @@ from gpu_pool.worker.engine.processors import NoProcessor, load_processor
 from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.sharding import why_not_sharded
 from gpu_pool.worker.engine.tokenizer import load_tokenizer
-from gpu_pool.worker.engine.weights import UnsupportedModel, load_weights, read_config, reads_images
+from gpu_pool.worker.engine.weights import UnsupportedModel, load_weights, read_config, takes_media
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +80,19 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
     if route is Route.TREE:
         print(f"engine: keys and values take {loaded.token_bytes:,} bytes a token", file=sys.stderr, flush=True)
     if loaded.processor:
-        print(f"engine: images: {loaded.images}", file=sys.stderr, flush=True)
+        print(f"engine: media: {loaded.media}", file=sys.stderr, flush=True)
     return loaded
 
 
 def _processor(model: Any, tokenizer: Any, args: ModelArgs, trust_remote_code: bool) -> PromptProcessor | None:
-    """The processor of a model that reads images. One without serves prompts of text."""
+    """The processor of a model that takes images or sounds. One without serves prompts of text."""
     config = unwrapped(model).config
-    if not reads_images(config):
+    if not takes_media(config):
         return None
     try:
         processor = load_processor(args, config.model_type, trust_remote_code=trust_remote_code)
     except NoProcessor as error:
-        logger.warning("%s reads text only, not images: %s", args.pretrained, error)
+        logger.warning("%s reads text only: %s", args.pretrained, error)
         return None
     return PromptProcessor(processor, config, args, tokenizer.pad_token_id)
 
@@ -112,6 +112,7 @@ def wrap_model(
         limits=find_limits(model, model.get_input_embeddings().weight.device, budget),
         forward_names=frozenset(inspect.signature(unwrapped(model).forward).parameters),
         processor=processor,
+        speech={name: value for name in ("language", "task") if (value := getattr(args, name)) is not None},
     )
 
 

@@ -1,5 +1,5 @@
 # pyright: basic
-"""What prompts with images may share without changing each other's answers: the loaded model is asked, with two images.
+"""What prompts with media may share without changing each other's answers: the loaded model is asked, with two of them.
 
 A family of models may mix padding into its positions, count images in a state of its own, or read its cache otherwise
 than it was written. What does not come out as it does alone is computed alone.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _SIDE = 64
 """Pixels of the images' sides."""
+_RATE, _SECONDS = 16_000, 0.5
+"""Of the sounds."""
 _QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can be seen in the picture?")
 """Two of equal length, one longer."""
 _NEW = 4
@@ -33,7 +36,7 @@ _NEW = 4
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class MediaFacts:
     """What was found."""
 
     company: Company
@@ -49,27 +52,50 @@ class ImageFacts:
         return f"prompts of {self.company.value} share batches, each {shared}{problem}"
 
 
-def check_images(loaded: LoadedModel) -> ImageFacts:
-    """Ask the model, on the images and questions above."""
+def check_media(loaded: LoadedModel) -> MediaFacts:
+    """Ask the model, on images or sounds and the questions above; what holds for both where it takes both."""
+    assert loaded.processor is not None
+    takes = {"image": loaded.processor.sees, "audio": loaded.processor.hears}
+    facts = [_check(loaded, kind) for kind in takes if takes[kind]]
+    least = max(facts, key=lambda fact: list(Company).index(fact.company))
+    problems = "; ".join(dict.fromkeys(fact.problem for fact in facts if fact.problem))
+    return MediaFacts(least.company, all(fact.shares_prompts for fact in facts), problems)
+
+
+def _check(loaded: LoadedModel, kind: str) -> MediaFacts:
     try:
-        prompts = _prompts(loaded)
+        prompts = _prompts(loaded, kind)
         company = _company(loaded, prompts)
     except Exception as error:  # processors and a checkpoint's own code raise whatever they like
-        return ImageFacts(Company.NONE, False, f"{type(error).__name__}: {error}")
+        return MediaFacts(Company.NONE, False, f"{type(error).__name__}: {error}")
+    if loaded.transcribes:
+        return MediaFacts(company, False)
     try:
-        return ImageFacts(company, _shares(loaded, prompts[: 1 if company is Company.NONE else 2]))
+        return MediaFacts(company, _shares(loaded, prompts[: 1 if company is Company.NONE else 2]))
     except Exception as error:
-        return ImageFacts(company, False, f"{type(error).__name__}: {error}")
+        return MediaFacts(company, False, f"{type(error).__name__}: {error}")
 
 
-def _prompts(loaded: LoadedModel) -> list[PromptInputs]:
+def _prompts(loaded: LoadedModel, kind: str) -> list[PromptInputs]:
     assert loaded.processor is not None
     processor = loaded.processor
-    files = {str(seed): _image_file(seed) for seed in range(len(_QUESTIONS))}
-    return [
-        processor.prepare(MediaPrompt(text=render(processor.processor, question), media=(digest,)), files)
-        for question, digest in zip(_QUESTIONS, files, strict=True)
-    ]
+    make = _image_file if kind == "image" else _sound_file
+    files = {str(seed): make(seed) for seed in range(len(_QUESTIONS))}
+    prompts: list[PromptInputs] = []
+    for question, digest in zip(_QUESTIONS, files, strict=True):
+        text = "" if loaded.transcribes else render(processor.processor, question, kind)
+        of_kind = {"image": MediaPrompt(text=text, media=(digest,)), "audio": MediaPrompt(text=text, audio=(digest,))}
+        prompts.append(processor.prepare(of_kind[kind], files))
+    return prompts
+
+
+def _sound_file(seed: int) -> bytes:
+    """Noise of 16 bits."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((1, 2, _RATE, 0, "NONE", ""))
+        written.writeframes(hashlib.shake_256(bytes([seed])).digest(2 * int(_RATE * _SECONDS)))
+    return file.getvalue()
 
 
 def _image_file(seed: int) -> bytes:
@@ -79,12 +105,12 @@ def _image_file(seed: int) -> bytes:
     return file.getvalue()
 
 
-def render(processor: Any, question: str) -> str:
-    """A prompt with one image, by the chat template if there is one."""
+def render(processor: Any, question: str, kind: str = "image") -> str:
+    """A prompt with one image or sound, by the chat template if there is one."""
     if getattr(processor, "chat_template", None) is not None:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": kind}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
+    placeholder = getattr(processor, "boi_token", None) or getattr(processor, f"{kind}_token", f"<{kind}>")
     return f"{placeholder}{question}"
 
 

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Continues prompts with images by transformers' generate, as lm-eval's `hf-multimodal` does, in padded batches."""
+"""Continues prompts with media by transformers' generate, as lm-eval's `hf-multimodal` does, in padded batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 from gpu_pool.worker.engine.plain_generation import company_of, generate_texts, held_tokens
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
+from gpu_pool.worker.engine.transcription import transcribe
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -40,6 +41,8 @@ def generate(
     """
     asked = chunk.asked
     assert isinstance(asked, MediaGenerationChunk)
+    if loaded.transcribes:
+        return transcribe(loaded, chunk, should_stop)
     room = loaded.max_length - asked.options.max_gen_toks
     if room <= 0:
         raise ValueError(
@@ -78,7 +81,7 @@ def _fits(loaded: LoadedModel, asked: MediaGenerationChunk) -> Callable[[list[_P
     """Whether one more prompt, none longer than the first of its kind, may be generated together with the others."""
     limits, options = loaded.limits, asked.options
     most_rows = 1 if asked.deterministic else min(asked.batch_size or limits.generated_rows, limits.generated_rows)
-    company = company_of(loaded, options, loaded.images.company)
+    company = company_of(loaded, options, loaded.media.company)
 
     def fits(batch: list[_Prompt], prompt: _Prompt) -> bool:
         first = batch[0].inputs

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Scores continuations after prompts with images: a prompt is read once, its keys and values serve all continuations.
+"""Scores continuations after prompts with media: a prompt is read once, its keys and values serve all continuations.
 
 Prompts share a forward pass where they have as many tokens and as many continuations, so that nothing but the ends of
 continuations is padded, which no position looks at.
@@ -58,6 +58,8 @@ def score(
     """
     asked = chunk.asked
     assert isinstance(asked, MediaLoglikelihoodChunk)
+    if loaded.transcribes:
+        raise ValueError("a model that writes down what it hears scores no texts")
     continuations = [tuple(tokens) for tokens in asked.continuations.unpack()]
     loaded.check_tokens(continuations)
     if not all(continuations):
@@ -88,7 +90,7 @@ def score(
 def _score_window(
     loaded: LoadedModel, questions: list[_Question], asked: MediaLoglikelihoodChunk, should_stop: Callable[[], bool]
 ) -> dict[int, Answer]:
-    score_batch = _score_batch if loaded.images.shares_prompts else _score_wholes
+    score_batch = _score_batch if loaded.media.shares_prompts else _score_wholes
     kinds = {kind: place for place, kind in enumerate(dict.fromkeys(question.inputs.kind for question in questions))}
     questions.sort(key=lambda question: (kinds[question.inputs.kind], -len(question.inputs), len(question.read)))
 
@@ -107,7 +109,7 @@ def _score_window(
 
 def _fits(loaded: LoadedModel, asked: MediaLoglikelihoodChunk) -> Callable[[list[_Question], _Question], bool]:
     """Whether one more question may be read together with the others."""
-    alone = asked.deterministic or loaded.images.company is Company.NONE or not loaded.images.shares_prompts
+    alone = asked.deterministic or loaded.media.company is Company.NONE or not loaded.media.shares_prompts
     most_logits = loaded.limits.logits(loaded.vocabulary)
 
     def fits(batch: list[_Question], question: _Question) -> bool:

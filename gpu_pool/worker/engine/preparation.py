@@ -8,13 +8,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from gpu_pool.chunk_messages import MediaPrompt
+from gpu_pool.chunk_messages import MediaFile, MediaPrompt
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 
 AHEAD_BYTES = 512 << 20
 """Memory of what is prepared and waits for the computation."""
 
-Prepare = Callable[[MediaPrompt, Mapping[str, bytes]], PromptInputs]
+Files = Mapping[str, bytes | MediaFile]
+"""By digest: what a file holds, or where it is."""
+Prepare = Callable[[MediaPrompt, Files], PromptInputs]
 
 
 class MissingMedia(Exception):
@@ -24,7 +26,7 @@ class MissingMedia(Exception):
 class Pending:
     """One prompt's inputs: made by the thread, or by whoever takes them first."""
 
-    def __init__(self, prepare: Prepare, prompt: MediaPrompt, media: Mapping[str, bytes]) -> None:
+    def __init__(self, prepare: Prepare, prompt: MediaPrompt, media: Files) -> None:
         self._prepare = prepare
         self._prompt = prompt
         self._media = media
@@ -72,17 +74,17 @@ class Preparation:
         self._held = 0
         self._thread: threading.Thread | None = None
 
-    def plan(self, prompts: Sequence[MediaPrompt], media: Mapping[str, bytes]) -> list[Pending]:
+    def plan(self, prompts: Sequence[MediaPrompt], media: Files) -> list[Pending]:
         """Inputs of these prompts, to be prepared after those that were planned before, as long as somebody has them.
 
         Raises:
             MissingMedia: one of their files is not among `media`.
         """
-        missing = next((digest for prompt in prompts for digest in prompt.media if digest not in media), None)
+        missing = next((digest for prompt in prompts for digest in prompt.files if digest not in media), None)
         if missing is not None:
             raise MissingMedia(f"{MissingMedia.__doc__} ({missing})")
         pending = [
-            Pending(self._prepare, prompt, {digest: media[digest] for digest in prompt.media}) for prompt in prompts
+            Pending(self._prepare, prompt, {digest: media[digest] for digest in prompt.files}) for prompt in prompts
         ]
         with self._changed:
             self._waiting.extend(map(weakref.ref, pending))

@@ -1,20 +1,27 @@
 # pyright: basic
-"""Prompts with images to what a model's forward takes: each decoded, processed and tokenised by itself."""
+"""Prompts with media to what a model's forward takes: each decoded, processed and tokenised by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 
-from gpu_pool.chunk_messages import MediaPrompt
+from gpu_pool.checkpoints import SPEECH_TYPES
+from gpu_pool.chunk_messages import MediaFile, MediaPrompt
 from gpu_pool.records import ModelArgs
+from gpu_pool.sound import SoundError, decode_sound
 from gpu_pool.worker.engine.media import LargestSize, MediaError, decode_image
+from gpu_pool.worker.engine.preparation import Files
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
+from gpu_pool.worker.engine.video import decode_frames
 
 _FLAT = {"llava"}
 """Model types whose processors take the images of all prompts in one list (lm-eval's `hf-multimodal`)."""
+_PLACEHOLDERS = tuple(f"{kind}_token_{name}" for kind in ("image", "video", "audio") for name in ("id", "index"))
 
 
 class PromptProcessor:
@@ -23,23 +30,39 @@ class PromptProcessor:
     def __init__(self, processor: Any, config: Any, args: ModelArgs, filler: int) -> None:
         """`filler` pads prompts that are nothing but images."""
         self.processor = processor
+        self._transcribes = config.model_type in SPEECH_TYPES
         self._takes_flat = config.model_type in _FLAT
-        self._to_rgb = args.convert_img_format or not getattr(processor.image_processor, "do_convert_rgb", False)
+        images = getattr(processor, "image_processor", None)
+        self._to_rgb = args.convert_img_format or not getattr(images, "do_convert_rgb", False)
         self._size = LargestSize(width=args.image_width, height=args.image_height, longest=args.image_max_side)
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        self._placeholders = {getattr(config, name, None) for name in names}
+        self._sounds: Any = getattr(processor, "feature_extractor", None)
+        self._placeholders = {getattr(config, name, None) for name in _PLACEHOLDERS}
         self._filler = filler
 
-    def prepare(self, prompt: MediaPrompt, media: Mapping[str, bytes]) -> PromptInputs:
+    @property
+    def sees(self) -> bool:
+        """Whether images can be shown to it."""
+        return getattr(self.processor, "image_processor", None) is not None
+
+    @property
+    def hears(self) -> bool:
+        """Whether sounds can be played to it."""
+        return self._sounds is not None
+
+    def prepare(self, prompt: MediaPrompt, media: Files) -> PromptInputs:
         """The prompt's tensors; `media` are the files, by digest.
 
         Raises:
-            MediaError: an image cannot be shown, or the processor refuses the prompt.
+            MediaError: something cannot be shown, or the processor refuses the prompt.
         """
-        images = [self._decode(media[digest]) for digest in prompt.media]
+        sounds = [self._decode_sound(_content(media[digest])) for digest in prompt.audio]
+        if self._transcribes:
+            return self._prepare_sound(sounds)
+        images = list(self._images(prompt, media))
         nested: Any = (images if self._takes_flat else [images]) if images else None
+        heard = {"audio": sounds, "sampling_rate": self._sounds.sampling_rate} if sounds and self._sounds else {}
         try:
-            made = self.processor(text=[prompt.text], images=nested, return_tensors="pt")
+            made = self.processor(text=[prompt.text], **_given(images=nested), **heard, return_tensors="pt")
         except Exception as error:  # processors raise whatever their parts do
             raise MediaError(f"the processor refuses the prompt: {type(error).__name__}: {error}") from error
         tensors = {name: made[name] for name in made if isinstance(made[name], torch.Tensor) and name != "labels"}
@@ -48,8 +71,62 @@ class PromptProcessor:
         filler = self._filler if last_text is None else int(tensors["input_ids"][0, last_text])
         return PromptInputs(tensors, filler, text_before=([*is_text, False]).index(False))
 
-    def _decode(self, data: bytes) -> Any:
-        image = decode_image(data)
+    def _prepare_sound(self, sounds: list[Any]) -> PromptInputs:
+        """One that is longer than the model hears at once is not cut off: the model then goes on along it."""
+        if len(sounds) != 1:
+            raise MediaError(f"the model hears one sound, and the prompt has {len(sounds)}")
+        extract = self._sounds
+        options: dict[str, Any] = {"sampling_rate": extract.sampling_rate, "return_tensors": "pt"}
+        if len(sounds[0]) > extract.n_samples:
+            options |= {"truncation": False, "padding": "longest", "return_attention_mask": True}
+        made = extract(sounds, **options)
+        return PromptInputs({name: made[name] for name in made}, filler=0, text_before=0)
+
+    def _images(self, prompt: MediaPrompt, media: Files) -> Iterator[Image.Image]:
+        frames = prompt.frames or (0,) * len(prompt.media)
+        for digest, count in zip(prompt.media, frames, strict=True):
+            content = _content(media[digest])
+            if count:
+                yield from decode_frames(content, count, self._fit)
+            else:
+                yield self._fit(decode_image(content if isinstance(content, bytes) else _read(content)))
+
+    def _fit(self, image: Image.Image) -> Image.Image:
         if self._to_rgb and image.mode != "RGB":
             image = image.convert("RGB")
         return self._size.fit(image)
+
+    def _decode_sound(self, content: bytes | str) -> Any:
+        if self._sounds is None:
+            raise MediaError("the model's processor takes no sounds")
+        try:
+            return decode_sound(content, self._sounds.sampling_rate).samples
+        except SoundError as error:
+            raise MediaError(str(error)) from error
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: processors of sounds know no images."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _content(file: bytes | MediaFile) -> bytes | str:
+    """What a file holds, or its path while it is the file that the evaluator has seen there.
+
+    Raises:
+        MediaError: it is another one, or gone.
+    """
+    if isinstance(file, bytes):
+        return file
+    try:
+        status = os.stat(file.path)
+    except OSError as error:
+        raise MediaError(f"the file {file.path} cannot be read: {error.strerror}") from error
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+        raise MediaError(f"the file {file.path} has changed since the job began")
+    return file.path
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()

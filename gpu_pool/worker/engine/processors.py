@@ -1,5 +1,5 @@
 # pyright: basic
-"""Loads a checkpoint's processor: its image processor and tokenizer, and how the two are put together."""
+"""Loads a checkpoint's processor: what it makes of images and sounds, its tokenizer, and how they are put together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_processor(args: ModelArgs, model_type: str, *, trust_remote_code: bool)
     """The processor, as lm-eval's `hf-multimodal` loads it.
 
     Where AutoProcessor refuses, because a part for video cannot be made without torchvision, it is put together from
-    the parts for images and text.
+    its other parts.
 
     Raises:
         NoProcessor: neither can be loaded, and why.
@@ -41,8 +41,9 @@ def load_processor(args: ModelArgs, model_type: str, *, trust_remote_code: bool)
         processor = transformers.AutoProcessor.from_pretrained(source, **options)
     except Exception as error:  # transformers raises whatever its parts do
         return _load_halves(source, model_type, options, error)
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise NoProcessor(f"{type(processor).__name__} of {source} does not put images and text together")
+    has_parts = any(hasattr(processor, name) for name in ("image_processor", "feature_extractor"))
+    if not has_parts or not hasattr(processor, "tokenizer"):
+        raise NoProcessor(f"{type(processor).__name__} of {source} does not put images or sounds and text together")
     return _without_pixels(processor)
 
 
@@ -68,11 +69,15 @@ def _without_pixels(processor: Any) -> Any:
 
 
 class _Halves:
-    """Lets a processor be made of an image processor and a tokenizer alone."""
+    """Lets a processor be made without its parts for video."""
 
     @classmethod
     def _get_arguments_from_pretrained(cls, source: str, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
-        loaders = {"image_processor": transformers.AutoImageProcessor, "tokenizer": transformers.AutoTokenizer}
+        loaders: dict[str, Any] = {
+            "image_processor": transformers.AutoImageProcessor,
+            "feature_extractor": transformers.AutoFeatureExtractor,
+            "tokenizer": transformers.AutoTokenizer,
+        }
         names: list[str] = cls.get_attributes()  # pyright: ignore[reportAttributeAccessIssue]
         return [loaders[name].from_pretrained(source, **kwargs) if name in loaders else None for name in names]
 

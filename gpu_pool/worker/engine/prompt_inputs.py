@@ -2,9 +2,9 @@
 """What a processor makes of a prompt, and of several for one forward pass: tensors by the names that forward knows.
 
 Some have a number for each token (`input_ids`, masks, types of tokens): these are padded on the left. All others belong
-to images, one after the other, and are concatenated; where their shapes do not allow that, as of images of several
-sizes in some families, prompts do not share a batch. So nothing is ever padded but text, and a prompt is computed from
-the tensors that it would have alone.
+to images and sounds, one after the other, and are concatenated; where their shapes do not allow that, as of images of
+several sizes in some families, prompts do not share a batch. So nothing is ever padded but text, and a prompt is
+computed from the tensors that it would have alone.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import torch
 
 from gpu_pool.worker.engine.media import MediaError
 
+_OF_SOUNDS = ("feature", "input_features", "input_values")
+"""Beginnings of the names of tensors with a number for each moment of a sound, as many as there may be tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class PromptInputs:
-    """One prompt's tensors, on the CPU, each with a leading dimension of 1 or of images."""
+    """One prompt's tensors, on the CPU, each with a leading dimension of 1, or of images or sounds."""
 
     tensors: Mapping[str, torch.Tensor]
     filler: int
     """A token to pad it with: one of its own that stands for no image, so that what looks at which tokens a row
     contains finds the same whatever it is batched with."""
     text_before: int
-    """Tokens before the first image."""
+    """Tokens before the first image or sound."""
 
     def __len__(self) -> int:
-        return self.tensors["input_ids"].shape[1]
+        return self.tensors["input_ids"].shape[1] if "input_ids" in self.tensors else 0
 
     @property
     def bytes(self) -> int:
@@ -47,7 +50,7 @@ class PromptInputs:
 
     def is_of_tokens(self, name: str) -> bool:
         """Whether that tensor has a number for each token."""
-        return self.tensors[name].shape == (1, len(self))
+        return self.tensors[name].shape == (1, len(self)) and not name.startswith(_OF_SOUNDS)
 
     def extended(self, tokens: Sequence[int]) -> PromptInputs:
         """The prompt with further tokens of text behind it."""
@@ -64,15 +67,16 @@ class PromptInputs:
         """The prompt without what is more than `length` tokens at its beginning.
 
         Raises:
-            MediaError: an image stands there.
+            MediaError: an image or a sound stands there.
         """
         excess = len(self) - length
         if excess <= 0:
             return self
         if excess > self.text_before:
             raise MediaError(
-                f"the prompt has {len(self)} tokens, of which {length} fit, and the image at token {self.text_before} "
-                "cannot be cut; smaller images take fewer (max_pixels, image_max_side)"
+                f"the prompt has {len(self)} tokens, of which {length} fit, and what is shown at token "
+                f"{self.text_before} cannot be cut; smaller or fewer images take fewer "
+                "(max_pixels, image_max_side, num_frames)"
             )
         shorter = {name: self.tensors[name][:, excess:] for name in self.tensors if self.is_of_tokens(name)}
         return replace(self, tensors={**self.tensors, **shorter}, text_before=self.text_before - excess)

@@ -103,8 +103,12 @@ def _auto_class(config: Any) -> Any:
     Raises:
         UnsupportedModel: lm-eval would call it an encoder-decoder, but it reads speech and is none.
     """
+    if config.model_type in checkpoints.SPEECH_TYPES:
+        return transformers.AutoModelForSpeechSeq2Seq
     if reads_images(config):
         return transformers.AutoModelForImageTextToText
+    if takes_media(config):
+        return transformers.AutoModelForMultimodalLM
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
     if not config.is_encoder_decoder:
@@ -116,6 +120,11 @@ def reads_images(config: Any) -> bool:
     """Whether this is the configuration of a model that continues text with images in it."""
     known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return known and checkpoints.reads_images(config.to_dict())
+
+
+def takes_media(config: Any) -> bool:
+    """Whether this is the configuration of a model that takes images or sounds."""
+    return reads_images(config) or config.model_type in checkpoints.AUDIO_TEXT_TYPES | checkpoints.SPEECH_TYPES
 
 
 def _device_map(device: str) -> dict[str, str] | str:

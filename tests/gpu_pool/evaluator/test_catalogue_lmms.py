@@ -15,6 +15,9 @@ from gpu_pool.evaluator import catalogue, package_files, task_needs
 from gpu_pool.evaluator.catalogue import TaskLibrary, UnknownTask
 from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT, to_entries
 from gpu_pool.messages import TaskEntry
+from gpu_pool.records import Modality
+
+SEES: frozenset[Modality] = frozenset({"text", "image", "video"})
 
 pytestmark = pytest.mark.skipif(LMMS_EVAL_ROOT is None, reason="lmms-eval is not installed")
 
@@ -73,27 +76,30 @@ def reason(library: TaskLibrary, name: str, **model: Any) -> str:
 
 
 def test_what_can_run_has_no_problem(library: TaskLibrary) -> None:
-    assert library.check(["mme", "lmms:mmmu_val", "seedbench_ppl", "lmms:arc_easy"], reads_images=True) == ()
+    assert library.check(["mme", "lmms:mmmu_val", "seedbench_ppl", "lmms:arc_easy"], modalities=SEES) == ()
 
 
 def test_what_the_model_lacks_is_named(library: TaskLibrary) -> None:
     assert "the model reads text only" in reason(library, "lmms:mme")
-    assert "video is not served yet" in reason(library, "lmms:videomme", reads_images=True)
-    assert "a model that hears" in reason(library, "librispeech_test_clean", reads_images=True)
+    assert "shows videos, and the model reads text only" in reason(library, "lmms:videomme")
+    assert "plays sounds, and the model reads text and images and videos only" in reason(
+        library, "librispeech_test_clean", modalities=SEES
+    )
+    assert "it plays no sounds" in reason(library, "mme", modalities={"audio"})
     assert "generate_until_agentic is not served" in reason(library, "tau2_bench_telecom")
 
 
 def test_missing_libraries_are_named(library: TaskLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_needs, "_is_installed", lambda module: module != "loguru")
-    assert "Python libraries that are not installed: loguru" in reason(library, "mme", reads_images=True)
+    assert "Python libraries that are not installed: loguru" in reason(library, "mme", modalities=SEES)
 
 
 def test_code_of_the_models_needs_leave(library: TaskLibrary) -> None:
-    assert "allow_code_execution" in reason(library, "auxsolidmath_easy", reads_images=True)
+    assert "allow_code_execution" in reason(library, "auxsolidmath_easy", modalities=SEES)
 
 
 def test_data_that_cannot_be_reached_is_named(library: TaskLibrary) -> None:
-    assert "setting `dataset_roots`" in reason(library, "realworldqa", reads_images=True)
+    assert "setting `dataset_roots`" in reason(library, "realworldqa", modalities=SEES)
 
 
 def test_unknown_names_come_with_the_closest(library: TaskLibrary) -> None:

@@ -52,7 +52,7 @@ def results_of(library: TaskLibrary, answer: Answer, *names: str, **options: Any
     scores = {}
     for name, task in tasks.items():
         harness = harness_of(task)
-        harness.configure_task(name, task, evaluation, False, reads_images=True)
+        harness.configure_task(name, task, evaluation, False, modalities={"text", "image", "video"})
         for instances in harness.build_instances(task, evaluation, None, itertools.repeat(3)):
             for instance in instances:
                 instance.resps.append(answer(instance))

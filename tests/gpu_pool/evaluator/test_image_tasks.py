@@ -13,8 +13,8 @@ from digits import CHOICE, GENERATION, MODEL, held_out, image_bytes, write_docum
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator import images
 from gpu_pool.evaluator.catalogue import TaskLibrary
-from gpu_pool.evaluator.image_prompts import ImagePrompts
-from gpu_pool.evaluator.images import ImageFiles
+from gpu_pool.evaluator.media_files import MediaFiles
+from gpu_pool.evaluator.media_prompts import MediaPrompts
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
@@ -27,8 +27,8 @@ Build = Callable[..., TaskRequests]
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Generator[ImageFiles]:
-    files = ImageFiles(tmp_path)
+def files(tmp_path: Path) -> Generator[MediaFiles]:
+    files = MediaFiles(tmp_path)
     yield files
     files.close()
 
@@ -57,7 +57,7 @@ def write_rows(path: Path, row: dict[str, Any], columns: list[str]) -> None:
 
 @pytest.fixture
 def build(
-    tmp_path: Path, data_dir: Path, files: ImageFiles, roots: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data_dir: Path, files: MediaFiles, roots: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Build:
     """`build("name", chat=True, num_fewshot=2, args={"max_images": 1})`: the requests of a task."""
     monkeypatch.setattr(datasets, "load_dataset", datasets.load_dataset)
@@ -72,15 +72,15 @@ def build(
     library = TaskLibrary(data_dir, (str(tmp_path / "tasks"),), roots, False)
 
     def make(name: str, chat: bool = False, args: dict[str, Any] | None = None, **options: Any) -> TaskRequests:
-        assert library.check([name], reads_images=True) == ()
+        assert library.check([name], modalities={"text", "image", "video"}) == ()
         model = ModelArgs(pretrained=str(MODEL), **(args or {}))
         encoder = PromptEncoder(model)
-        assert encoder.reads_images
+        assert "image" in encoder.modalities
         evaluation = Evaluation(model="m", tasks=(name,), apply_chat_template=chat, **options)
         spec = ModelSpec(kind="hf", args=model, fingerprint="f")
-        builder = RequestBuilder(spec, encoder, 0, ImagePrompts(files, encoder))
+        builder = RequestBuilder(spec, encoder, 0, MediaPrompts(files, encoder))
         [task] = library.load([name])["tasks"].values()
-        harness.configure_task(name, task, evaluation, False, reads_images=True)
+        harness.configure_task(name, task, evaluation, False, modalities={"text", "image", "video"})
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
         requests = TaskRequests()
         for instances in harness.build_instances(task, evaluation, template, harness.portions(is_first=True)):
@@ -94,7 +94,7 @@ def units_of(requests: TaskRequests) -> list[Unit]:
     return list(requests.units())
 
 
-def test_a_prompt_and_its_image(build: Build, files: ImageFiles) -> None:
+def test_a_prompt_and_its_image(build: Build, files: MediaFiles) -> None:
     units = units_of(build("generated", chat=True))
     assert {unit.shown.text for unit in units if unit.shown} == {f"<|im_start|>{ASKED}Assistant:"}
     expected = [image_bytes(image) for image, _ in held_out(DOCUMENTS)]
@@ -113,12 +113,12 @@ def test_choices_share_the_prompt(build: Build) -> None:
     units = units_of(build("chosen", chat=True))
     assert len(units) == 10 * DOCUMENTS
     assert len({unit.shown for unit in units}) == DOCUMENTS
-    assert {unit.kind for unit in units} == {"loglikelihood with images"}
+    assert {unit.kind for unit in units} == {"loglikelihood with media"}
     assert all(len(unit.continuation) for unit in units)
 
 
 @pytest.mark.parametrize("multiturn", [True, False])
-def test_examples_show_their_images_before_the_question(build: Build, files: ImageFiles, multiturn: bool) -> None:
+def test_examples_show_their_images_before_the_question(build: Build, files: MediaFiles, multiturn: bool) -> None:
     units = units_of(build("generated", chat=True, num_fewshot=2, fewshot_as_multiturn=multiturn))
     shown = [unit.shown for unit in units if unit.shown]
     assert {prompt.text.count("<image>") for prompt in shown} == {3}
@@ -146,7 +146,7 @@ def test_memory_holds_no_images_of_what_was_built(build: Build) -> None:
         assert set(image) == {"path", "sha256", "bytes"}
 
 
-def test_stock_tasks(build: Build, files: ImageFiles) -> None:
+def test_stock_tasks(build: Build, files: MediaFiles) -> None:
     expected = [image_bytes(image) for image, _ in held_out(3)]
     [mmmu] = [unit.shown for unit in units_of(build("mmmu_val_art", chat=True)) if unit.shown]
     assert [files.read(digest) for digest in mmmu.media] == [expected[1], expected[0], expected[1]]

@@ -14,7 +14,8 @@ from digits import image_bytes
 from PIL import Image
 
 from gpu_pool.evaluator import images
-from gpu_pool.evaluator.images import ImageFiles, ImageProblem, UndecodedImage, described, image_file, images_in
+from gpu_pool.evaluator.images import ImageProblem, UndecodedImage, described, image_file, images_in
+from gpu_pool.evaluator.media_files import MediaFiles
 
 RED = Image.new("RGB", (4, 3), "red")
 FILE = image_bytes(RED)
@@ -27,8 +28,8 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Generator[ImageFiles]:
-    files = ImageFiles(tmp_path / "new")
+def files(tmp_path: Path) -> Generator[MediaFiles]:
+    files = MediaFiles(tmp_path / "new")
     yield files
     files.close()
 
@@ -134,7 +135,7 @@ def test_descriptions_take_the_place_of_images() -> None:
     assert found["n"] == 1
 
 
-def test_files_are_kept_once_on_disk(files: ImageFiles, tmp_path: Path) -> None:
+def test_files_are_kept_once_on_disk(files: MediaFiles, tmp_path: Path) -> None:
     digests = [files.add(data) for data in (b"one", b"two", b"one", b"")]
     assert digests[0] == digests[2] == hashlib.sha256(b"one").hexdigest()
     assert [files.read(digest) for digest in digests] == [b"one", b"two", b"one", b""]

@@ -16,7 +16,7 @@ from gpu_pool.token_sequences import TokenSequences
 from gpu_pool.worker.engine import loglikelihood
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.multimodal_checks import ImageFacts
+from gpu_pool.worker.engine.multimodal_checks import MediaFacts
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "gemma3")
 SIZES = ((30, 40), (90, 50), (28, 28), (64, 64), (100, 30))
@@ -43,7 +43,7 @@ def tokens_of(loaded: LoadedModel) -> list[tuple[int, ...]]:
 
 
 def test_families_share_what_can_be_shared(loaded: LoadedModel) -> None:
-    assert loaded.images == ImageFacts(Company.ANY_LENGTH, shares_prompts=True)
+    assert loaded.media == MediaFacts(Company.ANY_LENGTH, shares_prompts=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_images_make_a_difference(scores_alone: list[float]) -> None:
 def test_models_that_share_nothing_score_the_same(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     continuations = tokens_of(asked.loaded)
     shared, _ = asked.score(continuations)
-    monkeypatch.setitem(vars(asked.loaded), "images", ImageFacts(Company.NONE, shares_prompts=False))
+    monkeypatch.setitem(vars(asked.loaded), "media", MediaFacts(Company.NONE, shares_prompts=False))
     alone, _ = asked.score(continuations)
     assert {request: answer[0] for request, answer in alone.items()} == pytest.approx(
         {request: answer[0] for request, answer in shared.items()}, rel=1e-5
@@ -152,7 +152,7 @@ def test_what_follows_a_prompt_that_looks_at_all_of_itself_looks_back_only(tiny_
     loaded = load_fresh(tiny_vlm("paligemma"), dtype="float32")
     asked = Asked.of(loaded, *([noise(30 + width, 40, width), "What is this?"] for width in range(3)))
     continuations = tokens_of(loaded)
-    assert loaded.images == ImageFacts(Company.ANY_LENGTH, shares_prompts=True)
+    assert loaded.media == MediaFacts(Company.ANY_LENGTH, shares_prompts=True)
     answers, errors = asked.score(continuations)
     assert errors == {}
     expected = [asked.plain_score(number, tokens, token_type_ids=1) for number in range(3) for tokens in continuations]
