@@ -16,6 +16,9 @@ from gpu_pool.evaluator.package_files import function_file, module_file, parsed
 from gpu_pool.records import Modality
 
 _VIDEO = re.compile(r"video|\.mp4|\.mkv|\.webm|frames", re.IGNORECASE)
+_PICTURE = re.compile(r"\.convert\(|Image\.open|PIL_?Image")
+_FILE_OF_VIDEO = re.compile(r"\.mp4|\.mkv|\.webm|cache_dir|video_path", re.IGNORECASE)
+"""Frames that a task's code decodes are pictures: only the file of a video is one."""
 _AUDIO = re.compile(r"audio|\.wav|\.mp3|\.flac|sampling_rate|speech", re.IGNORECASE)
 _MENTIONED_TYPE = {"image_url": "image", "image": "image", "video": "video", "audio": "audio"}
 
@@ -46,7 +49,7 @@ def lmms_eval_modality(config: dict[str, Any]) -> Modality | None:
     source = "\n".join(_sources(*named, seen=set()))
     if not source:
         return None
-    if _VIDEO.search(source):
+    if _VIDEO.search(source) and (_FILE_OF_VIDEO.search(source) or not _PICTURE.search(source)):
         return "video"
     return "audio" if _AUDIO.search(source) else "image"
 
