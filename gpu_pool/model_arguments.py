@@ -37,7 +37,7 @@ _OWN_FIELDS = {
 """Keys that other harnesses take here, and where they belong."""
 
 
-_OF_VIDEOS = "it is of videos, which are not served yet"
+_OF_VIDEOS = "a video is shown as num_frames images, however long it is"
 
 
 def decode(values: dict[str, Any]) -> ModelArgs:

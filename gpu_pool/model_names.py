@@ -68,14 +68,11 @@ _ENGINE: dict[str, str | None] = {
 """Families that transformers loads, and the default checkpoint of each."""
 
 _HEARING = {
-    "audio_flamingo_3": "nvidia/audio-flamingo-3-hf",
     "hf-audiolm-qwen": None,
     "qwen2_audio": "Qwen/Qwen2-Audio-7B-Instruct",
     "whisper": "openai/whisper-tiny",
 }
 """The same of families that only hear."""
-SERVES_AUDIO = False
-"""Whether the engine does."""
 
 SAME_WEIGHTS: dict[str, str] = {
     "OpenGVLab/InternVL3-8B": "OpenGVLab/InternVL3-8B-hf",
@@ -147,6 +144,11 @@ _NOTHING: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "its family is not among those that are asked with sounds here",
+        ("qwen2_audio",),
+        ("audio_flamingo_3",),
+    ),
+    (
         "it makes images or videos, and here models write text",
         ("qwen2_5_vl",),
         (
@@ -203,11 +205,7 @@ _ALIASES = {
 
 def _names() -> dict[str, ModelName]:
     table = [ModelName(name, "engine", default, note=_NOTES.get(name)) for name, default in _ENGINE.items()]
-    if SERVES_AUDIO:
-        table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
-    else:
-        reason = "it needs a model that hears; audio is not served yet"
-        table += [ModelName(name, "nothing", reason=reason, nearest=("qwen2_5_vl",)) for name in _HEARING]
+    table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
     table += [ModelName(name, "api", kind=kind) for name, kind in _API.items()]
     table += [ModelName(name, "package", package=package, nearest=("hf",)) for name, package in _PACKAGES.items()]
     table += [
@@ -239,7 +237,7 @@ RENAMED: dict[str, str] = {
     "num_frame": "num_frames",
     "torch_dtype": "dtype",
 }
-"""lmms-eval's names of arguments -> ours. One whose name here is no argument means nothing: it is of videos."""
+"""lmms-eval's names of arguments -> ours. `fps` means nothing here: a video is shown as `num_frames` images."""
 
 FLAGS: dict[str, tuple[str, str]] = {
     "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),
