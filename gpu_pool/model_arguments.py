@@ -37,7 +37,7 @@ _OWN_FIELDS = {
 """Keys that other harnesses take here, and where they belong."""
 
 
-_NOT_HERE = "videos are shown as `num_frames` images"
+_OF_VIDEOS = "a video is shown as num_frames images, however long it is"
 
 
 def decode(values: dict[str, Any]) -> ModelArgs:
@@ -97,5 +97,5 @@ def known_arguments() -> dict[str, tuple[str | None, str | None]]:
     ours = ModelArgs.__struct_fields__
     flags = {name: (target, f"true: {meaning}") for name, (target, meaning) in FLAGS.items()}
     nothing = {name: (None, why) for name, why in MEANINGLESS.items()}
-    renamed = {name: (target, None) if target in ours else (None, _NOT_HERE) for name, target in RENAMED.items()}
+    renamed = {name: (target, None) if target in ours else (None, _OF_VIDEOS) for name, target in RENAMED.items()}
     return {**nothing, **renamed, **flags, **{name: (name, None) for name in ours}}

@@ -68,12 +68,11 @@ _ENGINE: dict[str, str | None] = {
 """Families that transformers loads, and the default checkpoint of each."""
 
 _HEARING = {
-    "audio_flamingo_3": "nvidia/audio-flamingo-3-hf",
     "hf-audiolm-qwen": None,
     "qwen2_audio": "Qwen/Qwen2-Audio-7B-Instruct",
     "whisper": "openai/whisper-tiny",
 }
-"""The same of families that hear."""
+"""The same of families that only hear."""
 
 SAME_WEIGHTS: dict[str, str] = {
     "OpenGVLab/InternVL3-8B": "OpenGVLab/InternVL3-8B-hf",
@@ -143,6 +142,11 @@ _NOTHING: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
             *("aero", "aero_realtime_vllm", "baichuan_omni", "kimi_audio", "minicpm_o", "ola", "omnivinci"),
             *("uni_moe_2_omni", "vita", "whisper_tt"),
         ),
+    ),
+    (
+        "its family is not among those that are asked with sounds here",
+        ("qwen2_audio",),
+        ("audio_flamingo_3",),
     ),
     (
         "it makes images or videos, and here models write text",
@@ -233,8 +237,7 @@ RENAMED: dict[str, str] = {
     "num_frame": "num_frames",
     "torch_dtype": "dtype",
 }
-"""lmms-eval's names of arguments -> ours. One whose name here is no argument means nothing: it is of videos,
-which are shown as `num_frames` images."""
+"""lmms-eval's names of arguments -> ours. `fps` means nothing here: a video is shown as `num_frames` images."""
 
 FLAGS: dict[str, tuple[str, str]] = {
     "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),

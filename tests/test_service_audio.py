@@ -17,6 +17,7 @@ from evalpool_server import run_server
 from service import Json, Service
 from sounds import RATE, encoded, tone, wav
 
+from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT
 from server.client import EvalError
 
 LENGTHS = (0.3, 1.0, 1.7, 2.0, 0.9, 0.4)
@@ -102,11 +103,26 @@ def write_parquet(path: Path, files: list[bytes | None]) -> None:
     data.cast_column("audio", datasets.Audio(sampling_rate=RATE)).to_parquet(path)
 
 
+def write_librispeech(folder: Path) -> Path:
+    """Local data with the columns of lmms-eval's task; gives the settings that say where."""
+    folder.mkdir()
+    rows = [
+        {"audio": {"bytes": wav(sound), "path": None}, "gt": "paris", "source": "test", "task": "asr_en"}
+        for sound in SOUNDS
+    ]
+    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=RATE))
+    data.to_parquet(folder / "librispeech_test_clean.parquet")
+    root = f'"lmms-lab-audio/librispeech:librispeech_test_clean" = "{folder}"'
+    (folder / "evalpool.toml").write_text(f"[dataset_roots]\n{root}\n")
+    return folder / "evalpool.toml"
+
+
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     """One CPU worker."""
     folder = tmp_path_factory.mktemp("box")
-    arguments = ("--include-path", write_tasks(folder / "tasks"), "--cpu-workers", 1)
+    settings = write_librispeech(folder / "librispeech")
+    arguments = ("--config", settings, "--include-path", write_tasks(folder / "tasks"), "--cpu-workers", 1)
     with run_server(folder / "data", *arguments) as server, Service(server) as service:
         yield service
 
@@ -127,12 +143,12 @@ def answers_of(box: Service, job: Json, task: str) -> list[str]:
 
 
 @torch.inference_mode()
-def written(folder: Path, sound: np.ndarray) -> str:
+def written(folder: Path, sound: np.ndarray, most: int = NEW) -> str:
     """What a Whisper of transformers says of a sound, alone."""
     processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
     inputs = processor(sound.astype(np.float32) / 32768, sampling_rate=RATE, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=NEW, num_beams=1)
+    output = model.generate(**inputs, max_new_tokens=most, num_beams=1)
     return processor.batch_decode(output, skip_special_tokens=True)[0]
 
 
@@ -155,6 +171,19 @@ def test_whisper_writes_down_what_transformers_does(box: Service, whisper: Path,
     assert len(set(expected)) > 1
     for task in tasks:
         assert answers_of(box, job, task) == expected
+
+
+@pytest.mark.skipif(LMMS_EVAL_ROOT is None, reason="lmms-eval is not installed")
+def test_a_task_of_lmms_eval(box: Service, whisper: Path, qwen: Path) -> None:
+    job = box.finished(box.submit(whisper, "librispeech_test_clean", model_args={"dtype": "float32"}))
+    full = 64 - 8  # what the decoder holds, but for what a text begins with
+    texts = answers_of(box, job, "librispeech_test_clean")
+    assert texts == [written(whisper, sound, full).split("\n\n")[0] for sound in SOUNDS]
+    assert job["metrics"]["librispeech_test_clean"]["wer,none"] > 0
+    job = box.finished(box.submit(qwen, "librispeech_test_clean", limit=2, model_args={"dtype": "float32"}))
+    [first, *_] = box.client.samples(job["job_id"], "librispeech_test_clean")
+    prompt = first["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.startswith("user:<|audio_bos|><|AUDIO|><|audio_eos|>Please recognize the speech")
 
 
 def test_a_language_model_that_hears_says_what_transformers_does(box: Service, qwen: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from evalpool_server import run_server
 from PIL import Image
 from service import Json, Service
 
+from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT
 from server.client import EvalError
 
 COUNT = 10
@@ -75,12 +77,29 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
+def write_mvbench(home: Path, films: Path) -> Path:
+    """Local data of a task of lmms-eval, the films in the folder of HF_HOME that it looks into; one is not there."""
+    place = home / "mvbench_video" / "ssv2_video_mp4"
+    place.mkdir(parents=True)
+    for number in range(2):
+        shutil.copy(films / f"{number}.mkv", place)
+    choices = {"candidates": ["one", "two"], "answer": "one", "question": "Which digit is it?"}
+    rows = [{"video": f"{number}.mkv", **choices} for number in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(home / "train.parquet")
+    root = f'"OpenGVLab/MVBench:action_antonym" = "{home / "train.parquet"}"'
+    (home / "evalpool.toml").write_text(f"[dataset_roots]\n{root}\n")
+    return home / "evalpool.toml"
+
+
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     """One CPU worker."""
     folder = tmp_path_factory.mktemp("box")
-    arguments = ("--include-path", write_tasks(folder / "tasks"), "--cpu-workers", 1)
-    with run_server(folder / "data", *arguments) as server, Service(server) as service:
+    tasks = write_tasks(folder / "tasks")
+    settings = write_mvbench(folder / "hub", tasks / "films")
+    arguments = ("--config", settings, "--include-path", tasks, "--cpu-workers", 1)
+    home = {"HF_HOME": str(folder / "hub")}
+    with run_server(folder / "data", *arguments, variables=home) as server, Service(server) as service:
         yield service
 
 
@@ -95,6 +114,16 @@ def test_frames_are_shown_as_the_same_pictures_are(box: Service) -> None:
     assert len(set(pictures)) > 1
     assert answers_of(box, job, "films") == pictures
     assert answers_of(box, job, "stored") == pictures
+
+
+@pytest.mark.skipif(LMMS_EVAL_ROOT is None, reason="lmms-eval is not installed")
+def test_a_task_of_lmms_eval(box: Service) -> None:
+    options = {"model_args": {"dtype": "float32", "num_frames": 3}, "max_error_share": 0.5}
+    job = box.finished(box.submit(MODEL, "mvbench_action_antonym", **options))
+    samples = sorted(box.client.samples(job["job_id"], "mvbench_action_antonym"), key=lambda one: one["doc_id"])
+    assert ["evalpool_error" in sample for sample in samples] == [False, False, True]
+    assert "2.mkv does not exist" in samples[2]["evalpool_error"]
+    assert samples[0]["arguments"]["gen_args_0"]["arg_0"].count("<image>") == 3
 
 
 def test_a_video_that_cannot_be_decoded_is_the_error_of_its_sample(box: Service) -> None:

@@ -105,9 +105,9 @@ class TaskLibrary:
         *,
         no_scores: str | None = None,
     ) -> tuple[TaskProblem, ...]:
-        """What keeps these tasks from running here; nothing is downloaded.
+        """What keeps these tasks from running here, on a model that takes `modalities`; nothing is downloaded.
 
-        The model takes `modalities`, and gives no log-likelihoods for the reason `no_scores`, or does (None).
+        It gives no log-likelihoods for the reason `no_scores`, or does (None).
         """
         self._refresh()
         model = Abilities(modalities=modalities, no_scores=no_scores)

@@ -53,8 +53,8 @@ class Dispatcher:
 
         Requests to an endpoint (`api`) go one by one, as many at once as it may be asked.
 
-        `paces` are what earlier jobs found out about the workers; `read_media` gives a file that prompts
-        show, or where it is, by its digest.
+        `paces` are what earlier jobs found out about the workers; `read_media` gives a file that prompts show, or where
+        it is, by its digest.
         """
         self.job_id = job_id
         self.batch_size = batch_size

@@ -44,6 +44,7 @@ class TaskNeeds:
     modality: Modality | None
     """What its documents show beside text; None where nothing tells."""
     output_type: str | None
+    """As its YAML says."""
     scores: bool
     """Whether it asks for log-likelihoods, as far as its YAML says."""
     runs_code: bool
