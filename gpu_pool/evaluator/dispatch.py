@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
     from gpu_pool.evaluator.shared_answers import SharedAnswers
 
-_ONE = 0.5
-"""Less than any unit costs: a chunk has at least one."""
 CAUSE_SECONDS = 5.0
 """How long the server may take to say how a worker ended whose connection is gone."""
 
@@ -258,8 +256,9 @@ class Dispatcher:
         for line in lines:
             if count := len(line):
                 worthwhile = worthwhile_cost(line.cost, count, self.batch_size) if line.max_gen_toks else 0
-                budget = _ONE if self.api else link.pace.budget(line.kind, worthwhile, work)
-                if budget and (chunk := line.take(link, budget, work.remaining)):
+                budget = link.pace.budget(line.kind, worthwhile, work)
+                alone = self.api is not None
+                if budget and (chunk := line.take(link, budget, work.remaining, alone=alone)):
                     return chunk
         return None
 

@@ -78,11 +78,14 @@ class Span:
         self.cost -= sum(step.cost for step in popped)
         return popped[::-1]
 
-    def cut(self, budget: float) -> list[Step]:
-        """Take the first unit and others behind it for up to `budget` of cost.
+    def cut(self, budget: float, *, alone: bool = False) -> list[Step]:
+        """Take the first unit and, unless it is to be `alone`, others behind it for up to `budget` of cost.
 
         In the second half of the budget the cut is made where the least is shared: not between a document's choices.
         """
+        if alone:
+            self.cost -= self.steps[0].cost
+            return [self.steps.popleft()]
         budget = max(budget, CHOICES_SHARE * self.steps[0].cost)
         cost, length, end, least_shared = 0, self.steps[0].length, 1, None
         for index, step in enumerate(islice(self.steps, 1, None), 1):
@@ -211,15 +214,18 @@ class Line:
         tail.append(steps)
         self._heavy.update(step for step in steps if step.cost >= HEAVY_COST)
 
-    def take(self, worker: Hashable, budget: float, remaining: float = math.inf) -> Chunk | None:
-        """The next chunk for `worker`, of about `budget`; None when it would not help to give it one.
+    def take(
+        self, worker: Hashable, budget: float, remaining: float = math.inf, *, alone: bool = False
+    ) -> Chunk | None:
+        """The next chunk for `worker`, of about `budget`, or of one unit `alone`; None when it would not help to give
+        it one.
 
         `remaining` is each worker's part of all that waits: a unit that costs more than that is asked first.
         """
         span = self._due(worker, remaining) or self._own(worker) or self._claim(worker) or self._steal(worker)
         if span is None:
             return None
-        steps = span.cut(budget)
+        steps = span.cut(budget, alone=alone)
         self._heavy.difference_update(steps)
         chunk = Chunk(span, steps, sum(step.cost for step in steps))
         self._held.setdefault(worker, []).append(chunk)

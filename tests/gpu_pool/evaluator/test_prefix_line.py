@@ -102,6 +102,16 @@ def test_a_long_document_stays_with_its_choices() -> None:
     assert take(line, "a", MIN_COST).units[:4] == units[8:12]
 
 
+def test_units_can_be_had_alone_even_the_choices_of_a_document() -> None:
+    line, units = make_line(few_shot(1, 2))
+    while chunk := line.take("here", EVERYTHING, alone=True):
+        assert len(chunk.units) == 1
+        units.remove(chunk.units[0])
+        line.done("here", chunk)
+    assert units == []
+    assert line.cost == 0
+
+
 def test_a_chunk_does_not_unfold_to_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_line, "MAX_CHUNK_TOKENS", 5000)
     line, units = make_line([[*range(1000), choice] for choice in range(10)])
