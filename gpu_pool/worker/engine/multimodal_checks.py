@@ -29,8 +29,8 @@ _SIDE = 64
 """Pixels of the images' sides."""
 _RATE, _SECONDS = 16_000, 0.5
 """Of the sounds."""
-_QUESTIONS = ("What is this?", "What is that?", "What is this, and what else can be seen in the picture?")
-"""Two of equal length, one longer."""
+_QUESTIONS = ("What is this?", "What is this?", "What is this, and what else can be seen in the picture?")
+"""Two of equal length in any tokenizer, one longer; each of another image or sound."""
 _NEW = 4
 """New tokens that are compared."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from digits import MODEL as DIGITS
 from fresh_models import load_fresh
 from image_prompts import Asked, noise
 
@@ -43,6 +44,13 @@ def tokens_of(loaded: LoadedModel) -> list[tuple[int, ...]]:
 
 
 def test_families_share_what_can_be_shared(loaded: LoadedModel) -> None:
+    assert loaded.media == MediaFacts(Company.ANY_LENGTH, shares_prompts=True)
+
+
+def test_what_can_be_shared_does_not_hang_on_how_words_are_cut() -> None:
+    loaded = load_fresh(DIGITS, dtype="float32")
+    this, that = loaded.tokenizer(["What is this?", "What is that?"])["input_ids"]
+    assert len(this) != len(that)
     assert loaded.media == MediaFacts(Company.ANY_LENGTH, shares_prompts=True)
 
 
