@@ -5,23 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Literal
 
 import av
+from av.error import FFmpegError
 
 
 @contextlib.contextmanager
-def open_container(file: bytes | str) -> Generator[Any]:
-    """The streams of a file, its content or its path.
+def open_container(file: bytes | str, kind: Literal["sound", "video"], problem: type[Exception]) -> Generator[Any]:
+    """The streams of a file of that kind, its content or its path.
 
     It is read through Python, and no playlist in it may name further files or addresses.
 
     Raises:
-        OSError: it cannot be read, or (av.FFmpegError) is no such file.
+        Exception: `problem`, when it is empty, cannot be read, or is no such file; also for what decoders raise inside.
     """
+    if not file:
+        raise problem(f"the {kind} file is empty")
     options = {"protocol_whitelist": "none"}
-    with (
-        io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as source,
-        av.open(source, mode="r", metadata_errors="ignore", options=options) as container,
-    ):
-        yield container
+    try:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as source,
+            av.open(source, mode="r", metadata_errors="ignore", options=options) as container,
+        ):
+            yield container
+    except problem:
+        raise
+    except FileNotFoundError:
+        raise problem(f"the {kind} file {file!r} does not exist") from None
+    except (FFmpegError, OSError, ValueError) as error:
+        raise problem(f"the {kind} cannot be decoded: {type(error).__name__}: {error}") from error

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from av.audio.resampler import AudioResampler
-from av.error import FFmpegError
 
 from gpu_pool.containers import open_container
 
@@ -35,19 +34,12 @@ def decode_sound(file: bytes | str, sampling_rate: int | None = None) -> Sound:
     Raises:
         SoundError: there is none, it is damaged, or too long.
     """
-    if not file:
-        raise SoundError("the sound file is empty")
-    try:
-        with open_container(file) as container:
-            if not container.streams.audio:
-                raise SoundError("the file has no sound")
-            stream = container.streams.audio[0]
-            rate = sampling_rate or stream.rate
-            pieces = list(_pieces(container, stream, rate))
-    except FileNotFoundError:
-        raise SoundError(f"the sound file {file!r} does not exist") from None
-    except (FFmpegError, OSError, ValueError) as error:
-        raise SoundError(f"the sound cannot be decoded: {type(error).__name__}: {error}") from error
+    with open_container(file, "sound", SoundError) as container:
+        if not container.streams.audio:
+            raise SoundError("the file has no sound")
+        stream = container.streams.audio[0]
+        rate = sampling_rate or stream.rate
+        pieces = list(_pieces(container, stream, rate))
     if not pieces:
         raise SoundError("the sound has no samples")
     return Sound(np.concatenate(pieces), rate)

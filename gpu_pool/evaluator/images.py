@@ -105,13 +105,13 @@ def leave_undecoded() -> None:
     datasets.Image.decode_example = decode_example
 
 
-def images_in(visual: Any) -> Iterator[Any]:
-    """The images of what a task's `doc_to_image` gives: one, or lists of them."""
-    if isinstance(visual, list | tuple):
-        for item in visual:
-            yield from images_in(item)
+def shown_in(given: Any) -> Iterator[Any]:
+    """The images, sounds or videos of what a task gives for a document: one, or lists of them."""
+    if isinstance(given, list | tuple):
+        for item in given:
+            yield from shown_in(item)
     else:
-        yield visual
+        yield given
 
 
 def image_file(image: Any, folders: Iterable[Path]) -> bytes:

@@ -13,10 +13,10 @@ from lm_eval.api.instance import Instance
 
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.evaluator.api_prompts import TextPrompts
-from gpu_pool.evaluator.images import ImageProblem, described, image_file, images_in
+from gpu_pool.evaluator.images import ImageProblem, described, image_file, shown_in
 from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.prompts import PromptEncoder
-from gpu_pool.evaluator.sounds import files_in, media_file
+from gpu_pool.evaluator.sounds import media_file
 from gpu_pool.evaluator.tokenising import Tokens
 
 FILE_COST = 256
@@ -79,13 +79,13 @@ class MediaPrompts:
         seen: list[str] = []
         frames: list[int] = []
         try:
-            images = [visual for visual in images_in(shown.get("visual", []))]
-            videos = [Video(file) for file in files_in(shown.get("video", []))]
+            images = list(shown_in(shown.get("visual", [])))
+            videos = [Video(file) for file in shown_in(shown.get("video", []))]
             for visual in (*self._allowed(images), *videos):
                 is_video = isinstance(visual, Video)
                 seen.append(self._keep(visual.file, "video", folders) if is_video else self._image(visual, folders))
                 frames.append(self._encoder.num_frames if is_video else 0)
-            heard = [self._keep(file, "audio", folders) for file in files_in(shown.get("audio", []))]
+            heard = [self._keep(file, "audio", folders) for file in shown_in(shown.get("audio", []))]
         except ImageProblem as problem:
             return MediaPrompt(text=""), str(problem)
         prompt = MediaPrompt(

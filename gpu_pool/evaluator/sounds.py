@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,15 +109,6 @@ def _encoding(encode: Any) -> Any:
                 return encode(self, value)
 
     return encode_example
-
-
-def files_in(shown: Any) -> Iterator[Any]:
-    """The sounds or videos of what a task gives: one, or lists of them."""
-    if isinstance(shown, list | tuple):
-        for item in shown:
-            yield from files_in(item)
-    else:
-        yield shown
 
 
 def media_file(shown: Any, kind: str, folders: Iterable[Path]) -> bytes | Path:

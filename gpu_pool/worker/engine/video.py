@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image
 
 from gpu_pool.containers import open_container
@@ -32,32 +31,23 @@ def decode_frames(
     Raises:
         MediaError: there is none, it is damaged, or its frames are too large.
     """
-    if not file:
-        raise MediaError("the video file is empty")
-    try:
-        with open_container(file) as container:
-            if not container.streams.video:
-                raise MediaError("the file has no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            images: dict[int, Image.Image] = {}
-            times, keys = _times(container, stream)
-            places = np.linspace(0, len(times) - 1, count).astype(int).tolist()
-            for time, image in _at(container, stream, sorted({times[place] for place in places}), keys):
-                images[time] = fit(image)
-                held = sum(3 * image.width * image.height for image in images.values())
-                if held > MOST_BYTES:
-                    raise MediaError(
-                        f"{count} frames of {image.width} x {image.height} pixels take more than {MOST_BYTES:,} bytes; "
-                        "image_max_side makes them smaller"
-                    )
-            return [images[times[place]] for place in places]
-    except MediaError:
-        raise
-    except FileNotFoundError:
-        raise MediaError(f"the video file {file!r} does not exist") from None
-    except (FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"the video cannot be decoded: {type(error).__name__}: {error}") from error
+    with open_container(file, "video", MediaError) as container:
+        if not container.streams.video:
+            raise MediaError("the file has no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        images: dict[int, Image.Image] = {}
+        times, keys = _times(container, stream)
+        places = np.linspace(0, len(times) - 1, count).astype(int).tolist()
+        for time, image in _at(container, stream, sorted({times[place] for place in places}), keys):
+            images[time] = fit(image)
+            held = sum(3 * image.width * image.height for image in images.values())
+            if held > MOST_BYTES:
+                raise MediaError(
+                    f"{count} frames of {image.width} x {image.height} pixels take more than {MOST_BYTES:,} bytes; "
+                    "image_max_side makes them smaller"
+                )
+        return [images[times[place]] for place in places]
 
 
 def _times(container: Any, stream: Any) -> tuple[list[int], list[int]]:

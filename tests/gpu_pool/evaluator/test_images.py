@@ -14,7 +14,7 @@ from digits import image_bytes
 from PIL import Image
 
 from gpu_pool.evaluator import images
-from gpu_pool.evaluator.images import ImageProblem, UndecodedImage, described, image_file, images_in
+from gpu_pool.evaluator.images import ImageProblem, UndecodedImage, described, image_file, shown_in
 from gpu_pool.evaluator.media_files import MediaFiles
 
 RED = Image.new("RGB", (4, 3), "red")
@@ -121,8 +121,8 @@ def test_images_that_cannot_be_had_say_why(tmp_path: Path, image: object, why: s
 
 
 def test_one_image_or_lists_of_them() -> None:
-    assert list(images_in("a")) == ["a"]
-    assert list(images_in([["a", "b"], "c", []])) == ["a", "b", "c"]
+    assert list(shown_in("a")) == ["a"]
+    assert list(shown_in([["a", "b"], "c", []])) == ["a", "b", "c"]
 
 
 def test_descriptions_take_the_place_of_images() -> None:
