@@ -15,16 +15,18 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 QUESTION = "<image>Which digit is this?"
-GENERATION: dict[str, Any] = {
+_SHOWN: dict[str, Any] = {"doc_to_text": "{{question}}", "doc_to_image": ["image"]}
+SIDE = 32
+"""Pixels of a digit's picture."""
+GENERATION: dict[str, Any] = _SHOWN | {
     "output_type": "generate_until",
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
-CHOICE: dict[str, Any] = {
+CHOICE: dict[str, Any] = _SHOWN | {
     "output_type": "multiple_choice",
     "target_delimiter": "",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-SHOWN = {"doc_to_text": "{{question}}", "doc_to_image": ["image"]}
 
 
 def write_digits(folder: Path, number: int) -> None:
@@ -32,13 +34,18 @@ def write_digits(folder: Path, number: int) -> None:
     digits = load_digits()
     places = [place for place in range(len(digits.target)) if place % 5 == 4]  # not trained on by the tiny model
     chosen = [places[place % len(places)] for place in range(number)]
-    pictures = (_digit(digits.images[place], number) for number, place in enumerate(chosen))
+    pictures = (_numbered(digit_picture(digits.images[place]), number) for number, place in enumerate(chosen))
     answers = [str(digits.target[place]) for place in chosen]
     data = _write(folder / "digits.parquet", pictures, answers, QUESTION)
     options = {"until": ["<end_of_utterance>"], "max_gen_toks": 4, "do_sample": False}
-    _task(folder, "digits", data, {**GENERATION, "doc_to_target": "{{answer}}", "generation_kwargs": options})
+    write_task(folder, "digits", data, {**GENERATION, "doc_to_target": "{{answer}}", "generation_kwargs": options})
     choices = [f" {digit}" for digit in range(10)]
-    _task(folder, "digits_choice", data, {**CHOICE, "doc_to_target": "{{answer | int}}", "doc_to_choice": choices})
+    write_task(
+        folder,
+        "digits_choice",
+        data,
+        {**CHOICE, "doc_to_target": "{{answer | int}}", "doc_to_choice": choices},
+    )
 
 
 def write_pictures(folder: Path, number: int, new_tokens: int) -> None:
@@ -47,15 +54,24 @@ def write_pictures(folder: Path, number: int, new_tokens: int) -> None:
     answers = [str(place % 2) for place in range(number)]
     data = _write(folder / "pictures.parquet", islice(_parts(), number), answers, "<image>What does this show?")
     options = {"until": [], "max_gen_toks": new_tokens, "do_sample": False}
-    _task(folder, "pictures", data, {**GENERATION, "doc_to_target": "{{answer}}", "generation_kwargs": options})
-    _task(folder, "pictures_choice", data, {**CHOICE, "doc_to_target": "{{answer | int}}", "doc_to_choice": choices})
+    write_task(folder, "pictures", data, {**GENERATION, "doc_to_target": "{{answer}}", "generation_kwargs": options})
+    write_task(
+        folder,
+        "pictures_choice",
+        data,
+        {**CHOICE, "doc_to_target": "{{answer | int}}", "doc_to_choice": choices},
+    )
 
 
-def _digit(pixels: Any, number: int) -> Image.Image:
-    grey = (np.asarray(pixels) / 16.0 * 255).astype("uint8")
-    picture = Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+def _numbered(picture: Image.Image, number: int) -> Image.Image:
     picture.putpixel((0, 0), (0, number >> 8, number & 255))
     return picture
+
+
+def digit_picture(pixels: Any) -> Image.Image:
+    """One of scikit-learn's digits, as the tiny model was trained on them: 32 x 32, RGB."""
+    grey = (np.asarray(pixels) / 16.0 * 255).astype("uint8")
+    return Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def _parts() -> Iterator[Image.Image]:
@@ -82,6 +98,8 @@ def _write(path: Path, pictures: Iterator[Image.Image], answers: list[str], ques
     return path
 
 
-def _task(folder: Path, name: str, data: Path, config: dict[str, Any]) -> None:
+def write_task(folder: Path, name: str, data: Path, config: dict[str, Any]) -> None:
+    """A task in lm-eval's YAML over a Parquet file."""
+    folder.mkdir(parents=True, exist_ok=True)
     source = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **SHOWN, **config}, sort_keys=False))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **config}, sort_keys=False))

@@ -13,8 +13,9 @@ import av
 import datasets
 import numpy as np
 import pytest
-from digits import GENERATION, MODEL, SIDE, held_out, image_bytes, write_task
+from digits import GENERATION, MODEL, held_out, image_bytes
 from evalpool_server import run_server
+from image_tasks import SIDE, write_task
 from PIL import Image
 from service import Json, Service
 

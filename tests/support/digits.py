@@ -12,12 +12,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-import yaml
+from image_tasks import digit_picture, write_task
 from PIL import Image
 from sklearn.datasets import load_digits
 
 MODEL = Path(__file__).parents[1] / "data" / "tiny-vlm-digits"
-SIDE = 32
 ACCURACY = 0.9777
 """Of the model, by its own training script: 351 of 359."""
 QUESTION = "<image>Which digit is this?"
@@ -51,12 +50,7 @@ def held_out(count: int | None = None) -> list[tuple[Image.Image, int]]:
     digits = load_digits()
     places = np.arange(len(digits.target)) % 5 == 4
     pairs = list(zip(digits.images[places], digits.target[places], strict=True))[:count]
-    return [(_picture(pixels), int(digit)) for pixels, digit in pairs]
-
-
-def _picture(pixels: Any) -> Image.Image:
-    grey = (np.asarray(pixels) / 16.0 * 255).astype("uint8")
-    return Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+    return [(digit_picture(pixels), int(digit)) for pixels, digit in pairs]
 
 
 def image_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -77,13 +71,6 @@ def write_documents(path: Path, files: Iterable[bytes | None], digits: Iterable[
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-
-
-def write_task(folder: Path, name: str, data: Path, config: dict[str, Any]) -> None:
-    """A task in lm-eval's YAML over that file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    source = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **config}, sort_keys=False))
 
 
 def write_digits(folder: Path, change: Callable[[Image.Image], Image.Image] = lambda image: image) -> Path:
