@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,22 @@ from bench_memory import memory_mib
 ROOT = Path(__file__).parents[2]
 
 
+HOLDER = "print(flush=True); input(); held = bytearray(b'x') * (64 << 20); print(flush=True); input()"
+
+
 def test_memory_of_a_process_grows_with_what_it_holds() -> None:
-    before = memory_mib(os.getpid())
-    held = bytearray(os.urandom(64 << 20))
-    assert 60 < memory_mib(os.getpid()) - before < 90
-    del held
+    """A process of its own: what the one of the tests holds and shares changes with whatever runs beside it."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdout.readline()  # it has started
+        before = memory_mib(holder.pid)
+        holder.stdin.write(b"\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        assert 60 < memory_mib(holder.pid) - before < 90
+        holder.stdin.write(b"\n")
+    assert holder.returncode == 0
 
 
 @pytest.mark.slow
