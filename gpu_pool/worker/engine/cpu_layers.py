@@ -8,6 +8,9 @@ oneDNN sums a product's terms one after another. What that loses in fp32 would b
 other kernels', so these products are summed in slices. Where the usual call, which is MKL's, has the very bits of that,
 which of the two computes a product is a matter of speed alone: it is measured, because on one CPU the usual call is as
 fast for many rows and small weights, and on another it takes twice the time.
+
+oneDNN compiles kernels for each number of rows, for milliseconds, and keeps a thousand of them, in up to 800 MB. Rows
+are therefore computed in numbers of which there are few.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ _TERMS = 192
 """Most terms of a sum in fp32 that are added one after another: as exact as MKL."""
 _MANY_ROWS = 256
 """From which on the usual call's own layout costs little beside the product."""
+_BLOCK, _FEW = 64, 8
+"""Rows are computed in a multiple of the former, and what is left over filled up to a multiple of the latter."""
 _MEASURED_OUTPUTS = 2048
 """Of a weight, at most: more take as long each."""
 
@@ -107,7 +112,7 @@ def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """What computes x @ weight.T + bias, with a copy of `weight` [outputs, inputs]."""
     if weight.dtype is not torch.float32:
         return laid_out_for_one_sum(weight, bias)
-    slices = partial(_apply_slices, _slices(weight), bias)
+    slices = partial(_in_few_sizes, partial(_apply_slices, _slices(weight), bias))
     usual = partial(nn.functional.linear, weight=weight.detach(), bias=bias)
     few, many = (usual if is_usual else slices for is_usual in _usual_for(weight))
     return slices if few is many is slices else partial(_by_rows, few, many)
@@ -115,7 +120,7 @@ def laid_out(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 def laid_out_for_one_sum(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """The same with all terms in one sum: the fastest, and in fp32 not exact enough."""
-    return partial(_apply, _reordered(weight), bias)
+    return partial(_in_few_sizes, partial(_apply, _reordered(weight), bias))
 
 
 def _slices(weight: torch.Tensor) -> list[torch.Tensor]:
@@ -132,6 +137,18 @@ def _apply(copy: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -
 
 def _by_rows(few: Linear, many: Linear, input: torch.Tensor) -> torch.Tensor:
     return (many if input.numel() >= _MANY_ROWS * input.shape[-1] else few)(input)
+
+
+def _in_few_sizes(linear: Linear, input: torch.Tensor) -> torch.Tensor:
+    """The same as `linear`, which sees up to _FEW rows, or a multiple of _FEW up to _BLOCK, or a multiple of _BLOCK."""
+    rows = input.reshape(-1, input.shape[-1])
+    left_over = len(rows) % _BLOCK
+    if not left_over or len(rows) < _FEW:
+        return linear(input)
+    *whole, last = rows.tensor_split((len(rows) - left_over,)) if len(rows) > _BLOCK else (rows,)
+    filled = last if left_over < _FEW else nn.functional.pad(last, (0, 0, 0, -left_over % _FEW))
+    parts = [*map(linear, whole), linear(filled)[:left_over]]
+    return (torch.cat(parts) if whole else parts[0]).view(*input.shape[:-1], -1)
 
 
 def _apply_slices(copies: Sequence[torch.Tensor], bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:

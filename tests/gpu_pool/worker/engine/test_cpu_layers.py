@@ -113,6 +113,23 @@ def test_products_in_fp32_are_as_exact_as_the_usual_ones(inputs):
     assert error(laid_out(layer.weight, layer.bias)) < 1.25 * error(layer)
 
 
+@torch.inference_mode()
+def test_oneDNN_sees_few_numbers_of_rows():
+    """It compiles a kernel for each, and keeps them."""
+    layer, seen = nn.Linear(3, 2), set[int]()
+
+    def linear(rows: torch.Tensor) -> torch.Tensor:
+        seen.add(rows.numel() // 3)
+        return layer(rows)
+
+    for count in range(1100):
+        rows = torch.randn(count, 3)
+        torch.testing.assert_close(cpu_layers._in_few_sizes(linear, rows), layer(rows))
+    assert len(seen) < 40
+    rows = torch.randn(2, 35, 3)
+    torch.testing.assert_close(cpu_layers._in_few_sizes(linear, rows), layer(rows))
+
+
 def test_models_for_the_cpu_are_loaded_so(checkpoint, never_usual):
     assert served(load_fresh(checkpoint("llama"), dtype="float32").model) == 15
 
