@@ -39,8 +39,8 @@ _TERMS = 192
 """Most terms of a sum in fp32 that are added one after another: as exact as MKL."""
 _MANY_ROWS = 256
 """From which on the usual call's own layout costs little beside the product."""
-_BLOCK, _FEW = 64, 8
-"""Rows are computed in a multiple of the former, and what is left over filled up to a multiple of the latter."""
+_BLOCK = 64
+"""Rows are computed in a multiple of it; what is left over is filled up to one of 20 sizes."""
 _MEASURED_OUTPUTS = 2048
 """Of a weight, at most: more take as long each."""
 
@@ -140,14 +140,14 @@ def _by_rows(few: Linear, many: Linear, input: torch.Tensor) -> torch.Tensor:
 
 
 def _in_few_sizes(linear: Linear, input: torch.Tensor) -> torch.Tensor:
-    """The same as `linear`, which sees up to _FEW rows, or a multiple of _FEW up to _BLOCK, or a multiple of _BLOCK."""
+    """The same as `linear`, which sees a multiple of _BLOCK rows, or up to _BLOCK: 1 to 8, 10, 12, 14, 16, 20, 24 …"""
     rows = input.reshape(-1, input.shape[-1])
     left_over = len(rows) % _BLOCK
-    if not left_over or len(rows) < _FEW:
+    missing = -left_over % (1 << max(0, left_over.bit_length() - 3))
+    if left_over == 0 or left_over + missing == len(rows):
         return linear(input)
     *whole, last = rows.tensor_split((len(rows) - left_over,)) if len(rows) > _BLOCK else (rows,)
-    filled = last if left_over < _FEW else nn.functional.pad(last, (0, 0, 0, -left_over % _FEW))
-    parts = [*map(linear, whole), linear(filled)[:left_over]]
+    parts = [*map(linear, whole), linear(nn.functional.pad(last, (0, 0, 0, missing)))[:left_over]]
     return (torch.cat(parts) if whole else parts[0]).view(*input.shape[:-1], -1)
 
 
