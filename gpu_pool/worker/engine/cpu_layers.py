@@ -15,7 +15,7 @@ are therefore computed in numbers of which there are few.
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,8 +27,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gpu_pool.worker.engine.limits import free_bytes
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SHARE_OF_FREE = 0.3
@@ -65,9 +63,9 @@ def lay_out_weights(model: nn.Module) -> int:
     layers += ((module, weight) for module in model.modules() if (weight := _weight_of(module)) is not None)
     usable = {dtype for dtype in {weight.dtype for _, weight in layers} if is_usable(dtype)}
     served = [(layer, weight) for layer, weight in layers if weight.dtype in usable and not _is_best_as_it_is(weight)]
-    wanted = sum(weight.nbytes for _, weight in served)
-    if wanted > _SHARE_OF_FREE * free_bytes(torch.device("cpu")):
-        logger.info("weights stay as they are: %.1f GB more for oneDNN's layout are too many", wanted / 1e9)
+    wanted, room = sum(weight.nbytes for _, weight in served), _SHARE_OF_FREE * free_bytes(torch.device("cpu"))
+    if wanted > room:
+        _tell(f"{wanted / 1e9:.2g} GB for a copy in oneDNN's layout are more than the {room / 1e9:.2g} GB to spare")
         return 0
     for layer, weight in served:
         layer.forward = partial(_either, layer.forward, laid_out(weight, layer.bias))
@@ -205,6 +203,11 @@ def is_usable(dtype: torch.dtype) -> bool:
     try:
         found = laid_out(weight, None)(rows)
     except (AttributeError, RuntimeError) as error:
-        logger.info("oneDNN's layout of %s weights is not to be had: %s", dtype, error)
+        _tell(f"oneDNN's layout of {dtype} is not to be had: {error}")
         return False
     return torch.allclose(found, nn.functional.linear(rows, weight), rtol=0.02, atol=torch.finfo(dtype).eps * 64)
+
+
+def _tell(why: str) -> None:
+    """In the worker's log, as the route is: without the layout most products take longer."""
+    print(f"engine: linear layers stay as they are, which is slower: {why}", file=sys.stderr, flush=True)

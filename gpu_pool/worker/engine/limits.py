@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from gpu_pool.machine_memory import available_bytes
 from gpu_pool.model_size import PROCESS_BYTES, SCORED_POSITIONS, activation_bytes
 from gpu_pool.worker.engine.configs import largest, text_config
 from gpu_pool.worker.engine.shortage import is_out_of_memory
@@ -160,10 +161,7 @@ def free_bytes(device: torch.device, budget: int = 0) -> int:
 
     Of ranks that share a model, what the one with the least has, because all must do the same.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if budget:
         free = min(free, max(0, budget - _held_bytes(device)))
     if not torch.distributed.is_initialized():

@@ -134,10 +134,15 @@ def test_models_for_the_cpu_are_loaded_so(checkpoint, never_usual):
     assert served(load_fresh(checkpoint("llama"), dtype="float32").model) == 15
 
 
-def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch, never_usual):
+def test_nothing_is_laid_out_without_memory_for_it(checkpoint, monkeypatch, never_usual, capfd):
+    """Which the worker's log says: the model is slower for it."""
     monkeypatch.setattr(cpu_layers, "free_bytes", lambda device: 100_000)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    capfd.readouterr()
     assert lay_out_weights(model) == served(model) == 0
+    told = capfd.readouterr().err
+    assert told.startswith("engine: linear layers stay as they are, which is slower: ")
+    assert "more than the 3e-05 GB to spare" in told
 
 
 def test_other_layers_stay_as_they_are():
