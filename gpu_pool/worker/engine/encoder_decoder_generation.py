@@ -18,7 +18,7 @@ from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import Tokens, encode, pad_contexts, select
-from gpu_pool.worker.engine.generate_arguments import beams, effective, generate_kwargs, until_eos
+from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, is_given, until_eos
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def _depends_on_length(loaded: LoadedModel, options: GenerationOptions) -> bool:
     lm-eval looks for stop strings only behind as many tokens as the prompt has: that shows where thinking is cut off.
     """
     names = ("forced_eos_token_id", "encoder_no_repeat_ngram_size")
-    forced = any(effective(name, loaded.model, options) for name in names)
-    return forced or beams(loaded.model, options) > 1 or loaded.think_end_token is not None
+    depends = any(is_given(name, loaded.model, options) for name in names)
+    return depends or beams(loaded.model, options) > 1 or loaded.think_end_token is not None
 
 
 @torch.inference_mode()

@@ -17,6 +17,12 @@ def effective(name: str, model: Any, options: GenerationOptions) -> Any:
     return options.kwargs.get(name, getattr(model.generation_config, name, None))
 
 
+def is_given(name: str, model: Any, options: GenerationOptions) -> bool:
+    """Whether an option says anything: 0 is a token like any other, but no length and no size."""
+    value = effective(name, model, options)
+    return value is not None if name.endswith("_token_id") else bool(value)
+
+
 def beams(model: Any, options: GenerationOptions) -> int:
     """Beams of each prompt; 1 without beam search."""
     return int(effective("num_beams", model, options) or 1)

@@ -11,7 +11,7 @@ import transformers
 from gpu_pool.chunk_messages import GenerationChunk, GenerationOptions
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
-from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, until_eos
+from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, is_given, until_eos
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.padding import pad_left
 from gpu_pool.worker.engine.prompts import Prompt
@@ -79,8 +79,7 @@ def company_of(loaded: LoadedModel, options: GenerationOptions, company: Company
     """What both the model, by its probe, and the options allow."""
     if beams(loaded.model, options) > 1 and options.do_sample:
         return Company.NONE  # their draws come from one generator for the whole batch
-    defaults = loaded.model.generation_config
-    if any(options.kwargs.get(name, getattr(defaults, name, None)) for name in _COUNT_PADDING):
+    if any(is_given(name, loaded.model, options) for name in _COUNT_PADDING):
         return Company.NONE if company is Company.NONE else Company.EQUAL_LENGTH
     return company
 

@@ -30,6 +30,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "longt5": _T5 | {"encoder_attention_type": "transient-global", "local_radius": 4, "global_block_size": 4},
     "switch_transformers": _T5 | {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "bart": _BART,
+    "marian": _BART,  # which forces an end token whose id is 0
     "mbart": _BART,
     "m2m_100": _BART,
     "pegasus": _BART,

@@ -24,7 +24,7 @@ from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loglikelihood import score
 
-TYPES = ["t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "m2m_100", "pegasus"]
+TYPES = ["t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "marian", "mbart", "m2m_100", "pegasus"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, None])

@@ -62,6 +62,16 @@ def test_options_equal_lm_eval_one_at_a_time(kwargs, checkpoint, load, reference
     assert texts(load(folder), prompts, max_gen_toks=24, until=("e",), kwargs=kwargs) == theirs
 
 
+def test_a_first_token_is_forced_whatever_its_id(checkpoint, load):
+    """Also 0, and for a prompt of one token alone, which padding would make longer."""
+    loaded = plainly(load(checkpoint("llama")))
+    options = {"max_gen_toks": 6, "kwargs": {"forced_bos_token_id": 0}}
+    chunk = [(5,), (5, 6, 7), (9,)]
+    together = generate(loaded, generating(chunk, **options), never)
+    assert together == tuple(generate(loaded, generating([prompt], **options), never)[0] for prompt in chunk)
+    assert together != generate(loaded, generating(chunk, max_gen_toks=6), never)
+
+
 @pytest.mark.parametrize("way", [fresh, plainly])
 def test_what_memory_did_not_suffice_for_is_not_tried_again(way, checkpoint, load):
     prompts = [f"{n} {prompt[:30]}" for n in range(6) for prompt in PROMPTS]
