@@ -172,6 +172,8 @@ class LoglikelihoodDone(Message, frozen=True, kw_only=True):
     answers: tuple[tuple[float, bool] | None, ...]
     seconds: float
     errors: dict[int, str] = {}
+    plainly: str = ""
+    """Why a model of the "tree" route computed some of it the plain way, if it did."""
 
 
 class GenerationDone(Message, frozen=True, kw_only=True):
@@ -186,7 +188,7 @@ class GenerationDone(Message, frozen=True, kw_only=True):
     """Of the worker's time; for chunks that were computed together the mean of those that have ended."""
     errors: dict[int, str] = {}
     plainly: str = ""
-    """Why a model of the "tree" route computed some of it the plain way, if it did."""
+    """As in LoglikelihoodDone."""
 
 
 class ChunkFailed(Message, frozen=True, kw_only=True):

@@ -31,9 +31,8 @@ VOLATILE_FIELDS = (
     "config.model_dtype",
     "evalpool.dtype",
     "evalpool.attn_implementation",
-    "evalpool.engine_route",
-    "evalpool.engine_route_reason",
-    "evalpool.engine_plain_generation",
+    "evalpool.engine_routes",
+    "evalpool.engine_plain_requests",
 )
 """Of a results file, as dotted paths. Samples files have none; both have the job's date in their names."""
 

@@ -236,6 +236,14 @@ class TaskProgress(Record, frozen=True, kw_only=True):
     """Requests that ended in an error instead of an answer (counted in `done` too)."""
 
 
+class EngineRoute(Record, frozen=True, kw_only=True):
+    """How a worker's engine computes the model."""
+
+    route: str
+    """Of the engine's `routes`: "tree" or "plain"; "api" where an endpoint computes."""
+    reason: str
+
+
 class Progress(Record, frozen=True, kw_only=True):
     """A running job's progress, as its process last reported it."""
 
@@ -245,6 +253,8 @@ class Progress(Record, frozen=True, kw_only=True):
     """Requests answered from the response cache (counted in `done` too)."""
     workers: dict[str, int] = {}
     """Requests answered by each worker, by worker id."""
+    routes: tuple[EngineRoute, ...] = ()
+    """How the workers' engines compute the model: one, unless they disagree."""
 
     @property
     def done(self) -> int:

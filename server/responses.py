@@ -40,6 +40,13 @@ class TaskCount(Response, frozen=True, kw_only=True):
     errored: int
 
 
+class EngineRouteInfo(Response, frozen=True, kw_only=True):
+    """How workers compute the model: "tree", each shared beginning once, "plain", or "api"; and why."""
+
+    route: str
+    reason: str
+
+
 class ProgressInfo(Response, frozen=True, kw_only=True):
     """How far a job is: an evaluation in model requests, a merge in bytes of weights."""
 
@@ -50,6 +57,7 @@ class ProgressInfo(Response, frozen=True, kw_only=True):
     errored: int
     tasks: dict[str, TaskCount]
     workers: dict[str, int]
+    routes: list[EngineRouteInfo]
     eta_seconds: float | None
 
 

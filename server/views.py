@@ -300,5 +300,6 @@ def _progress(progress: Progress, eta_seconds: float | None) -> responses.Progre
             for name, task in progress.tasks.items()
         },
         workers=progress.workers,
+        routes=[responses.EngineRouteInfo(route=route.route, reason=route.reason) for route in progress.routes],
         eta_seconds=eta_seconds,
     )

@@ -227,15 +227,17 @@ def test_each_task_is_published_as_it_completes(box: Service, tiny_model: Path):
 def test_the_route_of_a_model_is_told(
     box: Service, model: str, route: str, reason: str, request: pytest.FixtureRequest
 ):
-    """By the job's result file, and of each worker by GET /workers."""
+    """By the job and its result file, and of each worker by GET /workers."""
     job = box.finished(box.submit(request.getfixturevalue(model), "quick_choice", limit=4))
     [files] = job["result"].values()
     told = json.loads(Path(files["results"]).read_text())["evalpool"]
-    assert told["engine_route"] == route
-    assert told["engine_route_reason"].startswith(reason)
+    assert told["engine_routes"] == job["progress"]["routes"]
+    [found] = told["engine_routes"]
+    assert found["route"] == route
+    assert found["reason"].startswith(reason)
     [served] = job["progress"]["workers"]
     descriptions = {worker["worker_id"]: worker["description"] for worker in box.client.workers()["workers"]}
-    assert descriptions[served].endswith(f"; {route} route: {told['engine_route_reason']}")
+    assert descriptions[served].endswith(f"; {route} route: {found['reason']}")
 
 
 # ---------------------------------------------------------------- models that change

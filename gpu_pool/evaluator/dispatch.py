@@ -16,7 +16,7 @@ from gpu_pool.evaluator.chunking import Paces, Work, worthwhile_cost
 from gpu_pool.evaluator.prefix_line import Chunk, Line
 from gpu_pool.evaluator.suspects import Suspect, Suspects
 from gpu_pool.evaluator.worker_link import IN_FLIGHT, Link
-from gpu_pool.records import ApiModel
+from gpu_pool.records import ApiModel, EngineRoute
 
 if TYPE_CHECKING:
     from gpu_pool.evaluator.requests import Unit
@@ -44,10 +44,11 @@ class Dispatcher:
         *,
         deterministic: bool = False,
         api: ApiModel | None = None,
+        on_route: Callable[[EngineRoute], None] = lambda _: None,
     ) -> None:
         """The functions are called from the workers' threads: `on_answers(worker_id, units)`; `on_errors(units)`, which
         have an error in the place of an answer; `on_failure(error)` when the job cannot go on; `on_silence(worker_id)`
-        while a worker owes answers and says nothing.
+        while a worker owes answers and says nothing; `on_route(route)` when a worker has said how it computes.
 
         Requests to an endpoint (`api`) go one by one, as many at once as it may be asked.
 
@@ -62,13 +63,14 @@ class Dispatcher:
         self.on_answers = on_answers
         self.on_failure = on_failure
         self.on_silence = on_silence
+        self._on_route = on_route
         self._on_errors = on_errors
         self.paces = paces or Paces()
         self.read_media = read_media
         self.welcome: Welcome | None = None
         """What the latest worker said of the loaded model."""
         self.plainly: list[str] = []
-        """Why workers left some of what was to be generated to transformers."""
+        """Why workers that go along the token tree computed some requests the plain way."""
         self._lines: dict[str, Line] = {}
         self._suspects = Suspects()
         self._links: dict[str, Link] = {}
@@ -217,12 +219,17 @@ class Dispatcher:
             line.put_back(link)
         return causes
 
-    def generated_plainly(self, why: str) -> None:
-        """A worker has left something to transformers' generate: of no consequence but for the time that it takes."""
+    def welcomed(self, welcome: Welcome) -> None:
+        """A worker has said what it has loaded."""
+        self.welcome = welcome
+        self._on_route(EngineRoute(route=welcome.route, reason=welcome.route_reason))
+
+    def computed_plainly(self, why: str) -> None:
+        """A worker has not gone along the tree with something: of no consequence but for the time that it takes."""
         with self._changed:
             if why not in self.plainly:
                 self.plainly.append(why)
-                _log.warning("Workers leave generation to transformers: %s", why)
+                _log.warning("Workers compute some requests the plain way: %s", why)
 
     def end_in_error(self, unit: Unit, error: str) -> None:
         """There will be no answer to this unit, whoever is asked."""

@@ -77,6 +77,7 @@ class JobRun:
             self._media.read,
             deterministic=job.evaluation.deterministic,
             api=job.model.api,
+            on_route=self._progress.routed,
         )
         self._shared: SharedAnswers | None = None
         if job.evaluation.use_cache and (job.model.api is None or job.model.api.is_cached):

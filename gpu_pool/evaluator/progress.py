@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from gpu_pool.messages import JobProgress
-from gpu_pool.records import Phase, Progress, TaskProgress
+from gpu_pool.records import EngineRoute, Phase, Progress, TaskProgress
 
 REPORT_INTERVAL_S = 0.25  # what a person sees as live
 
@@ -25,6 +25,8 @@ class ProgressReporter:
         self._totals: dict[str, int] = {}
         self._cached = 0
         self._workers: Counter[str] = Counter()
+        self._routes: dict[EngineRoute, None] = {}
+        """In the order in which they were told."""
         self._reported: Progress | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -46,7 +48,13 @@ class ProgressReporter:
                 name: TaskProgress(done=self._done[name], total=total, errored=self._errored[name])
                 for name, total in self._totals.items()
             }
-            return Progress(phase=self._phase, tasks=tasks, cached=self._cached, workers=dict(self._workers))
+            return Progress(
+                phase=self._phase,
+                tasks=tasks,
+                cached=self._cached,
+                workers=dict(self._workers),
+                routes=tuple(self._routes),
+            )
 
     def enter(self, phase: Phase) -> None:
         """The job is in this phase from now on."""
@@ -62,6 +70,11 @@ class ProgressReporter:
         """The task has so many requests, or so many more."""
         with self._lock:
             self._totals[task] += total
+
+    def routed(self, route: EngineRoute) -> None:
+        """This is how a worker computes."""
+        with self._lock:
+            self._routes[route] = None
 
     def answered(self, counts: Mapping[str, int], worker_id: str) -> None:
         """A worker answered so many requests of each task."""

@@ -38,8 +38,8 @@ class Report:
         plainly: Sequence[str],
         errors: dict[str, Any],
     ) -> dict[str, Any]:
-        """The whole file. `welcome` is None when the cache answered everything; `plainly` says why workers left
-        something to transformers' generate, `errors` what was not answered."""
+        """The whole file. `welcome` is None when the cache answered everything; `plainly` says why workers that go
+        along the token tree computed some requests the plain way, `errors` what was not answered."""
         end = time.time()
         return {
             **results,
@@ -52,7 +52,7 @@ class Report:
             "start_time": self._start,
             "end_time": end,
             "total_evaluation_time_seconds": str(end - self._start),
-            "evalpool": {**self._ours(progress, welcome), "engine_plain_generation": plainly, "errors": errors},
+            "evalpool": {**self._ours(progress, welcome), "engine_plain_requests": plainly, "errors": errors},
         }
 
     def _config(self, welcome: Welcome | None) -> dict[str, Any]:
@@ -92,8 +92,7 @@ class Report:
             "fingerprint": self._job.model.fingerprint,
             "dtype": (welcome and welcome.dtype) or None,
             "attn_implementation": (welcome and welcome.attn_implementation) or None,
-            "engine_route": welcome.route if welcome else None,
-            "engine_route_reason": welcome.route_reason if welcome else None,
+            "engine_routes": [{"route": route.route, "reason": route.reason} for route in progress.routes],
             "requests": progress.total,
             "cached_requests": progress.cached,
             "workers": progress.workers,

@@ -129,14 +129,16 @@ class Link(threading.Thread):
         message = decode_from_worker_data(connection.recv_bytes(MAX_MESSAGE_BYTES))
         match message:
             case Welcome():
-                self._dispatcher.welcome = message
+                self._dispatcher.welcomed(message)
             case ChunkBegun():
                 self.begun.add(message.chunk_id)
             case LoglikelihoodDone():
+                if message.plainly:
+                    self._dispatcher.computed_plainly(message.plainly)
                 self._answered(message.chunk_id, message.answers, message.seconds, message.errors)
             case GenerationDone():
                 if message.plainly:
-                    self._dispatcher.generated_plainly(message.plainly)
+                    self._dispatcher.computed_plainly(message.plainly)
                 self._answered(message.chunk_id, message.texts, message.seconds, message.errors)
             case ChunkFailed():
                 self._dispatcher.failed(self, self._ended(message.chunk_id), message.error)

@@ -22,7 +22,7 @@ from gpu_pool.worker.engine import multimodal_generation, multimodal_scoring
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.generation import generate_chunks
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.loglikelihood import score
+from gpu_pool.worker.engine.loglikelihood import score_chunk
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 
 Answer = LoglikelihoodDone | GenerationDone
@@ -50,8 +50,9 @@ def compute(
         with loaded.limits.learning():
             match chunk:
                 case LoglikelihoodChunk(chunk_id=chunk_id):
-                    answers = score(loaded, chunk, should_stop)
-                    yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=time.perf_counter() - started)
+                    answers, plainly = score_chunk(loaded, chunk, should_stop)
+                    seconds = time.perf_counter() - started
+                    yield LoglikelihoodDone(chunk_id=chunk_id, answers=answers, seconds=seconds, plainly=plainly)
                 case GenerationChunk():
                     ended = generate_chunks(loaded, chunk, should_stop, take_alike)
                     for count, (chunk_id, texts, plainly) in enumerate(ended, start=1):

@@ -37,8 +37,11 @@ def score(tokens: Iterable[int]) -> float:
 class FakeWorker:
     """Listens at `address` from the beginning, for any number of evaluators; computes one chunk at a time."""
 
-    def __init__(self, worker_id: str, address: Path, behaviour: Behaviour = answer) -> None:
+    def __init__(
+        self, worker_id: str, address: Path, behaviour: Behaviour = answer, route_reason: str = "it has no model"
+    ) -> None:
         self.worker_id = worker_id
+        self._route_reason = route_reason
         self.address = address
         self.chunks: list[Chunk] = []
         self._behaviour = behaviour
@@ -82,7 +85,7 @@ class FakeWorker:
                 dtype="float32",
                 attn_implementation="none",
                 route="plain",
-                route_reason="it has no model",
+                route_reason=self._route_reason,
             )
             connection.send_bytes(msg.encode(welcome))
             while True:

@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from fake_pool import SPEC, FakePool
 
-from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
+from gpu_pool.records import EngineRoute, JobResult, JobState, Phase, Progress, TaskProgress
 
 REFERENCE_KEYS = [
     *("job_id", "status", "created_at", "started_at", "completed_at"),
@@ -51,7 +51,11 @@ async def test_a_queued_job(api: Any):
 async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
     job_id = await submit(api)
     progress = Progress(
-        phase=Phase.EVALUATING, tasks={"piqa": TaskProgress(done=3, total=8, errored=1)}, cached=1, workers={"w1": 2}
+        phase=Phase.EVALUATING,
+        tasks={"piqa": TaskProgress(done=3, total=8, errored=1)},
+        cached=1,
+        workers={"w1": 2},
+        routes=(EngineRoute(route="plain", reason="no memory"),),
     )
     fake_pool.change(
         job_id, state=JobState.RUNNING, started_at=datetime.now(UTC), progress=progress, model=SPEC, attempt=1
@@ -66,6 +70,7 @@ async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
         "errored": 1,
         "tasks": {"piqa": {"done": 3, "total": 8, "errored": 1}},
         "workers": {"w1": 2},
+        "routes": [{"route": "plain", "reason": "no memory"}],
         "eta_seconds": 12.5,
     }
     assert job["model"]["fingerprint"] == SPEC.fingerprint

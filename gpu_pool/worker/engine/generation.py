@@ -16,7 +16,7 @@ from gpu_pool.worker.engine import plain_generation, tree_generation
 from gpu_pool.worker.engine.choosing import CannotChoose, Chooser, make_chooser
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
-from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.loaded_model import BEYOND_BOUNDARY, LoadedModel
 from gpu_pool.worker.engine.prompts import Prompt
 from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.shortage import is_out_of_memory
@@ -199,12 +199,11 @@ def _choose_way(
         chooser = make_chooser(loaded.base_model, options)
         along = _along_tree(loaded, prompts, options)
         if len(along) < len(prompts):
-            plainly = "it goes beyond the length from which on its rotary embedding changes"
+            plainly = BEYOND_BOUNDARY
     except CannotChoose as error:
         plainly = str(error)
-    if plainly and plainly not in loaded.told:
-        loaded.told.add(plainly)
-        logger.warning("a generation request is left to transformers' generate: %s", plainly)
+    if plainly:
+        loaded.tell_plain("some texts", plainly)
     return chooser, along, plainly
 
 

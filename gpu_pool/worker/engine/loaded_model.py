@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
 from gpu_pool.worker.engine.token_tree import GRID, Room
 
+logger = logging.getLogger(__name__)
+
+BEYOND_BOUNDARY = "they go beyond the length from which on its rotary embedding changes"
+"""Why requests do not go along the tree where `goes_along_tree` says that they do not, and the model does."""
 _PROBE = (3, 4, 5, 6)
 """Tokens to try a model with."""
 
@@ -97,9 +102,15 @@ class LoadedModel:
         return choose_route(self)
 
     @cached_property
-    def told(self) -> set[str]:
-        """Why requests were not computed along the token tree, as far as the log has said so."""
+    def _told(self) -> set[str]:
+        """What the log has said of requests that were not computed along the token tree."""
         return set()
+
+    def tell_plain(self, requests: str, why: str) -> None:
+        """Say in the log, each thing once, that such requests do not go along the token tree though the model does."""
+        if (told := f"{requests} are computed the plain way: {why}") not in self._told:
+            self._told.add(told)
+            logger.warning(told)
 
     @cached_property
     def token_bytes(self) -> int:

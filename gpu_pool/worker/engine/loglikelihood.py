@@ -6,12 +6,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from gpu_pool.chunk_messages import LoglikelihoodChunk
 from gpu_pool.worker.engine import plain_scoring, tree_scoring
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_scoring import score_pairs
-from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.loaded_model import BEYOND_BOUNDARY, LoadedModel
 from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.rows import Answer, Row, plan_rows
 
@@ -19,8 +20,22 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """(context, continuation)."""
 
 
+class Scored(NamedTuple):
+    """What a chunk's requests score."""
+
+    answers: tuple[Answer, ...]
+    """In request order."""
+    plainly: str = ""
+    """Why a model that goes along the token tree did not so for some of them."""
+
+
 def score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[[], bool]) -> tuple[Answer, ...]:
-    """Answers in request order; `should_stop` is asked before each forward pass.
+    """The answers alone; as `score_chunk`."""
+    return score_chunk(loaded, chunk, should_stop).answers
+
+
+def score_chunk(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[[], bool]) -> Scored:
+    """The answers to a chunk; `should_stop` is asked before each forward pass.
 
     Raises:
         Cancelled: `should_stop` said so.
@@ -30,7 +45,7 @@ def score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[
         return _score(loaded, chunk, should_stop)
 
 
-def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[[], bool]) -> tuple[Answer, ...]:
+def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable[[], bool]) -> Scored:
     loaded.check_tokens([array("I", chunk.sequences.tokens)])
     sequences = map(tuple, chunk.sequences.unpack())
     pairs = [(ids[:-scored], ids[-scored:]) for ids, scored in zip(sequences, chunk.scored, strict=True)]
@@ -40,12 +55,15 @@ def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable
     options = {"deterministic": chunk.deterministic}
     answers = tree_scoring.score_rows(loaded, along, chunk.batch_size, should_stop, **options) if along else {}
     others = [index for index in range(len(pairs)) if index not in answers]
+    plainly = BEYOND_BOUNDARY if others and loaded.route[0] is Route.TREE else ""
+    if plainly:
+        loaded.tell_plain("some log-likelihoods", plainly)
     score_plainly = partial(_score_plainly, loaded, chunk.batch_size, should_stop, chunk.deterministic)
     alone = ([index] for index in others)  # each request in forward passes of its own
     for indexes in alone if chunk.deterministic else [others] if others else []:
         found = score_plainly([pairs[index] for index in indexes])
         answers.update((indexes[place], answer) for place, answer in found.items())
-    return tuple(answers[index] for index in range(len(pairs)))
+    return Scored(tuple(answers[index] for index in range(len(pairs))), plainly)
 
 
 def _score_plainly(

@@ -37,8 +37,8 @@ def start_worker(tmp_path: Path) -> Iterator:
     """Start a fake worker; returns its address."""
     workers: list[FakeWorker] = []
 
-    def start(behaviour: Behaviour = answer) -> Path:
-        workers.append(FakeWorker(f"w{len(workers)}", tmp_path / f"w{len(workers)}", behaviour))
+    def start(behaviour: Behaviour = answer, **options: str) -> Path:
+        workers.append(FakeWorker(f"w{len(workers)}", tmp_path / f"w{len(workers)}", behaviour, **options))
         return workers[-1].address
 
     yield start
@@ -182,16 +182,44 @@ def test_an_empty_choice_is_the_error_of_its_sample(evaluator, job_id, start_wor
     assert why in failed.error
 
 
-def test_what_was_left_to_transformers_is_in_the_results(evaluator, job_id, start_worker) -> None:
+@pytest.mark.parametrize("task", ["local_generation", "local_choice"])
+def test_what_was_computed_the_plain_way_is_in_the_results(task, evaluator, job_id, start_worker) -> None:
     def leave(worker: FakeWorker, chunk: Chunk) -> msg.Message:
-        return msgspec.structs.replace(answer(worker, chunk), plainly="its options mean beam search")
+        return msgspec.structs.replace(answer(worker, chunk), plainly="it is too long")
 
-    for behaviour, told in ((leave, ["its options mean beam search"]), (answer, [])):
-        evaluator.start(f"{job_id}-{len(told)}", tasks=("local_generation",), use_cache=False)
+    for behaviour, told in ((leave, ["it is too long"]), (answer, [])):
+        evaluator.start(f"{job_id}-{len(told)}", tasks=(task,), use_cache=False)
         evaluator.attach(f"{job_id}-{len(told)}", "w", start_worker(behaviour))
         *_, done = evaluator.finish()
         results = json.loads(Path(done.result.results_path).read_text())
-        assert results["evalpool"]["engine_plain_generation"] == told
+        assert results["evalpool"]["engine_plain_requests"] == told
+
+
+def test_every_route_by_which_workers_compute_is_told_once(evaluator, job_id, start_worker) -> None:
+    """Also that of one that is gone."""
+    evaluator.start(job_id, tasks=("local_choice",), use_cache=False)
+    for worker_id, reason in (("w0", "no memory"), ("w1", "no memory"), ("w2", "a self-check")):
+        asked = threading.Event()
+
+        def hang(worker: FakeWorker, chunk: object, asked: threading.Event = asked) -> None:
+            asked.set()
+            silent(worker, chunk)
+
+        evaluator.attach(job_id, worker_id, start_worker(hang, route_reason=reason))
+        asked.wait()
+        evaluator.send(msg.DetachWorker(job_id=job_id, worker_id=worker_id))
+    evaluator.attach(job_id, "w3", start_worker(route_reason="no memory"))
+    *_, done = evaluator.finish()
+    assert isinstance(done, msg.JobDone)
+    assert [(told.route, told.reason) for told in done.progress.routes] == [
+        ("plain", "no memory"),
+        ("plain", "a self-check"),
+    ]
+    results = json.loads(Path(done.result.results_path).read_text())
+    assert results["evalpool"]["engine_routes"] == [
+        {"route": "plain", "reason": "no memory"},
+        {"route": "plain", "reason": "a self-check"},
+    ]
 
 
 def test_a_task_without_any_answer_has_no_scores(evaluator, job_id, start_worker) -> None:

@@ -116,7 +116,7 @@ def test_options_that_look_at_more_than_a_row_take_the_plain_way_and_say_so(why,
     assert ended.texts == generate(plainly(loaded), chunk, never)
     assert passes.plain
     assert ended.plainly == why
-    assert said(caplog) == [f"a generation request is left to transformers' generate: {why}"]
+    assert said(caplog) == [f"some texts are computed the plain way: {why}"]
 
 
 def test_nothing_is_said_of_what_goes_along_the_tree(checkpoint, load, caplog):

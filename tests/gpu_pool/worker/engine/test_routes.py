@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from architectures import PLAIN, TREE
 from chunks import generating, scoring
-from engine_probes import never, watched
+from engine_probes import fresh, never, watched
 
+from gpu_pool.worker.computing import compute
 from gpu_pool.worker.engine import attention
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
@@ -65,6 +66,20 @@ def test_rotary_embeddings_that_change_beyond_a_boundary(checkpoint, load):
             generate(loaded, generating([range(5, 1 + length), [7, 8]], max_gen_toks=4), never)
         assert passes.read
         assert bool(passes.plain) is goes_plainly
+
+
+def test_requests_beyond_a_boundary_are_told_of(checkpoint, load, caplog):
+    """To the evaluator with each chunk, in the log once, scored or continued."""
+    loaded = fresh(load(checkpoint("longrope")))
+    why = "they go beyond the length from which on its rotary embedding changes"
+    for length, told in ((63, ""), (65, why), (65, why)):
+        prompt = range(5, 5 + length)
+        for chunk in (scoring([(prompt, [3]), ([7, 8], [9])]), generating([prompt], max_gen_toks=1)):
+            [done] = compute(loaded, chunk, never, lambda: None)
+            assert done.plainly == told
+    assert [record.message for record in caplog.records] == [
+        f"some {requests} are computed the plain way: {why}" for requests in ("log-likelihoods", "texts")
+    ]
 
 
 def dynamic_rope(loaded: LoadedModel) -> Iterator[None]:
