@@ -79,3 +79,7 @@ BIDIRECTIONAL: dict[str, Settings] = {
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.3},
 }
 """The plain way, and padding is looked at from both sides. Their configs bound no length."""
+CHOOSY: dict[str, Settings] = {
+    "doge": _ATTENTION | {"keep_window_size": 16},
+}
+"""The plain way, and beyond their window they choose keys among all of a batch's width."""

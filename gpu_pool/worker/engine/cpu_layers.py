@@ -15,7 +15,6 @@ are therefore computed in numbers of which there are few.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gpu_pool.worker.engine.announcing import announce
 from gpu_pool.worker.engine.limits import free_bytes
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -209,5 +209,4 @@ def is_usable(dtype: torch.dtype) -> bool:
 
 
 def _tell(why: str) -> None:
-    """In the worker's log, as the route is: without the layout most products take longer."""
-    print(f"engine: linear layers stay as they are, which is slower: {why}", file=sys.stderr, flush=True)
+    announce(f"linear layers stay as they are, which is slower: {why}")

@@ -43,13 +43,13 @@ class Limits:
     prefix_bytes: int
     """Memory of the keys and values of shared beginnings, kept between chunks, whatever their blocks."""
 
-    _planned: dict[str, int] = field(init=False, repr=False, compare=False)
-    """What those that may shrink were at first."""
+    planned: dict[str, int] = field(init=False, repr=False, compare=False)
+    """What those that may shrink were at first, and are at most, by their names."""
     _calm: int = field(default=0, init=False, repr=False, compare=False)
     """Chunks since the latest shortage, or since they grew."""
 
     def __post_init__(self) -> None:
-        self._planned = self._shrinking()
+        self.planned = self._shrinking()
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Limits:
         self._calm = self._calm + 1 if self._shrinking() == before else 0
         if self._calm == _CALM_CHUNKS:
             self._calm = 0
-            for name, planned in self._planned.items():
+            for name, planned in self.planned.items():
                 setattr(self, name, min(planned, 2 * getattr(self, name)))
 
     def _shrinking(self) -> dict[str, int]:

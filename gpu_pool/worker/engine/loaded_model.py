@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from gpu_pool.checkpoints import SPEECH_TYPES
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
+from gpu_pool.worker.engine.announcing import announce
 from gpu_pool.worker.engine.blocks import Tokens
-from gpu_pool.worker.engine.company import Company, generated_logits, probe_company
+from gpu_pool.worker.engine.company import Company, generated_logits, probe_company, probed_window
 from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.encoder_decoder import decoded_logits
 from gpu_pool.worker.engine.head import find_layers
@@ -32,15 +33,15 @@ from gpu_pool.worker.engine.preparation import Files
 from gpu_pool.worker.engine.processing import PromptProcessor
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 from gpu_pool.worker.engine.rope import rope_boundary
-from gpu_pool.worker.engine.routes import Route, choose_route
+from gpu_pool.worker.engine.routes import Route, choose_route, tree_boundary
 from gpu_pool.worker.engine.token_tree import GRID, Room
 
 logger = logging.getLogger(__name__)
 
-BEYOND_BOUNDARY = "they go beyond the length from which on its rotary embedding changes"
-"""Why requests do not go along the tree where `goes_along_tree` says that they do not, and the model does."""
 _PROBE = (3, 4, 5, 6)
 """Tokens to try a model with."""
+_LONG = 1024
+"""Tokens of which the log says that they are tried: it may take minutes on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +119,9 @@ class LoadedModel:
         return measure_token_bytes(self.model) if self.route[0] is Route.TREE else 0
 
     def goes_along_tree(self, longest: int) -> bool:
-        """Whether sequences of at most `longest` tokens are computed along the token tree.
-
-        Those beyond a boundary of the rotary embedding are not: they must not share a forward pass with shorter ones.
-        """
-        return self.route[0] is Route.TREE and longest <= (rope_boundary(self) or longest)
+        """Whether sequences of at most `longest` tokens are computed along the token tree (see `tree_boundary`)."""
+        boundary = tree_boundary(self)
+        return self.route[0] is Route.TREE and (boundary is None or longest <= boundary.length)
 
     @property
     def vocabulary(self) -> int:
@@ -147,8 +146,8 @@ class LoadedModel:
     def company(self) -> Company:
         """Which prompts may be continued together; of an encoder, which contexts it may be given together."""
         if self.is_encoder_decoder:
-            return probe_company(self.model, lambda contexts: decoded_logits(self.model, contexts, _PROBE)[0])
-        return probe_company(self.model, partial(generated_logits, self.model))
+            return self._probe(lambda contexts: decoded_logits(self.model, contexts, _PROBE)[0], "generated_tokens")
+        return self._probe(partial(generated_logits, self.model), "generated_tokens")
 
     @cached_property
     def media(self) -> MediaFacts:
@@ -163,7 +162,15 @@ class LoadedModel:
             last = torch.tensor([len(sequences[0]) - 1], device=self.device)
             return self.logits(pad_right(sequences, self.device), last)[0]
 
-        return probe_company(self.model, last_logits)
+        return self._probe(last_logits, "scored_tokens")
+
+    def _probe(self, logits: Callable[[Sequence[Tokens]], torch.Tensor], limit: str) -> Company:
+        """As `probe_company`; beyond the window where batches within `limit` are."""
+        longest = rope_boundary(self) or self.max_length
+        window = probed_window(self.text_config, longest, self.limits.planned[limit])
+        if window > _LONG:
+            announce(f"trying whether sequences beyond the window of {window} tokens may share batches")
+        return probe_company(self.model, logits, window)
 
     @cached_property
     def layers(self) -> Any:

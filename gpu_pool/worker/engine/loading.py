@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.worker.engine.adapters import unwrapped
+from gpu_pool.worker.engine.announcing import announce
 from gpu_pool.worker.engine.configs import text_config
 from gpu_pool.worker.engine.cpu_layers import lay_out_weights
 from gpu_pool.worker.engine.limits import confine, find_limits
@@ -76,11 +76,11 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
         lay_out_weights(model)
     loaded = wrap_model(model, tokenizer, args, budget, _processor(model, tokenizer, args, remote_code))
     route, reason = loaded.route  # decided and measured here: all ranks must take part
-    print(f"engine: {route} route: {reason}", file=sys.stderr, flush=True)
+    announce(f"{route} route: {reason}")
     if route is Route.TREE:
-        print(f"engine: keys and values take {loaded.token_bytes:,} bytes a token", file=sys.stderr, flush=True)
+        announce(f"keys and values take {loaded.token_bytes:,} bytes a token")
     if loaded.processor:
-        print(f"engine: media: {loaded.media}", file=sys.stderr, flush=True)
+        announce(f"media: {loaded.media}")
     return loaded
 
 

@@ -12,8 +12,8 @@ from gpu_pool.chunk_messages import LoglikelihoodChunk
 from gpu_pool.worker.engine import plain_scoring, tree_scoring
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_scoring import score_pairs
-from gpu_pool.worker.engine.loaded_model import BEYOND_BOUNDARY, LoadedModel
-from gpu_pool.worker.engine.routes import Route
+from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.routes import Route, tree_boundary
 from gpu_pool.worker.engine.rows import Answer, Row, plan_rows
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,8 +55,9 @@ def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable
     options = {"deterministic": chunk.deterministic}
     answers = tree_scoring.score_rows(loaded, along, chunk.batch_size, should_stop, **options) if along else {}
     others = [index for index in range(len(pairs)) if index not in answers]
-    plainly = BEYOND_BOUNDARY if others and loaded.route[0] is Route.TREE else ""
-    if plainly:
+    plainly = ""
+    if others and loaded.route[0] is Route.TREE and (boundary := tree_boundary(loaded)) is not None:
+        plainly = boundary.reason
         loaded.tell_plain("some log-likelihoods", plainly)
     score_plainly = partial(_score_plainly, loaded, chunk.batch_size, should_stop, chunk.deterministic)
     alone = ([index] for index in others)  # each request in forward passes of its own

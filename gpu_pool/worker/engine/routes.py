@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from gpu_pool.worker.engine.announcing import announce
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.rope import rope_boundary, stays_changed
-from gpu_pool.worker.engine.self_check import check_sequences, compare_trees
+from gpu_pool.worker.engine.self_check import check_sequences, compare_trees, unchecked_window
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_LONG = 1024
+"""Tokens of which the log says that they are compared: it may take minutes on a CPU."""
 
 
 class Route(enum.StrEnum):
@@ -25,17 +28,39 @@ class Route(enum.StrEnum):
     PLAIN = "plain"  # padded batches of whole sequences, generation by transformers
 
 
+class Boundary(NamedTuple):
+    """The longest sequences that go along the token tree, and why no longer ones do."""
+
+    length: int
+    reason: str
+
+
+def tree_boundary(loaded: LoadedModel) -> Boundary | None:
+    """None: sequences of any length do.
+
+    What is beyond a boundary of the rotary embedding must not share a forward pass with shorter sequences.
+    """
+    found: list[Boundary] = []
+    if (length := rope_boundary(loaded)) is not None:
+        found.append(Boundary(length, "they go beyond the length from which on its rotary embedding changes"))
+    if (window := unchecked_window(loaded)) is not None:
+        found.append(Boundary(window, f"they go beyond its window of {window} tokens: to check that would take long"))
+    return min(found, default=None)
+
+
 def choose_route(loaded: LoadedModel) -> tuple[Route, str]:
     """The way that this model is computed, and why."""
     if reason := next(_obstacles(loaded), None):
         return Route.PLAIN, reason
+    longest = max(map(len, check_sequences(loaded)))
+    if longest > _LONG:
+        announce(f"checking the tree route on sequences of up to {longest} tokens")
     try:
         found = compare_trees(loaded)
     except Cancelled:
         raise
     except Exception as error:  # a checkpoint's own code raises whatever it likes
         if is_out_of_memory(error):
-            longest = max(map(len, check_sequences(loaded)))
             few = f"the self-check's sequences of up to {longest} tokens, one by one"
             return Route.PLAIN, f"no memory for {few}: {error}"
         return Route.PLAIN, f"the self-check failed: {type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from gpu_pool.worker.engine.attention import NAME, packed_attention
 from gpu_pool.worker.engine.batching import run_halving
 from gpu_pool.worker.engine.blocks import Block, Tokens
-from gpu_pool.worker.engine.configs import largest
+from gpu_pool.worker.engine.configs import largest_window
 from gpu_pool.worker.engine.packed import attempting, finish, hold, packed_attention_in, release, run_blocks, run_step
 from gpu_pool.worker.engine.padding import pad_right
 from gpu_pool.worker.engine.rope import rope_boundary, scaled_from
@@ -35,6 +35,8 @@ _NUDGED = "evalpool_nudged"
 """In transformers' table of attention implementations: packed attention whose results are nudged."""
 _LONG, _SHORT, _BRANCH = 48, 24, 12
 """Tokens of the two beginnings, where no window asks for more, and of the branches after them."""
+_WIDEST_ON_CPU = 4096
+"""Tokens of a window that a CPU goes beyond: passes over more, of billions of parameters, would take hours."""
 _TREES = 3
 """Compared at most."""
 _NOISE_FACTOR = 4
@@ -85,7 +87,7 @@ def compare_trees(loaded: LoadedModel) -> Comparison:
 
 @torch.inference_mode()
 def compare(loaded: LoadedModel, attempt: int = 0) -> Comparison:
-    """Compare the ways on two beginnings with two branches each, of which one is longer than every window.
+    """Compare the ways on two beginnings with two branches each, of which one is longer than every window that counts.
 
     Where positions are scaled from some position on (`rope.scaled_from`: thousands of tokens), the short beginning is
     compared around that position as well, both ways being told where it begins. What this cannot find, because only
@@ -119,21 +121,27 @@ def compare(loaded: LoadedModel, attempt: int = 0) -> Comparison:
 def check_sequences(loaded: LoadedModel, attempt: int = 0) -> list[Tokens]:
     """A long beginning with two branches, and a short one with two; sorted: those of a beginning are neighbours.
 
-    The long one goes beyond every window, as far as the model goes; beyond a length at which rotary frequencies change
-    nothing goes along the tree.
+    The long one goes beyond every window that is reached by what goes along the tree, as far as the model goes: that is
+    nothing beyond a length at which rotary frequencies change, and beyond a window that is too wide to check.
     """
     size = loaded.vocabulary
 
     def tokens(count: int, factor: int) -> Tokens:
         return tuple((factor * index * index + 7 * index + factor) % size for index in range(count))
 
-    window = largest(loaded.text_config, "sliding_window", "attention_chunk_size")
-    longest = (rope_boundary(loaded) or loaded.max_length) - _BRANCH
-    length = max(min(window + _LONG, longest), 2)
+    longest, window = (rope_boundary(loaded) or loaded.max_length) - _BRANCH, largest_window(loaded.text_config)
+    is_reached = window < longest and unchecked_window(loaded) is None
+    length = max(min(window + _LONG if is_reached else _LONG, longest), 2)
     others = 16 * attempt
     beginnings = tokens(length, others + 3), tokens(min(_SHORT, length) - 1, others + 5)
     branches = tokens(_BRANCH, others + 11), tokens(_BRANCH, others + 13)
     return sorted({beginning + branch for beginning in beginnings for branch in branches})
+
+
+def unchecked_window(loaded: LoadedModel) -> int | None:
+    """The window beyond which nothing is compared, for want of time; None where there is no such window."""
+    window = largest_window(loaded.text_config)
+    return window if loaded.device.type == "cpu" and _WIDEST_ON_CPU < window < loaded.max_length else None
 
 
 def _apart(loaded: LoadedModel, some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:

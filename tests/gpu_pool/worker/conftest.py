@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import BIDIRECTIONAL, PLAIN, TREE
+from architectures import BIDIRECTIONAL, CHOOSY, PLAIN, TREE
 from worker_process import WorkerProcess
 
 from gpu_pool.messages import WorkerStart
@@ -72,7 +72,7 @@ def save_random_model(folder: Path, name: str, seed: int, tokenizer_folder: Path
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    settings = {"model_type": name} | {**TREE, **PLAIN, **BIDIRECTIONAL, **ENCODER_DECODERS}[name]
+    settings = {"model_type": name} | {**TREE, **PLAIN, **BIDIRECTIONAL, **CHOOSY, **ENCODER_DECODERS}[name]
     config = AutoConfig.for_model(vocab_size=len(tokenizer), **ids, **settings)
     torch.manual_seed(seed)
     loader = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM

@@ -6,11 +6,21 @@ import pytest
 from architectures import PLAIN
 from chunks import scoring
 from engine_probes import fresh, out_of_memory_beyond, plainly, watched
-from lm_eval_answers import VOCABULARY, answers, assert_agree, lm_eval_answers, make_requests
+from lm_eval_answers import (
+    PROMPTS,
+    VOCABULARY,
+    answers,
+    assert_agree,
+    lm_eval_answers,
+    lm_eval_texts,
+    make_requests,
+    texts,
+)
 
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loglikelihood import score
+from gpu_pool.worker.engine.routes import Route
 
 
 def test_equals_lm_eval_in_batches(checkpoint, load, reference):
@@ -73,6 +83,26 @@ def test_rows_that_look_at_padding_are_not_padded(batch_size, checkpoint, load, 
     assert loaded.scoring_company is Company.EQUAL_LENGTH
     assert_agree(ours, lm_eval_answers(reference(checkpoint("xlnet"), max_length=64), requests))
     assert batch_size == 1 or len(passes.plain) < len(requests)
+
+
+def test_rows_that_look_at_padding_only_beyond_a_window_are_not_padded(checkpoint, load, reference):
+    loaded = load(checkpoint("doge"))
+    assert loaded.route[0] is Route.PLAIN
+    assert loaded.scoring_company is not Company.ANY_LENGTH
+    assert loaded.company is not Company.ANY_LENGTH
+    requests = make_requests(30)
+    assert_agree(answers(loaded, requests), lm_eval_answers(reference(checkpoint("doge")), requests))
+    theirs = lm_eval_texts(reference(checkpoint("doge")), PROMPTS, max_gen_toks=8)
+    assert texts(loaded, PROMPTS, max_gen_toks=8) == theirs
+
+
+@pytest.mark.parametrize(("scored_tokens", "longest"), [(64, 28), (32, 12)])
+def test_padding_is_tried_as_far_as_two_rows_may_share_a_batch(scored_tokens, longest, checkpoint, load):
+    """Beyond a window of 16 tokens, where batches get that wide."""
+    loaded = fresh(load(checkpoint("gpt_neo")), scored_tokens=scored_tokens)
+    with watched(loaded) as passes:
+        assert loaded.scoring_company is Company.ANY_LENGTH
+    assert max(passes.plain) == 2 * longest
 
 
 @pytest.mark.parametrize("name", PLAIN)

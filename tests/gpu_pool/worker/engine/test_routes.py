@@ -13,11 +13,11 @@ from chunks import generating, scoring
 from engine_probes import fresh, never, watched
 
 from gpu_pool.worker.computing import compute
-from gpu_pool.worker.engine import attention
+from gpu_pool.worker.engine import attention, routes, self_check
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.loglikelihood import score
+from gpu_pool.worker.engine.loglikelihood import score, score_chunk
 from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
 
@@ -97,6 +97,27 @@ def test_dynamic_rotary_embeddings(max_length, boundary, checkpoint, load):
     with contextmanager(dynamic_rope)(loaded):
         assert rope_boundary(loaded) == boundary
         assert (choose_route(loaded)[0] is Route.PLAIN) == (boundary is not None)
+
+
+def test_a_window_that_is_too_wide_to_check(checkpoint, load, monkeypatch):
+    """What reaches beyond it goes the plain way; the self-check is as short as without a window."""
+    monkeypatch.setattr(self_check, "_WIDEST_ON_CPU", 15)
+    loaded = fresh(load(checkpoint("mistral")))
+    with watched(loaded) as passes:
+        assert choose_route(loaded)[0] is Route.TREE
+    assert max(passes.plain) < 4 * 64
+    pairs = [(range(5, 5 + length), [3]) for length in (16, 17)]
+    with watched(loaded) as passes:
+        found = score_chunk(loaded, scoring(pairs), never)
+    assert found.plainly == "they go beyond its window of 16 tokens: to check that would take long"
+    assert (sum(passes.read), passes.plain) == (16, [17])
+
+
+def test_the_self_check_says_that_it_takes_long(checkpoint, load, monkeypatch, capfd):
+    monkeypatch.setattr(routes, "_LONG", 64)
+    for name, told in (("llama", ""), ("mistral", "engine: checking the tree route on sequences of up to 76 tokens\n")):
+        assert choose_route(load(checkpoint(name)))[0] is Route.TREE
+        assert capfd.readouterr().err == told
 
 
 @contextmanager
