@@ -41,6 +41,11 @@ _OTHER_TASK_KEYS = WORKER_KEYS | {"max_length", "num_return_sequences", "stop_st
 """What a task may say as well."""
 _CONVERTED = frozenset({*LENGTH_KEYS, "do_sample"})
 """Of a task."""
+_HINTS = {
+    "max_length": "how long to generate is `max_gen_toks`; ",
+    "num_return_sequences": "a request has one response, several are a task's `repeats`; ",
+}
+"""What is meant by names that are not known."""
 KNOWN_KEYS = ("until", *LENGTH_KEYS, *GENERATION_KEYS)
 
 
@@ -116,8 +121,7 @@ def _parse_literal(literal: str) -> Any:
 
 def _check_option(key: str, option: Any) -> None:
     if key not in KNOWN_KEYS:
-        hint = "how long to generate is `max_gen_toks`; " if key == "max_length" else ""
-        problem = f"unknown; {hint}known are {', '.join(KNOWN_KEYS)}"
+        problem = f"unknown; {_HINTS.get(key, '')}known are {', '.join(KNOWN_KEYS)}"
         raise InvalidRequest(f"gen_kwargs.{key}", problem, choices=close_names(key, KNOWN_KEYS))
     if key in _RULES:
         expected, holds = _RULES[key]

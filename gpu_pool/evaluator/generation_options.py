@@ -44,8 +44,8 @@ def _check_options(given: dict[str, Any]) -> None:
     count = given.pop("num_return_sequences", None)
     if count not in (None, 1):
         raise OptionsError(
-            f"generation_kwargs.num_return_sequences must be 1, not {count}: a prompt has one response; "
-            f"for several give the task `repeats: {count}`"
+            f"generation_kwargs.num_return_sequences must be 1, not {count}: lm-eval takes one response to a request, "
+            f"and its HF backend fails on more; for several give the task `repeats: {count}`, which read a prompt once"
         )
     if given.pop("token_healing", None):
         raise OptionsError("generation_kwargs.token_healing must be false: prompts are continued as they are")

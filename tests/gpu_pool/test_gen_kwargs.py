@@ -80,3 +80,10 @@ def test_generation_keys_are_those_of_transformers() -> None:
     assert set(GENERATION_KEYS) | WORKER_KEYS <= set(GenerationConfig().__dict__)
     assert WORKER_KEYS.isdisjoint(KNOWN_KEYS)
     assert len(set(KNOWN_KEYS)) == len(KNOWN_KEYS)
+
+
+@pytest.mark.parametrize(("key", "said"), [("max_length", "is `max_gen_toks`"), ("num_return_sequences", "`repeats`")])
+def test_unknown_keys_come_with_what_is_meant(key: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said) as refused:
+        parse_gen_kwargs({key: 2})
+    assert refused.value.field == f"gen_kwargs.{key}"

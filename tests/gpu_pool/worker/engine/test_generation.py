@@ -16,6 +16,12 @@ def test_equals_lm_eval_in_batches(checkpoint, load, reference):
     assert texts(load(checkpoint("llama")), PROMPTS, max_gen_toks=24) == theirs
 
 
+def test_lm_eval_has_no_use_for_several_responses(checkpoint, reference):
+    """Which is why `num_return_sequences` is refused: a request has one text, and its backend fails on more."""
+    with pytest.raises(ValueError, match="zip"):
+        lm_eval_texts(reference(checkpoint("llama")), PROMPTS[:1], num_beams=2, num_return_sequences=2, max_gen_toks=2)
+
+
 @pytest.mark.parametrize("batch_size", [1, None])
 def test_stop_strings(batch_size, checkpoint, load, reference):
     folder = checkpoint("llama")
