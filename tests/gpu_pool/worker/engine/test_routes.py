@@ -21,14 +21,18 @@ from gpu_pool.worker.engine.loglikelihood import score, score_chunk
 from gpu_pool.worker.engine.rope import rope_boundary
 from gpu_pool.worker.engine.routes import Route, choose_route
 
+_CALLS_NO_INTERFACE = {
+    **{"bamba": "Bamba", "bloom": "Bloom", "falcon": "Falcon", "falcon_h1": "FalconH1", "falcon_mamba": "FalconMamba"},
+    **{"gpt_neo": "GPTNeo", "gptj": "GPTJ", "jamba": "Jamba", "mamba": "Mamba", "mamba2": "Mamba2", "mpt": "Mpt"},
+    **{"qwen3_next": "Qwen3Next", "rwkv": "Rwkv", "zamba2": "Zamba2"},
+}
 REASONS = {
-    "bloom": "BloomForCausalLM does not call transformers' attention interface",
-    "gpt_neo": "GPTNeoForCausalLM does not call transformers' attention interface",
+    "granitemoehybrid": "it has layers of other kinds: linear_attention",
     "llama4_text": "it has layers of other kinds: chunked_attention",
-    "mamba": "MambaForCausalLM does not call transformers' attention interface",
-    "mpt": "MptForCausalLM does not call transformers' attention interface",
     "recurrent_gemma": "it has layers of other kinds: linear_attention",
-    "rwkv": "RwkvForCausalLM does not call transformers' attention interface",
+} | {
+    name: f"{family}ForCausalLM does not call transformers' attention interface"
+    for name, family in _CALLS_NO_INTERFACE.items()
 }
 
 
