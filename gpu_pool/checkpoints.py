@@ -56,11 +56,13 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 ENCODER_DECODER_TYPES = frozenset(
     {
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "fsmt", "led", "longt5"),
-        *("m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
+        *("m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart"),
         *("seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
     }
 )
-"""Model types that transformers' AutoModelForSeq2SeqLM loads and that read text."""
+"""Model types that transformers' AutoModelForSeq2SeqLM loads, that read text and can be asked for probabilities."""
+_LOOKING_AHEAD = frozenset({"prophetnet"})
+"""Encoder-decoders whose decoder, as transformers computes it, changes a token's logits by what follows the token."""
 
 _HEADLESS_SUFFIXES = (
     "Model",
@@ -122,6 +124,10 @@ def check_config(config: Mapping[str, Any], field: str) -> None:
         if architectures and all(_lacks_decoder(architecture) for architecture in architectures):
             raise InvalidRequest(field, f"{name} is no language model (such as T5ForConditionalGeneration)")
         return
+    if config.get("model_type") in _LOOKING_AHEAD:
+        raise InvalidRequest(
+            field, f"{name} is not served: in transformers its decoder lets tokens see those that follow them"
+        )
     if config.get("model_type") in AUDIO_TEXT_TYPES | SPEECH_TYPES:
         if architectures and not any(a.endswith(_CONDITIONAL_SUFFIX) for a in architectures):
             raise InvalidRequest(field, f"{name} writes no text (such as WhisperForConditionalGeneration)")
