@@ -10,8 +10,10 @@ import torch
 
 from gpu_pool.worker.engine.rows import Answer
 
-_ROWS_AT_ONCE = 64
-"""Positions whose logits are reduced together: little enough for a CPU's cache."""
+_ROWS_ON_CPU = 64
+"""Positions whose logits are reduced together: little enough for its cache."""
+_BYTES_ON_GPU = 1 << 30
+"""What log-probabilities that are computed together may take: enough positions to fill any GPU."""
 
 
 class Sums:
@@ -59,8 +61,9 @@ def token_log_probs(
     """
     values, greedy = [], []
     bounds = rows.tolist()
-    for start in range(0, logits.shape[0], _ROWS_AT_ONCE):
-        end = min(start + _ROWS_AT_ONCE, logits.shape[0])
+    count = rows_at_once(logits.device, logits.shape[-1], dtype)
+    for start in range(0, logits.shape[0], count):
+        end = min(start + count, logits.shape[0])
         first, last = bisect_left(bounds, start), bisect_left(bounds, end)
         if first == last:
             continue
@@ -69,3 +72,8 @@ def token_log_probs(
         values.append(some[row, token])
         greedy.append(some.argmax(-1)[row] == token)
     return torch.cat(values).double(), torch.cat(greedy)
+
+
+def rows_at_once(device: torch.device, vocabulary: int, dtype: torch.dtype) -> int:
+    """How many positions are reduced together, their log-probabilities being of this type."""
+    return _ROWS_ON_CPU if device.type == "cpu" else max(1, _BYTES_ON_GPU // (vocabulary * dtype.itemsize))

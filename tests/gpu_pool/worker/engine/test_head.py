@@ -13,6 +13,7 @@ from engine_probes import fresh, plainly
 from lm_eval_answers import answers, assert_agree, lm_eval_answers, make_requests
 
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.token_scores import rows_at_once
 
 TYPES = ["t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "m2m_100", "pegasus"]
 MOST = 7
@@ -70,6 +71,15 @@ def test_a_long_document(name, checkpoint, load, reference, sizes_of):
     heads, softmaxes = sizes_of(loaded, LONG)
     assert heads == [100, 100]
     assert softmaxes == [64, 36, 64, 36]
+
+
+def test_the_softmax_is_taken_of_more_at_once_on_a_gpu():
+    """Of as many as fill it, within a bound of memory: not of a CPU's few."""
+    gpu = torch.device("cuda")
+    assert rows_at_once(torch.device("cpu"), 150_000, torch.float32) == 64
+    assert rows_at_once(gpu, 150_000, torch.float32) == (1 << 30) // 600_000
+    assert rows_at_once(gpu, 150_000, torch.float64) == (1 << 30) // 1_200_000
+    assert rows_at_once(gpu, 1 << 30, torch.float32) == 1
 
 
 @pytest.mark.parametrize("name", ["mamba", "t5"])
