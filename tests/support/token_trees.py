@@ -1,10 +1,14 @@
-"""Sets of token sequences for property-based tests."""
+"""Sets of token sequences for property-based tests, and batches bounded by their tokens alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
+
+from gpu_pool.worker.engine.blocks import Block
+from gpu_pool.worker.engine.token_tree import Room
 
 Tokens = tuple[int, ...]
 
@@ -12,6 +16,15 @@ Tokens = tuple[int, ...]
 def distinct(sequences: Iterable[Sequence[int]]) -> list[Tokens]:
     """As `lay_out` wants them."""
     return sorted({tuple(sequence) for sequence in sequences if sequence})
+
+
+def tokens_alone(block: Block) -> Room:
+    """What a block takes where only tokens count."""
+    return Room(len(block.tokens), 0, 0, 0)
+
+
+def room_for(tokens: int) -> Room:
+    return Room(tokens, math.inf, math.inf, math.inf)
 
 
 @st.composite

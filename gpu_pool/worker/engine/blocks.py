@@ -22,7 +22,15 @@ def common_prefix(first: Tokens, second: Tokens) -> int:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """Tokens computed together, each of which sees those before it and what `path` holds."""
+    """Tokens computed together, each of which sees those before it and what `path` holds.
+
+    Whoever needs a block's keys and values is counted among its `users` until that is over; when the last one leaves,
+    they are freed (`packed.release`). Those are: each block that is laid out to look back at it, until it has been
+    computed or given up (`packed.finish`); and each path that somebody holds (`packed.hold`): beginnings in the cache,
+    prompts on their way into slots. `reach` is the most that any of them has wanted; it does not fall when one leaves,
+    only where the cache cuts the block (`packed.shorten`). So a block that has been computed has keys and values of its
+    first `reach` tokens while it has users, and none when it has not.
+    """
 
     start: int
     """Position of the first token in its sequences."""
@@ -32,7 +40,7 @@ class Block:
     sequences: int = 0
     """Sequences that end in this block."""
     users: int = 0
-    """Blocks not computed yet that look back at this one, and whoever else wants its keys and values to be kept."""
+    """How many need its keys and values."""
     reach: int = 0
     """How many of its first tokens are looked back at."""
     keys_values: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,9 +129,12 @@ class LoadedModel:
         """Logits of a position."""
         return self.model.get_input_embeddings().weight.shape[0]
 
-    def room(self, sequences: float) -> Room:
-        """What a forward pass along the token tree that answers at most so many `sequences` may hold at present."""
-        return Room(self.limits.scored_tokens, self.limits.scored_positions(self.vocabulary), sequences)
+    def room(self, sequences: float, free_bytes: float = math.inf) -> Room:
+        """What a forward pass along the token tree that answers at most so many `sequences` may hold at present.
+
+        `free_bytes`: memory for keys and values that are kept.
+        """
+        return Room(self.limits.scored_tokens, self.limits.scored_positions(self.vocabulary), sequences, free_bytes)
 
     @cached_property
     def prefix_cache(self) -> PrefixCache:

@@ -1,6 +1,7 @@
-"""How token sequences become batches: all of the way, for scoring and generation alike.
+"""How token sequences become batches, for scoring and generation alike.
 
-    sequences ──build_tree──► tree ──lay_out──► blocks ──pack──► batches ──► forward passes (`packed`)
+    sequences ──build_tree──► tree ──lay_out──► blocks ──pack──► batches ──run──► forward passes
+               `prefix_tree`         here       `blocks` here            `block_queue`  `packed`
 
 **Tree.** Sequences that begin alike share those tokens' keys and values, so each distinct token of their tree need be
 computed only once, and not at all where earlier chunks have left it (`known` paths, from the `prefix_cache`), unless
@@ -18,7 +19,8 @@ are held at a time than those of one path from the root.
 
 **Batches.** `pack` takes blocks in that order (what looks back at a block follows it closely) for as long as a forward
 pass has room for their tokens, their logits, and the sequences that end in them. A batch is run as one sequence of
-tokens [1, T] without any padding; only attention knows what belongs together (`attention`). By the caller differ
+tokens [1, T] without any padding; only attention knows what belongs together (`attention`). The room shrinks by what
+is kept and where memory does not suffice, so callers take one batch at a time from a `BlockQueue`. By the caller differ
 
                          outputs needed                    sequences that a pass has room for
     `tree_scoring`       from the first scored token on    the batch size asked for, or any number
@@ -54,6 +56,8 @@ class Room(NamedTuple):
     """Those whose logits are asked for."""
     sequences: float
     """That end there."""
+    bytes: float
+    """Of keys and values that are kept when it has been run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,8 @@ def plan(
 
 def pack(
     blocks: Iterable[Block],
-    cost: Callable[[Block], tuple[float, ...]],
-    room: tuple[float, ...],
+    cost: Callable[[Block], Room],
+    room: Room,
     *,
     deterministic: bool = False,
 ) -> Iterator[list[Block]]:
@@ -104,10 +108,10 @@ def pack(
     `deterministic`: of just one. Where the room changes from batch to batch, take the first and ask again for the rest.
     """
     batch: list[Block] = []
-    used = (0.0,) * len(room)
+    used = Room(0, 0, 0, 0)
     for block in blocks:
         own = cost(block)
-        after = tuple(map(sum, zip(used, own, strict=True)))
+        after = Room(*map(sum, zip(used, own, strict=True)))
         if batch and (deterministic or any(a > b for a, b in zip(after, room, strict=True))):
             yield batch
             batch, after = [], own

@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 import torch
 
 from gpu_pool.chunk_messages import GenerationOptions
-from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.block_queue import BlockQueue
 from gpu_pool.worker.engine.blocks import Block, BlockPath
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.choosing import Chooser, ChosenRow
 from gpu_pool.worker.engine.holdings import Holdings
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.packed import attempting, finish, packed_attention_in, run_blocks, run_step
+from gpu_pool.worker.engine.packed import packed_attention_in, run_blocks, run_step
 from gpu_pool.worker.engine.prefix_cache import Beginning, release_all
 from gpu_pool.worker.engine.prompts import Prompt
 from gpu_pool.worker.engine.sharing import shared_lengths
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.slots import Slots
 from gpu_pool.worker.engine.stopping import StopFinder, finish_text
-from gpu_pool.worker.engine.token_tree import Room, pack, plan
+from gpu_pool.worker.engine.token_tree import Room, plan
 
 _WORTHWHILE_PREFILL = 128
 """Tokens of waiting prompts that are worth a forward pass of their own while others are continued."""
@@ -115,7 +115,7 @@ class _ContinuousBatch:
         self._texts: list[tuple[Prompt, str]] = []
         self._cache = loaded.grid_cache if deterministic else loaded.prefix_cache
         self._reserved: list[Beginning] = []
-        self._blocks: deque[Block] = deque()
+        self._blocks = BlockQueue()
         self._ending: dict[Block, list[_DistinctPrompt]] = {}
         """Prompts by the block that holds their last token."""
         self._holdings = Holdings()
@@ -144,7 +144,7 @@ class _ContinuousBatch:
         self._reserved = self._cache.reserve(layout, sequences, sequences.index(prompts[-1].tokens))
         for beginning in self._reserved:
             self._holdings.hold(beginning.path)
-        self._blocks.extend(layout.blocks)
+        self._blocks.add(layout.blocks)
         shared = [0] * len(sequences)
         if not self._deterministic:
             shared = shared_lengths(layout.paths, list(map(len, prompts_of)))
@@ -186,7 +186,7 @@ class _ContinuousBatch:
             self._holdings.release(row.path)
         for sequence in self._unstarted:
             self._holdings.release(sequence.path)
-        finish(self._blocks)
+        self._blocks.let_go()
         for beginning in self._reserved:
             self._holdings.release(beginning.path)
         release_all(self._reserved)
@@ -199,10 +199,10 @@ class _ContinuousBatch:
             self._admit_more()
         while self._blocks and not self._waiting and (batch := self._next_batch()):
             try:
-                run_halving(self._read, batch, lambda blocks: limits.shrink(sum(len(block.tokens) for block in blocks)))
+                self._blocks.run(batch, self._read, limits)
             except RuntimeError as error:
                 if is_out_of_memory(error):
-                    limits.shrink_block(len(self._blocks[0].tokens))  # the first one that is left was too much alone
+                    self._blocks.shrink_next(limits)
                 raise
             self._start_waiting()
 
@@ -222,12 +222,13 @@ class _ContinuousBatch:
         enough of either, and rows are left to make room."""
         if not (free := self._free):
             return []
-        room = (*self._loaded.room(free), self._free_bytes)
-        batch = next(pack(self._blocks, self._cost, room, deterministic=self._deterministic))
+        room = self._loaded.room(free, self._free_bytes)
+        batch = self._blocks.next_batch(self._cost, room, deterministic=self._deterministic)
         costs = [self._cost(block) for block in batch]
-        if self._rows and sum(cost[-1] for cost in costs) > self._free_bytes:
+        if self._rows and sum(cost.bytes for cost in costs) > room.bytes:
             return []
-        is_worthwhile = sum(cost[0] for cost in costs) >= _WORTHWHILE_PREFILL or free >= _IDLE_SHARE * self._slots.most
+        is_enough = sum(cost.tokens for cost in costs) >= _WORTHWHILE_PREFILL
+        is_worthwhile = is_enough or free >= _IDLE_SHARE * self._slots.most
         return batch if is_worthwhile or len(batch) == len(self._blocks) else []
 
     @property
@@ -236,25 +237,21 @@ class _ContinuousBatch:
         planned = self._slots.most * self._slots.longest * self._loaded.token_bytes
         return self._loaded.limits.held_bytes - max(planned, self._slots.bytes) - self._holdings.bytes
 
-    def _cost(self, block: Block) -> tuple[float, ...]:
-        """What a block takes of a pass's `Room`, and of memory as long as it is held."""
+    def _cost(self, block: Block) -> Room:
         ending = self._ending.get(block, ())
-        room = Room(len(block.tokens), len(ending), sum(len(sequence.prompts) for sequence in ending))
-        return *room, block.reach * self._loaded.token_bytes
+        sequences = sum(len(sequence.prompts) for sequence in ending)
+        return Room(len(block.tokens), len(ending), sequences, block.reach * self._loaded.token_bytes)
 
-    def _read(self, batch: list[Block]) -> list[None]:
+    def _read(self, batch: list[Block]) -> None:
         """Compute prompts' tokens; those that end here wait for a slot then."""
         ends = [(block, sequence) for block in batch for sequence in self._ending.get(block, ())]
         wanted = [(block, sequence.path.end - 1 - block.start) for block, sequence in ends]
-        with attempting(batch):
-            logits = run_blocks(self._loaded.model, batch, wanted)
+        logits = run_blocks(self._loaded.model, batch, wanted)
         for row, (_, sequence) in zip(logits, ends, strict=True):
             self._waiting.extend((sequence, prompt, row) for prompt in sequence.prompts)
         self._holdings.add_computed(batch)
-        finish(batch)
-        for _ in batch:  # the first ones of those that wait: halves come in order
-            self._ending.pop(self._blocks.popleft(), None)
-        return []
+        for block in batch:
+            self._ending.pop(block, None)
 
     def _start_waiting(self) -> None:
         starting = [self._waiting.popleft() for _ in range(min(self._free, len(self._waiting)))]

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gpu_pool.worker.engine.batching import run_halving
+from gpu_pool.worker.engine.block_queue import BlockQueue
 from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.kept_scores import Score, Scores, find_scores
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.packed import attempting, finish, kept_bytes, packed_attention_in, run_blocks
+from gpu_pool.worker.engine.packed import kept_bytes, packed_attention_in, run_blocks
 from gpu_pool.worker.engine.prefix_cache import release_all
 from gpu_pool.worker.engine.rows import Answer, Row
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.token_scores import Sums, token_log_probs
-from gpu_pool.worker.engine.token_tree import Layout, Room, pack, plan
+from gpu_pool.worker.engine.token_tree import Layout, Room, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +86,29 @@ def _score_once(
     layout = plan(sequences, [needed for needed, _ in kept], loaded.room(most), paths, deterministic=deterministic)
     sums = _Sums()
     targets = _find_targets(rows, layout, kept, sums)
-    waiting, held = deque(layout.blocks), list[Block]()
-    assert targets.keys() <= set(waiting), "a scored token is in a block that is not computed"
+    assert targets.keys() <= set(layout.blocks), "a scored token is in a block that is not computed"
+    waiting, held = BlockQueue(), list[Block]()
+    waiting.add(layout.blocks)
 
-    def run(batch: list[Block]) -> list[None]:
+    def compute(batch: list[Block]) -> None:
         if should_stop():
             raise Cancelled
-        with attempting(batch):
-            _score_batch(loaded, batch, targets, sums, whole=deterministic)
-        finish(batch)
-        for _ in batch:  # the first ones of those that wait: halves come in order
-            waiting.popleft()
-        held[:] = [block for block in (*held, *batch) if block.users]
-        return []
+        _score_batch(loaded, batch, targets, sums, whole=deterministic)
 
-    def cost(block: Block) -> tuple[float, ...]:
+    def cost(block: Block) -> Room:
         positions = len({target.index for target in targets.get(block, ())})
-        return *Room(len(block.tokens), positions, block.sequences), block.reach * loaded.token_bytes
-
-    def room() -> tuple[float, ...]:
-        """It shrinks where memory does not suffice, and by what is held."""
-        free_bytes = loaded.limits.held_bytes - sum(map(kept_bytes, held))
-        return *loaded.room(most), max(0, free_bytes)
+        return Room(len(block.tokens), positions, block.sequences, block.reach * loaded.token_bytes)
 
     reserved = cache.reserve(layout, sequences, rows.index(last), [scores.until(needed + 1) for needed, scores in kept])
     try:
         with packed_attention_in(loaded.model):
             while waiting:
-                batch = next(pack(waiting, cost, room(), deterministic=deterministic))
-                run_halving(run, batch, lambda blocks: loaded.limits.shrink(sum(len(b.tokens) for b in blocks)))
+                room = loaded.room(most, max(0, loaded.limits.held_bytes - sum(map(kept_bytes, held))))
+                batch = waiting.next_batch(cost, room, deterministic=deterministic)
+                waiting.run(batch, compute, loaded.limits)
+                held = [block for block in (*held, *batch) if block.users]
     except BaseException:
-        finish(waiting)
+        waiting.let_go()
         release_all(reserved)
         raise
     cache.keep(reserved, sums.computed)

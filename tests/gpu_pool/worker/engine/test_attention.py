@@ -10,7 +10,7 @@ import torch
 from engine_probes import plain_varlen_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_trees import distinct, trees
+from token_trees import distinct, room_for, tokens_alone, trees
 
 from gpu_pool.worker.engine.attention import AttentionPlan, CannotAttend, attending_by, packed_attention
 from gpu_pool.worker.engine.blocks import Block, Tokens
@@ -88,7 +88,7 @@ def along_tree(
     }
 
     results: dict[tuple[Block, int], torch.Tensor] = {}
-    for batch in pack(layout.blocks, lambda block: (len(block.tokens),), (room,)):
+    for batch in pack(layout.blocks, tokens_alone, room_for(room)):
         plan = AttentionPlan(batch, CPU, WAYS[way])
         rows = torch.cat([vectors.rows(spelt[block], block.start) for block in batch])
         found = plan.attend(

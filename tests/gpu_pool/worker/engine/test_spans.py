@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_trees import trees
+from token_trees import room_for, tokens_alone, trees
 
 from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.spans import Span, in_window, spans_by_depth
@@ -18,7 +18,7 @@ from gpu_pool.worker.engine.token_tree import lay_out, pack
 def batches(sequences, longest_block: int, room: int) -> Iterator[tuple[list[int], list[list[Span]]]]:
     """(the position of each token, the spans) of each batch."""
     layout = lay_out(sequences, [0] * len(sequences), longest_block=longest_block)
-    for blocks in pack(layout.blocks, lambda block: (len(block.tokens),), (room,)):
+    for blocks in pack(layout.blocks, tokens_alone, room_for(room)):
         starts: dict[Block, int] = {}
         positions: list[int] = []
         for block in blocks:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from token_trees import distinct, needs, trees
+from token_trees import distinct, needs, room_for, tokens_alone, trees
 
 from gpu_pool.worker.engine.blocks import Block, BlockPath, Tokens, common_prefix
 from gpu_pool.worker.engine.packed import release
@@ -306,7 +306,7 @@ def test_pack_keeps_the_order_and_fills_batches(sequences, room):
     def fits(batch: list[Block], block: Block) -> bool:
         return sum(len(member.tokens) for member in (*batch, block)) <= room
 
-    batches = list(pack(layout.blocks, lambda block: (len(block.tokens),), (room,)))
+    batches = list(pack(layout.blocks, tokens_alone, room_for(room)))
     assert [block for batch in batches for block in batch] == layout.blocks
     for batch, following in itertools.pairwise(batches):
         assert len(batch) == 1 or fits(batch[:-1], batch[-1])
@@ -315,20 +315,20 @@ def test_pack_keeps_the_order_and_fills_batches(sequences, room):
 
 def test_deterministic_batches_are_single_blocks():
     blocks = lay_out([(1, 2), (3, 4)], [0, 0], longest_block=1).blocks
-    assert list(pack(blocks, lambda block: (1,), (10,), deterministic=True)) == [[block] for block in blocks]
+    assert list(pack(blocks, tokens_alone, room_for(10), deterministic=True)) == [[block] for block in blocks]
 
 
 def test_a_plan_has_room_for_each_block_and_its_logits():
     sequences = [tuple(range(300)), tuple(range(300, 900))]
-    for room, longest in ((Room(100, 40, 1), 40), (Room(30, 40, 1), 30), (Room(0, 0, 1), 1)):
+    for room, longest in ((Room(100, 40, 1, 1), 40), (Room(30, 40, 1, 1), 30), (Room(0, 0, 1, 1), 1)):
         blocks = plan(sequences, [0, 0], room, (), deterministic=False).blocks
         assert max(len(block.tokens) for block in blocks) == longest
-    grid = plan(sequences, [0, 0], Room(10, 10, 1), (), deterministic=True)
+    grid = plan(sequences, [0, 0], Room(10, 10, 1, 1), (), deterministic=True)
     assert [len(block.tokens) for block in grid.blocks] == [GRID, GRID, 300 % GRID, *[GRID] * 4, 600 % GRID]
 
 
 def test_nothing_to_pack():
-    assert list(pack([], lambda block: (1,), (1,))) == []
+    assert list(pack([], tokens_alone, room_for(1))) == []
 
 
 @settings(max_examples=200, phases=[Phase.generate])  # shrinking its data takes for ever
