@@ -19,6 +19,7 @@ from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.encoder_decoder import Tokens, encode, pad_contexts, select
 from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, is_given, until_eos
+from gpu_pool.worker.engine.padded_rows import PaddedRows
 from gpu_pool.worker.engine.stopping import StopAtStrings, finish_text, stop_strings
 
 if TYPE_CHECKING:
@@ -58,19 +59,15 @@ def continue_prompts(
         ValueError: options that transformers refuses.
     """
     prompts = _plan_prompts(loaded, sequences, chunk)
+    bounds = PaddedRows.of(loaded, chunk.options, chunk.batch_size)
 
     def run(batch: list[Prompt]) -> list[tuple[int, str]]:
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
     def on_shortage(batch: list[Prompt]) -> None:
-        loaded.limits.shrink_generated(_held(loaded, chunk.options, batch))
+        bounds.were_too_many(len(batch), len(batch[0].tokens) + batch[0].limit)
 
-    return dict(run_batches(run, prompts, _prompts_fit(loaded, chunk), on_shortage))
-
-
-def _held(loaded: LoadedModel, options: GenerationOptions, batch: Sequence[Prompt]) -> int:
-    """Padded tokens of a batch, contexts and continuations, when all its rows have grown to their limit."""
-    return len(batch) * beams(loaded.model, options) * (len(batch[0].tokens) + batch[0].limit)
+    return dict(run_batches(run, prompts, _prompts_fit(loaded, chunk.options, bounds), on_shortage))
 
 
 def _plan_prompts(loaded: LoadedModel, sequences: Sequence[Tokens], chunk: GenerationChunk) -> list[Prompt]:
@@ -90,10 +87,10 @@ def _plan_prompts(loaded: LoadedModel, sequences: Sequence[Tokens], chunk: Gener
     return sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.tokens))
 
 
-def _prompts_fit(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
+def _prompts_fit(
+    loaded: LoadedModel, options: GenerationOptions, bounds: PaddedRows
+) -> Callable[[list[Prompt], Prompt], bool]:
     """Whether one more prompt, none longer than the first, may be generated together with the others."""
-    limits, options = loaded.limits, chunk.options
-    most_rows = min(chunk.batch_size or limits.generated_rows, limits.generated_rows)
     company = loaded.company
     if beams(loaded.model, options) > 1 and options.do_sample:
         company = Company.NONE  # their draws come from one generator for the whole batch
@@ -101,10 +98,8 @@ def _prompts_fit(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[
         company = Company.EQUAL_LENGTH
 
     def fits(batch: list[Prompt], prompt: Prompt) -> bool:
-        count, width = len(batch) + 1, len(batch[0].tokens)
-        if not company.allows(width, len(prompt.tokens)) or count > most_rows:
-            return False
-        return _held(loaded, options, [*batch, prompt]) <= limits.generated_tokens
+        width = len(batch[0].tokens)
+        return company.allows(width, len(prompt.tokens)) and bounds.fit(len(batch) + 1, width + batch[0].limit)
 
     return fits
 

@@ -11,7 +11,8 @@ from gpu_pool.chunk_messages import GenerationOptions, MediaGenerationChunk
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.media_chunks import MediaChunk
-from gpu_pool.worker.engine.plain_generation import company_of, generate_texts, held_tokens
+from gpu_pool.worker.engine.padded_rows import PaddedRows
+from gpu_pool.worker.engine.plain_generation import company_of, generate_texts
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
 from gpu_pool.worker.engine.transcription import transcribe
 
@@ -68,27 +69,28 @@ def _generate_window(
     kinds = {kind: place for place, kind in enumerate(dict.fromkeys(prompt.inputs.kind for prompt in prompts))}
     prompts.sort(key=lambda prompt: (kinds[prompt.inputs.kind], -len(prompt.inputs)))
 
+    bounds = PaddedRows.of(loaded, asked.options, 1 if asked.deterministic else asked.batch_size)
+
     def run(batch: list[_Prompt]) -> list[tuple[int, str]]:
         return _generate_batch(loaded, batch, asked.options, should_stop)
 
     def on_shortage(batch: list[_Prompt]) -> None:
-        loaded.limits.shrink_generated(held_tokens(loaded, asked.options, len(batch), len(batch[0].inputs)))
+        bounds.were_too_many(len(batch), len(batch[0].inputs) + asked.options.max_gen_toks)
 
-    return dict(run_batches(run, prompts, _fits(loaded, asked), on_shortage))
+    return dict(run_batches(run, prompts, _fits(loaded, asked.options, bounds), on_shortage))
 
 
-def _fits(loaded: LoadedModel, asked: MediaGenerationChunk) -> Callable[[list[_Prompt], _Prompt], bool]:
+def _fits(
+    loaded: LoadedModel, options: GenerationOptions, bounds: PaddedRows
+) -> Callable[[list[_Prompt], _Prompt], bool]:
     """Whether one more prompt, none longer than the first of its kind, may be generated together with the others."""
-    limits, options = loaded.limits, asked.options
-    most_rows = 1 if asked.deterministic else min(asked.batch_size or limits.generated_rows, limits.generated_rows)
     company = company_of(loaded, options, loaded.media.company)
 
     def fits(batch: list[_Prompt], prompt: _Prompt) -> bool:
         first = batch[0].inputs
         if first.kind != prompt.inputs.kind or not company.allows(len(first), len(prompt.inputs)):
             return False
-        count = len(batch) + 1
-        return count <= most_rows and held_tokens(loaded, options, count, len(first)) <= limits.generated_tokens
+        return bounds.fit(len(batch) + 1, len(first) + options.max_gen_toks)
 
     return fits
 

@@ -13,6 +13,7 @@ from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.generate_arguments import beams, generate_kwargs, is_given, until_eos
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.padded_rows import PaddedRows
 from gpu_pool.worker.engine.padding import pad_left
 from gpu_pool.worker.engine.prompts import Prompt
 from gpu_pool.worker.engine.rope import forget_earlier_passes, rope_boundary
@@ -46,31 +47,28 @@ def generate_rows(
         forget_earlier_passes(loaded)
         return _generate_batch(loaded, batch, chunk.options, should_stop)
 
+    bounds = PaddedRows.of(loaded, chunk.options, chunk.batch_size)
+
     def on_shortage(batch: list[Prompt]) -> None:
-        loaded.limits.shrink_generated(held_tokens(loaded, chunk.options, len(batch), len(batch[0].tokens)))
+        bounds.were_too_many(len(batch), len(batch[0].tokens) + chunk.options.max_gen_toks)
 
-    return dict(run_batches(run, prompts, _fits(loaded, chunk), on_shortage))
-
-
-def held_tokens(loaded: LoadedModel, options: GenerationOptions, rows: int, width: int) -> int:
-    """Padded tokens of a batch when all its rows, prompts of `width` tokens at most, have grown to their limit."""
-    return rows * beams(loaded.model, options) * (width + options.max_gen_toks)
+    return dict(run_batches(run, prompts, _fits(loaded, chunk.options, bounds), on_shortage))
 
 
-def _fits(loaded: LoadedModel, chunk: GenerationChunk) -> Callable[[list[Prompt], Prompt], bool]:
+def _fits(
+    loaded: LoadedModel, options: GenerationOptions, bounds: PaddedRows
+) -> Callable[[list[Prompt], Prompt], bool]:
     """Whether one more prompt, none longer than the first, may be generated together with the others."""
-    limits, options = loaded.limits, chunk.options
-    most_rows = min(chunk.batch_size or limits.generated_rows, limits.generated_rows)
     company = company_of(loaded, options, loaded.company)
     boundary = rope_boundary(loaded) or loaded.max_length
 
     def fits(batch: list[Prompt], prompt: Prompt) -> bool:
-        count, width = len(batch) + 1, len(batch[0].tokens)
-        if not company.allows(width, len(prompt.tokens)) or count > most_rows:
+        width, longest = len(batch[0].tokens), len(batch[0].tokens) + options.max_gen_toks
+        if not company.allows(width, len(prompt.tokens)):
             return False
-        if width + options.max_gen_toks > boundary and len(prompt.tokens) != width:
+        if longest > boundary and len(prompt.tokens) != width:
             return False
-        return held_tokens(loaded, options, count, width) <= limits.generated_tokens
+        return bounds.fit(len(batch) + 1, longest)
 
     return fits
 

@@ -19,8 +19,8 @@ from gpu_pool.chunk_messages import GenerationOptions, MediaGenerationChunk
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.company import Company
-from gpu_pool.worker.engine.generate_arguments import beams
 from gpu_pool.worker.engine.media_chunks import MediaChunk
+from gpu_pool.worker.engine.padded_rows import PaddedRows
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
 from gpu_pool.worker.engine.stopping import finish_text, stop_strings
 
@@ -71,18 +71,20 @@ def transcribe(
         raise ValueError("a speech model writes the most likely text: do_sample must be false")
     texts: dict[int, str] = {}
     errors: dict[int, str] = {}
+    bounds = PaddedRows.of(loaded, asked.options, 1 if asked.deterministic else asked.batch_size)
+    longest = loaded.model.config.max_target_positions  # of a text; sounds take none of this memory
 
     def run(batch: list[_Sound]) -> list[tuple[int, str]]:
         written = transcribe_batch(loaded, [sound.inputs for sound in batch], asked.options, should_stop)
         return [(sound.number, text) for sound, text in zip(batch, written, strict=True)]
 
     def on_shortage(batch: list[_Sound]) -> None:
-        loaded.limits.shrink_generated(_held(loaded, asked.options, len(batch)))
+        bounds.were_too_many(len(batch), longest)
 
     for window in chunk.windows(errors, should_stop):
         sounds = [_Sound(number, inputs) for number, inputs in window.items()]
         sounds.sort(key=lambda sound: _frames(sound.inputs))
-        texts |= dict(run_batches(run, sounds, _fits(loaded, asked), on_shortage))
+        texts |= dict(run_batches(run, sounds, _fits(loaded, bounds), on_shortage))
     return texts, errors
 
 
@@ -95,22 +97,14 @@ def _is_short(loaded: LoadedModel, inputs: PromptInputs) -> bool:
     return _frames(inputs) <= _FRAMES_OF_A_POSITION * loaded.model.config.max_source_positions
 
 
-def _held(loaded: LoadedModel, options: GenerationOptions, rows: int) -> int:
-    """Tokens of a batch: those of the texts, for each beam."""
-    return rows * beams(loaded.model, options) * loaded.model.config.max_target_positions
-
-
-def _fits(loaded: LoadedModel, asked: MediaGenerationChunk) -> Callable[[list[_Sound], _Sound], bool]:
+def _fits(loaded: LoadedModel, bounds: PaddedRows) -> Callable[[list[_Sound], _Sound], bool]:
     """Whether one more sound may be written down together with the others."""
-    limits = loaded.limits
-    most_rows = 1 if asked.deterministic else min(asked.batch_size or limits.generated_rows, limits.generated_rows)
     alone = loaded.media.company is Company.NONE
 
     def fits(batch: list[_Sound], sound: _Sound) -> bool:
         if alone or not _is_short(loaded, sound.inputs) or batch[0].inputs.kind != sound.inputs.kind:
             return False
-        rows = len(batch) + 1
-        return rows <= most_rows and _held(loaded, asked.options, rows) <= limits.generated_tokens
+        return bounds.fit(len(batch) + 1, loaded.model.config.max_target_positions)
 
     return fits
 
