@@ -82,11 +82,12 @@ class Costs:
 
     @classmethod
     def of(cls, model: Any) -> Costs:
+        """Of a state-space model, which attends to nothing, the products alone: its recurrence is not counted."""
         config = model.config
         head = model.get_output_embeddings().weight.numel()
         layers = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
-        heads = config.num_attention_heads
-        dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_attention_heads", 0)
+        dimension = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = model.dtype.itemsize
         return cls(

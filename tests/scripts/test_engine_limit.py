@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_limit import Costs, Peaks, Step, Work, measure_peaks, work_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from gpu_pool.chunk_messages import GenerationOptions
 from gpu_pool.evaluator.requests import Unit
@@ -64,6 +64,16 @@ def test_costs_of_a_model_with_grouped_queries() -> None:
         look=4 * 2 * 16,
         weights=2 * (layers + 16 * 50),
         keys_and_values=2 * 2 * 8 * 2,
+    )
+
+
+def test_costs_of_a_state_space_model() -> None:
+    """The products that its weights take, and nothing that grows with what was read."""
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=50))
+    costs = Costs.of(model)
+    layers = sum(weight.numel() for weight in model.parameters()) - 16 * 50
+    assert costs == Costs(
+        token=2 * layers, position=2 * 16 * 50, look=0, weights=4 * (layers + 16 * 50), keys_and_values=0
     )
 
 
