@@ -125,7 +125,7 @@ class Scheduler:
 
     def _refresh(self, run: Running) -> None:
         """Have a job begin with what its model's files hold now: its scores are all of one content."""
-        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before they were loaded"
+        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before or while they were loaded"
         self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
 
     def _release_all(self, run: Running) -> None:

@@ -60,6 +60,9 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """An evaluator above this is replaced when its job is done."""
     gpu_free_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """A GPU counts as free when at least this share of its memory is."""
+    model_patience_s: Annotated[float, Meta(gt=0)] = 120.0
+    """An admitted job whose model's files are missing, unfinished or broken fails when nothing was written to them for
+    so long; until then it waits."""
     worker_load_timeout_s: Annotated[float, Meta(gt=0)] = 3600.0
     """A worker that has not loaded its model by then is killed."""
     worker_stall_s: Annotated[float, Meta(gt=0)] = 600.0
