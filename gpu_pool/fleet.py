@@ -190,7 +190,11 @@ class Fleet:
     def detach(self, action: ev.Detach) -> None:
         """Ask for a worker back; where its answers take too long, others compute them again."""
         message = msg.DetachWorker(
-            job_id=action.job_id, worker_id=action.worker_id, at_once=action.at_once, cause=action.cause
+            job_id=action.job_id,
+            worker_id=action.worker_id,
+            at_once=action.at_once,
+            cause=action.cause,
+            from_outside=action.from_outside,
         )
         self.tell(action.evaluator_id, message)
         if not message.at_once:

@@ -130,6 +130,8 @@ class DetachWorker(Message, frozen=True, kw_only=True):
     """False: wait for what is in flight there, ask nothing more, then say WorkerDetached."""
     cause: str | None = None
     """How its process ended; None when it lives and is wanted elsewhere."""
+    from_outside: bool = False
+    """Whether somebody killed it, which says nothing of what it computed."""
 
 
 class CheckTasks(Message, frozen=True, kw_only=True):

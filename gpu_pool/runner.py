@@ -222,6 +222,7 @@ class Runner:
 
     async def _reclaim(self, action: ev.ReclaimSlots) -> None:
         try:
+            await asyncio.sleep(action.rest_s)
             await self._leases.reclaim(action.worker_id)
             if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
                 await self.look()
