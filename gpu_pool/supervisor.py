@@ -44,6 +44,8 @@ class Child(Generic[Received]):
         """Once it is gone; negative: the signal that ended it."""
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
+        self.was_stopped = False
+        """Ended by us as somebody else had stopped it."""
         self._process = process
         self._pidfd = pidfd
         self._channel = channel
@@ -70,11 +72,13 @@ class Child(Generic[Received]):
         """Queue a message for the child."""
         self._channel.send(message)
 
-    def kill(self, why: str | None = None) -> None:
-        """End the child and everything in its process group, now; `why` becomes the cause of its end."""
+    def kill(self, why: str | None = None, *, from_outside: bool = False) -> None:
+        """End the child and everything in its process group, now; `why` becomes the cause of its end, and somebody's
+        who had stopped it, `from_outside`."""
         self.killed = True
         if not self._dead.is_set():
             self.why = why or self.why
+            self.was_stopped = from_outside
             self._signal_group()
 
     async def stop(self, grace_seconds: float = POLITE_SECONDS) -> None:

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,11 +43,10 @@ class Replica:
     compute: Callable[[Chunk, Callable[[], bool], Callable[[], GenerationChunk | None]], Iterator[Answer]]
 
 
-def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
+def run_worker(control: Control, start: WorkerStart) -> NoReturn:
     """Serve until the control pipe says otherwise, the model turns out not to be servable, or a rank is lost."""
-    control = Control(connection)
     queue = ChunkQueue(lambda job_id: control.send(Dropped(job_id=job_id)))
-    control.watch(queue)
+    control.drop = queue.drop
     torch.set_num_threads(start.threads_of_a_rank)
     try:
         replica = _load(start, control)

@@ -31,6 +31,7 @@ from gpu_pool.messages import (
     encode,
 )
 from gpu_pool.records import Progress, TaskProgress
+from gpu_pool.worker.control import Control
 from gpu_pool.worker.merging.entry import obey
 
 
@@ -129,6 +130,15 @@ def watched(connection: Connection, folder: str, parent_pid: int) -> None:
     """Answer whoever asks whether it lives, and compute all the while."""
     enter_child(parent_pid, Path(folder) / "child.log")
     obey(connection)
+    while True:
+        sum(range(1000))
+
+
+def loads_for_ever(connection: Connection, folder: str, parent_pid: int) -> None:
+    """A worker whose model takes its time, and which obeys meanwhile."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    control = Control(connection)
+    control.watch()
     while True:
         sum(range(1000))
 
