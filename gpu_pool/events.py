@@ -214,6 +214,8 @@ class ReclaimSlots(Record, frozen=True, kw_only=True):
 
     worker_id: str
     slot_ids: tuple[str, ...]
+    rest_s: float = 0.0
+    """Not before so many seconds: somebody kills what is started there."""
 
 
 class StartJob(Record, frozen=True, kw_only=True):
@@ -241,6 +243,8 @@ class Detach(Record, frozen=True, kw_only=True):
     """True: it is gone. False: take its answers to what it was asked, then say WorkerGivenBack."""
     cause: str | None = None
     """How its process ended; None when it lives and is wanted elsewhere."""
+    from_outside: bool = False
+    """Whether somebody else killed it."""
 
 
 class NoteLoss(Record, frozen=True, kw_only=True):

@@ -25,6 +25,8 @@ from gpu_pool.whole_file import replace_file
 
 SETTLED_NS = 2_000_000_000
 """Longest clock tick of a file system we expect (FAT and some network file systems: 2 s)."""
+UNFINISHED_NS = 10_000_000_000
+"""How long files must have rested that cannot be loaded, before that is held against them."""
 MAX_MEMO_FILES = 10_000
 READ_ATTEMPTS = 4
 """Times a folder is read before we say that somebody is still writing to it."""
@@ -63,17 +65,37 @@ def is_of_hub(fingerprint: str) -> bool:
 
 def changed_models(specs: Iterable[ModelSpec], memo: Path) -> frozenset[str]:
     """Replica keys of the models whose files are not what they were. Nothing is read: the unknown counts as such."""
-    changed: set[str] = set()
-    for spec in {spec.replica_key: spec for spec in specs}.values():
-        if spec.api is not None:
-            continue
-        try:
-            unchanged = fingerprint_model(spec.args, memo, read=False) == spec.fingerprint
-        except (InvalidRequest, OSError):
-            unchanged = False
-        if not unchanged:
-            changed.add(spec.replica_key)
-    return frozenset(changed)
+    models = {spec.replica_key: spec for spec in specs if spec.api is None}
+    return frozenset(key for key, spec in models.items() if not is_current(spec, memo, read=False))
+
+
+def is_current(spec: ModelSpec, memo: Path, *, read: bool = True) -> bool:
+    """Whether the files are those that were meant; not where they are gone, unreadable or being written."""
+    try:
+        return fingerprint_model(spec.args, memo, read=read) == spec.fingerprint
+    except (InvalidRequest, OSError):
+        return False
+
+
+def deserves_another_look(spec: ModelSpec, memo: Path) -> bool:
+    """Whether a model that could not be loaded is not, or may not be, what was meant: its files are others, or gone, or
+    were written so lately that more may be to come."""
+    if not is_current(spec, memo):
+        return True
+    written_ns = max((state[4] for state in model_state(spec.args).values()), default=0)
+    return time.time_ns() - written_ns < UNFINISHED_NS
+
+
+def model_state(args: ModelArgs) -> dict[Path, FileState]:
+    """What the kernel says of each local file that defines the model, of those that are there. Nothing is read."""
+    found: dict[Path, FileState] = {}
+    try:
+        folders = [_folder_files(Path(folder)) for folder in (args.peft, args.tokenizer) if folder]
+        for path in {path for files in (model_files(args), *folders) for path in files.values()}:
+            found[path] = _state(path.stat())
+    except OSError:  # it goes away just now
+        return {}
+    return found
 
 
 def fingerprint_model(args: ModelArgs, memo: Path, *, read: bool = True) -> str:

@@ -19,7 +19,7 @@ from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
-from gpu_pool.watchdog import Watchdog
+from gpu_pool.watchdog import Watchdog, is_stopped
 
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""
@@ -84,7 +84,7 @@ class Fleet:
         self._timers: dict[Deadline, asyncio.TimerHandle] = {}
         self._stalls = Stalls()
         self._watchdogs: dict[str, Watchdog] = {}
-        """Of evaluators."""
+        """Of all of them, by id."""
         self._post_mortem = PostMortem()
         self._failed_starts = 0
 
@@ -130,6 +130,7 @@ class Fleet:
             self._put(ev.LeaseRefused, worker_id=worker_id, reason=f"A worker could not be started: {error}")
             return
         self.workers[worker_id] = child
+        self._watchdogs[worker_id] = Watchdog(child, self._settings.unresponsive_s)
         self._leases.started(worker_id, child.pid)
         limit_s = self._settings.worker_load_timeout_s
         self._kill_after(Deadline(worker_id, "its model"), limit_s, child, "did not load its model in time")
@@ -138,7 +139,7 @@ class Fleet:
             await self._on_worker_message(worker_id, message)
 
         async def on_death(cause: str) -> None:
-            del self.workers[worker_id]
+            del self.workers[worker_id], self._watchdogs[worker_id]
             self.loaded.pop(worker_id, None)
             self._stalls.forget(worker_id)
             for deadline in [each for each in self._timers if each.worker_id == worker_id]:
@@ -190,7 +191,11 @@ class Fleet:
     def detach(self, action: ev.Detach) -> None:
         """Ask for a worker back; where its answers take too long, others compute them again."""
         message = msg.DetachWorker(
-            job_id=action.job_id, worker_id=action.worker_id, at_once=action.at_once, cause=action.cause
+            job_id=action.job_id,
+            worker_id=action.worker_id,
+            at_once=action.at_once,
+            cause=action.cause,
+            from_outside=action.from_outside,
         )
         self.tell(action.evaluator_id, message)
         if not message.at_once:
@@ -269,6 +274,8 @@ class Fleet:
                 self._put(ev.WorkerLoadFailed, worker_id=worker_id, **what)
             case msg.BatchProgress():
                 self._stalls.progressed(worker_id, time.monotonic())
+            case msg.Alive():
+                self._watchdogs[worker_id].alive()
             case msg.WorkerFailed(error=error):
                 self.workers[worker_id].why = error
             case msg.Dropped(job_id=job_id):
@@ -282,7 +289,8 @@ class Fleet:
         child, limit = self.workers.get(worker_id), self._settings.worker_stall_s
         if child and self._stalls.awaited(worker_id, time.monotonic()) >= limit:
             logger.error("%s has made no progress for %g s and is killed", worker_id, limit)
-            child.kill(f"it made no progress for {limit:g} s (worker_stall_s) and was killed")
+            why = f"it made no progress for {limit:g} s (worker_stall_s) and was killed"
+            child.kill(why, from_outside=is_stopped(child.pid))
 
 
 def restart_pause(failed_starts: int) -> float:

@@ -27,6 +27,7 @@ from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import ApiModel, Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec, WaitingView
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
+from gpu_pool.settling import NobodyWaits, Settling, local_files
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
 
@@ -50,6 +51,7 @@ class Intake:
         merges: Merges,
     ) -> None:
         self._memo = memo_path(settings.data_dir)
+        self._patience_s = settings.model_patience_s
         self._store = store
         self._jobs = jobs
         self._admission = admission
@@ -58,6 +60,8 @@ class Intake:
         self._reading = asyncio.Semaphore(MODELS_READ_AT_ONCE)
         self._awaited: dict[str, str] = {}
         """Job -> the job that merges its checkpoint."""
+        self._settling: dict[str, Settling] = {}
+        """Job -> the files of its model, while they are looked at."""
         self._unplaced: set[str] = set()
         """Jobs that wait for the driver to say which GPUs there are."""
 
@@ -109,32 +113,48 @@ class Intake:
 
     async def _identify(self, *jobs: Job) -> None:
         """Find the content of the model that these jobs name, merged first, and let the scheduler have them."""
+        settling = Settling(local_files(jobs[0]), self._patience_s, lambda: any(job.id in self._jobs for job in jobs))
+        self._settling.update((job.id, settling) for job in jobs)
+        try:
+            await self._identify_settled(jobs, settling)
+        except (ShuttingDown, NobodyWaits, DatabaseUnavailable):
+            return  # the server ends, and the next start takes up what there is; or the jobs have ended
+        finally:
+            for job in jobs:
+                self._settling.pop(job.id, None)
+
+    async def _identify_settled(self, jobs: Sequence[Job], settling: Settling) -> None:
         try:
             api = self._admission.api_model(jobs[0].evaluation)
-            args = _resolved(jobs[0]) or await self._admission.model_args(jobs[0].evaluation, await self._merged(jobs))
-            digest = api_fingerprint(api) if api else await self._fingerprint(args)
-        except ShuttingDown:
-            return  # the next start takes them up again
+            merged = None if _resolved(jobs[0]) else await self._merged(jobs)
+            if jobs[0].attempt:  # its files were overwritten as it was to use them, and may be once more
+                await settling.rest()
+            args, digest = await settling.whole(partial(self._model, jobs[0], merged, api))
+        except (ShuttingDown, NobodyWaits):
+            raise
         except Exception as error:
             for job in jobs:
                 await self._refuse(job, error)
             return
-        try:
-            for job in jobs:
-                await self._note_model(job, args, digest)
-        except DatabaseUnavailable:
-            return  # the server ends: the next start takes them up again
+        for job in jobs:
+            await self._note_model(job, args, digest)
         sizes: dict[str, ReplicaSize | None] = {}
+        demand = partial(self._demand, args=args, digest=digest, sizes=sizes, api=api, settling=settling)
         waiting = [job for job in jobs if self._admission.awaits_driver(job.evaluation)]
         for job in jobs:
             if job not in waiting:
-                await self._demand(job, args, digest, sizes, api)
+                await demand(job)
         if waiting:
             self._unplaced.update(job.id for job in waiting)
             await self._admission.driver_answers()
             self._unplaced.difference_update(job.id for job in waiting)
         for job in waiting:
-            await self._demand(job, args, digest, sizes, api)
+            await demand(job)
+
+    async def _model(self, job: Job, merged: str | None, api: ApiModel | None) -> tuple[ModelArgs, str]:
+        """What its model is, and its identity."""
+        args = _resolved(job) or await self._admission.model_args(job.evaluation, merged)
+        return args, api_fingerprint(api) if api else await self._fingerprint(args)
 
     async def _note_model(self, job: Job, args: ModelArgs, digest: str) -> None:
         """What must be known of it later: that it is another one than before, or which commit of a hub it is."""
@@ -175,8 +195,9 @@ class Intake:
         elif job_id in self._unplaced:
             needs, reason = "a GPU", f"{self._admission.no_driver} {_HOW_TO_USE_THE_CPU}"
         else:
-            needs = "a look at its model"
-            reason = "The files of its model are being read, to know the model by its content."
+            needs, settling = "a look at its model", self._settling.get(job_id)
+            reason = settling.reason if settling else None
+            reason = reason or "The files of its model are being read, to know the model by its content."
         return WaitingView(job_id=job_id, needs=needs, reason=reason, starts_in=None)
 
     async def _refuse(self, job: Job, error: Exception) -> None:
@@ -193,7 +214,8 @@ class Intake:
         args: ModelArgs,
         digest: str,
         sizes: dict[str, ReplicaSize | None],
-        api: ApiModel | None = None,
+        api: ApiModel | None,
+        settling: Settling,
     ) -> None:
         """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
         is_admitted = job.evaluation.merge is None or job.attempt > 0  # before it was merged nobody knew its size
@@ -202,8 +224,11 @@ class Intake:
             if api is not None:
                 sizes[place.device] = None
             elif place.device not in sizes:
-                sizes[place.device] = await self._admission.size(job.evaluation, args, place)
+                look = partial(self._admission.size, job.evaluation, args, place)
+                sizes[place.device] = await settling.whole(look)
             plan = self._admission.plan(job.evaluation, sizes[place.device], place, is_admitted=is_admitted)
+        except NobodyWaits:
+            raise
         except Exception as error:
             await self._refuse(job, error)
             return

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from gpu_pool.events import Demand
+from gpu_pool.losses import Kills
 from gpu_pool.order import WaitingJobs, rank
 from gpu_pool.records import EvaluatorState, Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
@@ -40,7 +41,9 @@ class Running(msgspec.Struct, kw_only=True):
     failed_starts: int = 0
     """Workers in a row that died before they were ready."""
     losses: int = 0
-    """Workers that died under it since it last made progress."""
+    """Workers that died under it by themselves since it last made progress."""
+    kills: Kills = Kills()
+    """And those that somebody killed."""
     done: int = 0
     """Requests that are done."""
     may_grow: bool = True

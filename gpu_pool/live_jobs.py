@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,7 @@ class LiveJobs(dict[str, Job]):
         self.active: dict[str, None] = {}
         """Those that run or are being cancelled, in the order in which they started."""
         self._store = store
+        self._locks: dict[str, asyncio.Lock] = {}
         self._rates: dict[str, tuple[float, int]] = {}
         """Job -> (seconds that it had a worker, requests done) at its first answers: what estimates are made from."""
 
@@ -50,6 +52,7 @@ class LiveJobs(dict[str, Job]):
         super().__delitem__(job_id)
         self.queued.discard(job_id)
         self.active.pop(job_id, None)
+        self._locks.pop(job_id, None)
 
     def progressed(self, job_id: str, progress: Progress, ran_s: float | None) -> None:
         """Show progress, made in so many seconds with a worker; it becomes durable when the job ends."""
@@ -75,10 +78,21 @@ class LiveJobs(dict[str, Job]):
         if job := self.get(job_id):
             self[job_id] = msgspec.structs.replace(job, model=model)
 
-    async def note(self, job: Job, **fields: Any) -> None:
-        """Change fields without a change of state."""
+    def note(self, job: Job, **fields: Any) -> Coroutine[Any, Any, None]:
+        """Change fields without a change of state: they show at once, and are durable when what is returned is done.
+
+        That raises DatabaseUnavailable when the server ends meanwhile.
+        """
         self[job.id] = msgspec.structs.replace(job, **fields)
-        await self._store.update(job.id, **fields)
+        return self._write(job.id, fields)
+
+    async def _write(self, job_id: str, fields: dict[str, Any]) -> None:
+        async with self._writing(job_id):
+            await self._store.update(job_id, **fields)
+
+    def _writing(self, job_id: str) -> asyncio.Lock:
+        """Held while a job is written: what an attempt left must not be written after its end."""
+        return self._locks.setdefault(job_id, asyncio.Lock())
 
     async def note_loss(self, job: Job, cause: str) -> None:
         """The job lost a worker, which is part of its history and changes nothing else. Raises DatabaseUnavailable."""
@@ -138,7 +152,9 @@ class LiveJobs(dict[str, Job]):
         when the store disagrees, and DatabaseUnavailable when the server ends meanwhile.
         """
         state = advance_job(job.state, event)
-        if not await self._store.change_state(job.id, job.state, state, record, cause=cause, **fields):
+        async with self._writing(job.id):
+            changed = await self._store.change_state(job.id, job.state, state, record, cause=cause, **fields)
+        if not changed:
             raise RuntimeError(f"job {job.id} is not {job.state} in the database: is another server using it?")
         live = self[job.id]  # progress may have arrived meanwhile
         self[job.id] = msgspec.structs.replace(live, state=state, **fields)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -225,8 +226,9 @@ class Merges:
 
     async def _lose(self, job: Job, losses: Losses | None, cause: str, *, from_outside: bool) -> None:
         """The process of a merge is gone: it waits again, or has lost too many."""
-        losses = (losses or Losses(attempts=job.retries)).and_another(done=0, from_outside=from_outside)
-        if losses.are_too_many(max_attempts=self._settings.max_attempts, max_retries=None):
+        now = time.monotonic()
+        losses = (losses or Losses(attempts=job.retries)).and_another(done=0, from_outside=from_outside, now=now)
+        if losses.are_too_many(max_attempts=self._settings.max_attempts, max_retries=None, now=now):
             await self._jobs.settle(job, JobEvent.FAIL, f"{cause} ({losses.times})")
         else:
             self._losses[job.id] = losses

@@ -130,6 +130,8 @@ class DetachWorker(Message, frozen=True, kw_only=True):
     """False: wait for what is in flight there, ask nothing more, then say WorkerDetached."""
     cause: str | None = None
     """How its process ended; None when it lives and is wanted elsewhere."""
+    from_outside: bool = False
+    """Whether somebody killed it, which says nothing of what it computed."""
 
 
 class CheckTasks(Message, frozen=True, kw_only=True):
@@ -154,7 +156,7 @@ class Shutdown(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Answered by Alive, at any time, by the thread that takes messages (by evaluators and mergers)."""
+    """Answered by Alive, at any time, by the thread that takes messages (by all children)."""
 
 
 ToEvaluator = RunJob | AttachWorker | DetachWorker | CheckTasks | BuildCatalogue | Ping | Shutdown
@@ -305,7 +307,7 @@ class DropJob(Message, frozen=True, kw_only=True):
     job_id: str
 
 
-ToWorker = DropJob | Shutdown
+ToWorker = DropJob | Ping | Shutdown
 
 
 # ---------------------------------------------------------------- worker -> server
@@ -345,7 +347,7 @@ class WorkerFailed(Message, frozen=True, kw_only=True):
     error: str
 
 
-FromWorker = WorkerReady | LoadFailed | Dropped | BatchProgress | WorkerFailed
+FromWorker = WorkerReady | LoadFailed | Dropped | BatchProgress | Alive | WorkerFailed
 
 
 _encoder = msgspec.msgpack.Encoder()

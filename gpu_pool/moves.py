@@ -92,10 +92,20 @@ class Moves:
         """Have a job use a loaded worker that the ledger says is its own."""
         self.ask(ev.Attach(job_id=run.demand.job_id, evaluator_id=run.evaluator_id, worker_id=worker_id))
 
-    def detach(self, run: Running, worker_id: str, *, at_once: bool, cause: str | None = None) -> None:
+    def detach(
+        self, run: Running, worker_id: str, *, at_once: bool, cause: str | None = None, from_outside: bool = False
+    ) -> None:
         """Have a job use a worker no more: `at_once`, or as soon as that has answered."""
-        job_id, evaluator_id = run.demand.job_id, run.evaluator_id
-        self.ask(ev.Detach(job_id=job_id, evaluator_id=evaluator_id, worker_id=worker_id, at_once=at_once, cause=cause))
+        self.ask(
+            ev.Detach(
+                job_id=run.demand.job_id,
+                evaluator_id=run.evaluator_id,
+                worker_id=worker_id,
+                at_once=at_once,
+                cause=cause,
+                from_outside=from_outside,
+            )
+        )
 
     def note_loss(self, run: Running, worker_id: str, how: str) -> None:
         """Have it in a job's history that one of its workers is gone."""

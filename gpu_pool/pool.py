@@ -29,7 +29,6 @@ from gpu_pool.errors import (
     PoolError,
     ShuttingDown,
 )
-from gpu_pool.explain import explain
 from gpu_pool.file_lock import lock_folder
 from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
@@ -40,6 +39,7 @@ from gpu_pool.local_processes import LocalProcesses
 from gpu_pool.merge import plan_merge
 from gpu_pool.merges import Merges
 from gpu_pool.process_logs import keep_bounded
+from gpu_pool.reasons import Reasons
 from gpu_pool.records import (
     CheckpointType,
     Evaluation,
@@ -106,6 +106,7 @@ class Pool:
         )
         self._merges = Merges(self.settings, self._store, self._jobs, self._processes.merger, self.job_dir)
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
+        self._reasons = Reasons(self._runner, self._jobs, self._merges, self._intake)
         await self._intake.recover()
         await self._look_once()
         if self._leases.gpus_unknown:
@@ -272,17 +273,11 @@ class Pool:
 
     def waiting(self, limit: int) -> list[WaitingView]:
         """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
-        ledger = self._runner.scheduler.ledger
-        known = ((job_id, self.eta_seconds(job_id)) for job_id in ledger.running)
-        left = {job_id: seconds for job_id, seconds in known if seconds is not None}
-        explained = {wait.job_id: wait for wait in explain(ledger, left, limit)}
-        queued = [job_id for _, job_id in zip(range(limit), self._jobs.queued, strict=False)]
-        stuck = [wait for job_id, wait in explained.items() if job_id in ledger.running]
-        return [*stuck, *(explained.get(job_id) or self._waiting_before(job_id) for job_id in queued)]
+        return self._reasons.first(limit)
 
-    def _waiting_before(self, job_id: str) -> WaitingView:
-        """Why a job waits that the scheduler does not know."""
-        return self._merges.waiting(job_id) or self._intake.waiting(job_id)
+    def why_waits(self, job_id: str) -> WaitingView | None:
+        """Why a job waits; None when it does not."""
+        return self._reasons.of(job_id)
 
     def eta_seconds(self, job_id: str) -> float | None:
         """Seconds that a running job still needs, from its rate so far; None while there is none, or no worker."""

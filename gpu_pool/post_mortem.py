@@ -22,7 +22,7 @@ class PostMortem:
         self._known = oom_kills()
 
     def is_from_outside(self, child: Child[Any]) -> bool:
-        """Whether somebody killed it, other than we ourselves, and the kernel when memory ran out."""
+        """Whether somebody stopped or killed it, other than we ourselves, and the kernel when memory ran out."""
         known, self._known = self._known, self._oom_kills()
         is_kill = child.exitcode is not None and -child.exitcode in KILLS
-        return is_kill and not child.killed and self._known == known
+        return child.was_stopped or (is_kill and not child.killed and self._known == known)

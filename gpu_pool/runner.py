@@ -141,7 +141,11 @@ class Runner:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, DatabaseUnavailable):  # the server ends
+            logger.warning("not all of what happened could be written: %s", error.reason)
+        else:
             logger.error("a background task failed", exc_info=error)
 
     async def stop(self) -> None:
@@ -218,6 +222,7 @@ class Runner:
 
     async def _reclaim(self, action: ev.ReclaimSlots) -> None:
         try:
+            await asyncio.sleep(action.rest_s)
             await self._leases.reclaim(action.worker_id)
             if self._leases.has_gpus:  # what was seen while the worker was there says nothing of the slots now
                 await self.look()
@@ -236,7 +241,8 @@ class Runner:
             case msg.TaskDone(job_id=job_id, task=task, metrics=metrics, samples_path=path):
                 if job := self.jobs.get(job_id):
                     samples = job.samples | ({task: path} if path else {})
-                    await self.jobs.note(job, metrics=job.metrics | {task: metrics}, samples=samples)
+                    # written beside this loop, which has to hear that the evaluator lives
+                    self.background(self.jobs.note(job, metrics=job.metrics | {task: metrics}, samples=samples))
             case msg.JobDone(job_id=job_id) | msg.JobFailed(job_id=job_id):
                 self._outcomes[job_id] = message
                 changed = isinstance(message, msg.JobFailed) and message.content_changed

@@ -39,6 +39,7 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool.ledger import Ending, Ledger, Running
+from gpu_pool.losses import Kills
 from gpu_pool.moves import Moves
 from gpu_pool.placer import PATIENCE_SECONDS, Placer
 from gpu_pool.records import EvaluatorState, WorkerState
@@ -47,9 +48,9 @@ MAX_FAILED_STARTS = 5
 """Workers in a row that may end by themselves while they load before their job fails, or more where it may have more
 attempts; chance ends some, a bad model ends all."""
 MAX_LOSSES = 30
-"""Workers that may die under a job, or be killed while they load, without any progress in between. Its evaluator needs
-about log2(requests in a chunk) of them to find one request that kills, and reports by itself what it cannot go on
-from."""
+"""Workers that may die under a job by themselves without any progress in between. Its evaluator needs about
+log2(requests in a chunk) of them to find one request that kills, and reports by itself what it cannot go on from. Those
+that somebody kills are judged by time (see `gpu_pool.losses`)."""
 SPARE_EVALUATORS = 8
 """Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
 SHARING_EVALUATORS = 4
@@ -101,7 +102,7 @@ class Scheduler:
 
     def _on_progressed(self, event: ev.JobProgressed) -> None:
         if run := self.ledger.running.get(event.job_id):
-            run.losses, run.done = 0, event.done
+            run.losses, run.kills, run.done = 0, Kills(), event.done
 
     def _on_cancel(self, event: ev.CancelRequested) -> None:
         if self.ledger.waiting.pop(event.job_id):
@@ -125,7 +126,7 @@ class Scheduler:
 
     def _refresh(self, run: Running) -> None:
         """Have a job begin with what its model's files hold now: its scores are all of one content."""
-        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before they were loaded"
+        when = f"while it paused for job {run.paused_for}" if run.paused_for else "before or while they were loaded"
         self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
 
     def _release_all(self, run: Running) -> None:
@@ -158,9 +159,10 @@ class Scheduler:
         """A running job lost its evaluator: it waits again, or has lost too many."""
         del self.ledger.running[run.demand.job_id]
         self._release_all(run)
-        losses = run.demand.losses.and_another(done=run.done, from_outside=from_outside)
-        demand = msgspec.structs.replace(run.demand, losses=losses, ran_s=run.ran(self.ledger.now))
-        if losses.are_too_many(max_attempts=self._max_attempts, max_retries=demand.max_retries):
+        now = self.ledger.now
+        losses = run.demand.losses.and_another(done=run.done, from_outside=from_outside, now=now)
+        demand = msgspec.structs.replace(run.demand, losses=losses, ran_s=run.ran(now))
+        if losses.are_too_many(max_attempts=self._max_attempts, max_retries=demand.max_retries, now=now):
             self._moves.ask(ev.SettleJob(job_id=demand.job_id, outcome="failed", error=f"{cause} ({losses.times})"))
         else:
             self.ledger.waiting.add(demand)
@@ -230,7 +232,7 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=True)
         if worker is None:
             return
-        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots))
+        rest_s = 0.0
         self._let_go(worker.id)
         for job_id in sorted(worker.jobs):
             run = self.ledger.running[job_id]
@@ -238,12 +240,17 @@ class Scheduler:
             if worker.state is WorkerState.STARTING:
                 self._moves.note_loss(run, worker.id, f"ended while it loaded the model: {event.cause}")
             else:
-                self._moves.detach(run, worker.id, at_once=True, cause=event.cause)
+                by_whom = event.from_outside
+                self._moves.detach(run, worker.id, at_once=True, cause=event.cause, from_outside=by_whom)
                 self._moves.note_loss(run, worker.id, f"ended: {event.cause}")
-            if worker.state is WorkerState.STARTING and not event.from_outside:
+            if event.from_outside:
+                self._count_kill(run, event.cause)
+                rest_s = max(rest_s, run.kills.rest_s)
+            elif worker.state is WorkerState.STARTING:
                 self._count_failed_start(run, event.cause)
             else:
                 self._count_loss(run, event.cause)
+        self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots, rest_s=rest_s))
 
     def _count_failed_start(self, run: Running, cause: str) -> None:
         run.failed_starts += 1
@@ -262,6 +269,14 @@ class Scheduler:
         if run.losses >= MAX_LOSSES:
             error = f"its worker processes ended {run.losses} times without progress in between; the last: {cause}"
             self._end(run, "failed", error)
+
+    def _count_kill(self, run: Running, cause: str) -> None:
+        run.kills = run.kills.and_another(self.ledger.now)
+        if run.kills.are_too_many(self.ledger.now):
+            error = (
+                f"its worker processes were killed {run.kills.count} times in {self.ledger.now - run.kills.since:.0f} s"
+            )
+            self._end(run, "failed", f"{error} without progress in between; the last: {cause}")
 
     def _on_dropped(self, event: ev.WorkerDroppedJob) -> None:
         self._let_go(event.worker_id, event.job_id)

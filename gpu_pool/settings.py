@@ -60,13 +60,16 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """An evaluator above this is replaced when its job is done."""
     gpu_free_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """A GPU counts as free when at least this share of its memory is."""
+    model_patience_s: Annotated[float, Meta(gt=0)] = 120.0
+    """An admitted job whose model's files are missing, unfinished or broken fails when nothing was written to them for
+    so long; until then it waits."""
     worker_load_timeout_s: Annotated[float, Meta(gt=0)] = 3600.0
     """A worker that has not loaded its model by then is killed."""
     worker_stall_s: Annotated[float, Meta(gt=0)] = 600.0
     """A worker that owes answers and has begun no batch or step for so long hangs and is killed, with all its ranks."""
     unresponsive_s: Annotated[float, Meta(gt=0)] = 120.0
-    """A process other than a worker that does not answer the server for so long is stopped or hangs, and is killed. The
-    answer needs no more than a moment of Python's global lock: what computes for longer in one go is C code."""
+    """A process that does not answer the server for so long is stopped or hangs, and is killed. To answer takes no more
+    than a moment of Python's global lock: what loads or computes for longer in one go is C code."""
     drop_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     """A worker that has not reached the end of a step by then, while a job waits to be cancelled, is killed."""
     max_workers_per_gpu: Annotated[int, Meta(ge=1)] = 1

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import uuid
@@ -24,6 +25,8 @@ from gpu_pool.offspring import SWEEP_SECONDS, end_all, hidden, mark_process, mar
 
 POLITE_SECONDS = 2.0
 """How long a child may take to end after Shutdown before it is killed."""
+END_SECONDS = 60.0
+"""How long a killed one may take to be gone: it gives much memory back. What hangs in a driver may never be gone."""
 
 logger = logging.getLogger(__name__)
 _spawn = multiprocessing.get_context("spawn")
@@ -37,18 +40,23 @@ class Child(Generic[Received]):
         self.name = name
         self.pid: int = process.pid
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Resolves to the cause when the process is dead and its last message was handed over."""
+        """Resolves to the cause when the process is dead and its last message was handed over, or cannot be ended."""
         self.why: str | None = None
         """Why we killed it, for people; or what it said itself before it ended. Its exit status tells less."""
         self.exitcode: int | None = None
         """Once it is gone; negative: the signal that ended it."""
         self.killed = False
         """Ended by us: whatever it still says is not wanted."""
+        self.was_stopped = False
+        """Ended by us as somebody else had stopped it."""
         self._process = process
         self._pidfd = pidfd
         self._channel = channel
         self._mark = mark
         self._dead = asyncio.Event()
+        self._over = asyncio.Event()
+        """It is dead, or was given up: it will do nothing more, but keeps what it has."""
+        self._giving_up: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def watch(
@@ -60,7 +68,10 @@ class Child(Generic[Received]):
         def died() -> None:
             loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
+            if self._giving_up:
+                self._giving_up.cancel()
             self._dead.set()
+            self._over.set()
 
         loop.add_reader(self._pidfd, died)
         self._task = asyncio.create_task(self._live(on_message, on_death), name=f"watch {self.name}")
@@ -70,15 +81,19 @@ class Child(Generic[Received]):
         """Queue a message for the child."""
         self._channel.send(message)
 
-    def kill(self, why: str | None = None) -> None:
-        """End the child and everything in its process group, now; `why` becomes the cause of its end."""
+    def kill(self, why: str | None = None, *, from_outside: bool = False) -> None:
+        """End the child and everything in its process group, now; `why` becomes the cause of its end, and somebody's
+        who had stopped it, `from_outside`."""
         self.killed = True
         if not self._dead.is_set():
             self.why = why or self.why
+            self.was_stopped = from_outside
             self._signal_group()
+            if self._giving_up is None:
+                self._giving_up = asyncio.get_running_loop().call_later(END_SECONDS, self._over.set)
 
     async def stop(self, grace_seconds: float = POLITE_SECONDS) -> None:
-        """Ask it to end, then make it; returns when it is gone."""
+        """Ask it to end, then make it; returns when it is gone, or cannot be ended."""
         self.send(Shutdown())
         try:
             async with asyncio.timeout(grace_seconds):
@@ -92,14 +107,16 @@ class Child(Generic[Received]):
         self, on_message: Callable[[Received], Awaitable[None]], on_death: Callable[[str], Awaitable[None]]
     ) -> None:
         reading = asyncio.create_task(self._read(on_message), name=f"read {self.name}")
-        await self._dead.wait()
+        await self._over.wait()
         cause = "its process is gone"
         try:
-            self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
-            await self._end_offspring()
-            self._channel.end_input()
-            await reading
-            cause = self._reap()
+            if self._dead.is_set():
+                await self._clear_away()
+                self._channel.end_input()
+                await reading
+                cause = self._reap()
+            else:
+                cause = self._give_up()
         except Exception:  # whatever is left of it, others wait to hear that it is gone
             logger.exception("what is left of %s cannot be cleared away", self.name)
         finally:
@@ -109,6 +126,26 @@ class Child(Generic[Received]):
             await on_death(self.why or cause)
         finally:
             self.gone.set_result(self.why or cause)
+
+    async def _clear_away(self) -> None:
+        """What it has started ends with it."""
+        self._signal_group()  # before the process is reaped: until then its group's number cannot be reused
+        await self._end_offspring()
+
+    def _give_up(self) -> str:
+        """Go on without it: nobody waits for it any more, not even the end of this process."""
+        multiprocessing.process._children.discard(self._process)  # pyright: ignore
+        self._burial = asyncio.create_task(self._bury(), name=f"bury {self.name}")
+        self.why = f"{self.why or 'it was killed'}; but process {self.pid} is still there after {END_SECONDS:g} s"
+        logger.error("%s cannot be ended, as what hangs in a driver: %s", self.name, self.why)
+        return self.why
+
+    async def _bury(self) -> None:
+        """Once it is dead after all."""
+        await self._dead.wait()
+        await self._clear_away()
+        self._reap()
+        logger.warning("%s, which could not be ended, is gone now", self.name)
 
     async def _end_offspring(self) -> None:
         """What left the group too: it may hold the pipe, or memory of a GPU."""

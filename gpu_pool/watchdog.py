@@ -1,13 +1,14 @@
 """Finds a process that hangs or is stopped: it is asked whether it lives, and killed when it owes the answer for long.
 
-A thread answers that does nothing but take the server's messages, whatever the others compute. Of workers more is
-expected, see `stalls`.
+A thread answers that does nothing but take the server's messages, whatever the others load or compute. Of workers that
+have loaded more is expected, see `stalls`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 from gpu_pool.messages import Ping
@@ -48,4 +49,14 @@ class Watchdog:
             self._wait()
             return
         logger.error("%s has not answered for %g s and is killed", self._child.name, self._limit_s)
-        self._child.kill(f"it did not answer for {self._limit_s:g} s (unresponsive_s) and was killed")
+        why = f"it did not answer for {self._limit_s:g} s (unresponsive_s) and was killed"
+        self._child.kill(why, from_outside=is_stopped(self._child.pid))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether somebody has stopped the process (SIGSTOP), which then does nothing until it is continued."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")

@@ -57,7 +57,7 @@ class JobBars:
         job_id, progress = job["job_id"], job["progress"] or {}
         counts = progress.get("tasks", {})
         kind, title = job["kind"], f"[bold]{_label(job)}[/] {_state(job)}"
-        self._draw((job_id, ""), title, progress, _share(kind, progress), _note(progress))
+        self._draw((job_id, ""), title, progress, _share(kind, progress), _note(job, progress))
         for task, count in counts.items() if len(counts) > 1 else ():
             self._draw((job_id, task), f"  {task}", count, _share(kind, count), _errored(count))
         if job["status"] in FINAL:
@@ -221,7 +221,9 @@ def _state(job: Json) -> str:
     return f"[{COLORS[status]}]{text.get(status, status)}[/]"
 
 
-def _note(progress: Json) -> str:
+def _note(job: Json, progress: Json) -> str:
+    if job["waits_for"]:
+        return escape(job["waits_for"])
     seconds = progress.get("eta_seconds")
     remaining = "" if seconds is None else f"about {seconds:.0f} s left"
     return ", ".join(filter(None, (_errored(progress), remaining)))

@@ -104,6 +104,10 @@ class JobInfo(Response, frozen=True, kw_only=True):
     """Whose fields `request` has: those of POST /evaluate or of POST /merge."""
     merged_path: str | None
     """Of a merge that is completed: the folder that can be evaluated."""
+    waits_for: str | None
+    """Why the job does not run, or not on, as GET /queue says it; null when it does not wait."""
+    expected_start: datetime | None
+    """When it is expected to, where something is known to tell from."""
 
 
 class JobEventInfo(Response, frozen=True, kw_only=True):

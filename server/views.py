@@ -65,7 +65,7 @@ def job_info(job: Job, pool: Pool) -> responses.JobInfo:
     """One job as GET /jobs/{id} shows it."""
     if not job.state.is_final:
         position = pool.queue_position(job.id) if job.state is JobState.QUEUED else None
-        return _new_job_info(job, position, pool.eta_seconds(job.id))
+        return _new_job_info(job, position, pool.eta_seconds(job.id), pool.why_waits(job.id))
     known = _ended.get(job.id)
     if known is None or known[0] is not job:
         known = _ended[job.id] = job, _new_job_info(job, None, None)
@@ -74,7 +74,9 @@ def job_info(job: Job, pool: Pool) -> responses.JobInfo:
     return known[1]
 
 
-def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> responses.JobInfo:
+def _new_job_info(
+    job: Job, position: int | None, eta_seconds: float | None, wait: WaitingView | None = None
+) -> responses.JobInfo:
     return responses.JobInfo(
         job_id=job.id,
         status=status_of(job.state),
@@ -94,7 +96,13 @@ def _new_job_info(job: Job, position: int | None, eta_seconds: float | None) -> 
         tags=list(job.work.tags),
         kind="merge" if isinstance(job.work, Merge) else "evaluation",
         merged_path=_merged_path(job),
+        waits_for=wait.reason if wait else None,
+        expected_start=_expected_start(wait) if wait else None,
     )
+
+
+def _expected_start(wait: WaitingView) -> datetime | None:
+    return None if wait.starts_in is None else datetime.now(UTC) + timedelta(seconds=wait.starts_in)
 
 
 def _merged_path(job: Job) -> str | None:
@@ -136,7 +144,6 @@ def model_info(spec: ModelSpec) -> responses.ModelInfo:
 
 def queue_info(queue: QueueView, waiting: list[WaitingView]) -> responses.QueueInfo:
     """The reference's queue, all running jobs, and why the first ones wait."""
-    now = datetime.now(UTC)
     return responses.QueueInfo(
         queue_size=len(queue.queued),
         running_job=queue.running[0] if queue.running else None,
@@ -150,7 +157,7 @@ def queue_info(queue: QueueView, waiting: list[WaitingView]) -> responses.QueueI
                 job_id=wait.job_id,
                 needs=wait.needs,
                 reason=wait.reason,
-                expected_start=None if wait.starts_in is None else now + timedelta(seconds=wait.starts_in),
+                expected_start=_expected_start(wait),
             )
             for wait in waiting
         ],

@@ -23,13 +23,15 @@ ENDLESS = 3000
 DROP_SECONDS = 5.0
 """Steps take milliseconds; a worker that a loaded machine keeps waiting must not be taken for one that hangs."""
 
+MODEL_PATIENCE_SECONDS = 3.0
+
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     """Two CPU workers; a worker that hangs is killed soon."""
     folder = tmp_path_factory.mktemp("box")
     config = folder / "evalpool.toml"
-    config.write_text(f"drop_timeout_s = {DROP_SECONDS}\n")
+    config.write_text(f"drop_timeout_s = {DROP_SECONDS}\nmodel_patience_s = {MODEL_PATIENCE_SECONDS}\n")
     tasks = write_tasks(folder / "tasks")
     arguments = ("--config", config, "--include-path", tasks, "--cpu-workers", 2)
     with run_server(folder / "data", *arguments) as server, Service(server) as service:
@@ -270,8 +272,28 @@ def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Pat
         box.client.cancel_job(job_id)
     with pytest.raises(JobFailed) as failed:
         box.client.wait_for_job(queued, timeout=PATIENCE_SECONDS, verbose=False)
-    assert str(own_model) in failed.value.job["error"]
+    error = failed.value.job["error"]
+    assert f"{own_model} does not exist on the server" in error
+    assert "its files have not changed for 3 s (setting model_patience_s)" in error
     assert box.client.is_healthy()
+
+
+def test_a_model_that_is_half_written_when_its_job_starts(box: Service, tiny_model: Path, own_model: Path):
+    """As by training that overwrites its latest checkpoint: the job is of the content that there is in the end."""
+    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "3"], check=True)
+    running = occupy_all_evaluators(box, tiny_model)
+    queued = box.submit(own_model, "quick_choice", limit=4)
+    box.job_once(queued, lambda job: job["model"], "its model is known")
+    weights = own_model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    for job_id in running:
+        box.client.cancel_job(job_id)
+    until(lambda: "requeued" in [each["event"] for each in box.client.events(queued)["events"]], "it begins anew")
+    weights.write_bytes(whole)
+    assert box.finished(queued)["retries"] == 0
+    box.finished(again := box.submit(own_model, "quick_choice", limit=4))
+    assert log_probabilities(box, queued) == pytest.approx(log_probabilities(box, again), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

@@ -33,7 +33,7 @@ class FragileModel(LlamaForCausalLM):
 
     def forward(self, input_ids=None, **arguments):
         if self.reads_thrice(self.config.deadly_token, input_ids):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.reads_thrice(self.config.losing_token, input_ids):
             lost = Path(self.config.device_is_lost)
             if lost.exists():
@@ -109,7 +109,7 @@ def test_a_request_that_kills_ends_in_an_error_and_nothing_else_does(box: Servic
         "answered": 3,
         "errored_excluded": 1,
         "documents_excluded": 1,
-        "causes": {"its worker process ended: killed by SIGKILL": 1},
+        "causes": {"its worker process ended: killed by SIGSEGV": 1},
     }
     samples = list(box.client.samples(poisoned))
     assert [sample["doc_id"] for sample in samples if "evalpool_error" in sample] == [2]
@@ -120,7 +120,7 @@ def test_a_job_that_allows_no_errors_fails_with_the_cause(box: Service, fragile_
     job = box.ended(submit(box, fragile_model, "with_poison"))
     assert job["status"] == "failed"
     assert "1 of 4 requests" in job["error"]
-    assert "its worker process ended: killed by SIGKILL (1)" in job["error"]
+    assert "its worker process ended: killed by SIGSEGV (1)" in job["error"]
 
 
 def test_a_worker_whose_device_is_lost_ends_and_another_one_answers(box: Service, fragile_model: Path):

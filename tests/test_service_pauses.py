@@ -35,8 +35,8 @@ def nvml(fake_nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> F
 @pytest.fixture(scope="module")
 def box(nvml: FakeNvml, tmp_path_factory: pytest.TempPathFactory) -> Generator[GpuBox]:
     """Two GPUs of 80 GiB."""
-    patience = f"patience_s = {PATIENCE_SECONDS}"
-    with gpu_box(tmp_path_factory.mktemp("box"), nvml, patience, evaluators=3, computes=True) as box:
+    patience = (f"patience_s = {PATIENCE_SECONDS}", "model_patience_s = 3")
+    with gpu_box(tmp_path_factory.mktemp("box"), nvml, *patience, evaluators=3, computes=True) as box:
         yield box
 
 
@@ -112,7 +112,10 @@ def test_a_job_whose_model_vanishes_while_it_pauses(box: GpuBox, nvml: FakeNvml,
     box.finished(large)
     failed = box.ended(job)
     assert failed["status"] == "failed"
-    assert failed["error"].startswith(f"it had paused for job {large}, and then {own_model} cannot be served: ")
+    assert f"{own_model} does not exist on the server" in failed["error"]
+    assert "its files have not changed for 3 s (setting model_patience_s)" in failed["error"]
+    causes = [event["cause"] for event in box.client.events(job)["events"] if event["event"] == "requeued"]
+    assert causes == [f"the model's files changed while it paused for job {large}"]
 
 
 def test_a_job_whose_model_is_overwritten_while_it_pauses(

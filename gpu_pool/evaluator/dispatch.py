@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -105,16 +106,18 @@ class Dispatcher:
         *,
         at_once: bool = True,
         cause: str | None = None,
+        from_outside: bool = False,
         then: Callable[[], None] | None = None,
     ) -> None:
         """Stop using this worker: at once, and others get what it had; or once it has answered what it was asked.
 
-        `cause` says how it ended, if it did. `then` is called when it is used no more, perhaps from another thread.
+        `cause` says how it ended, if it did, and `from_outside` whether somebody killed it. `then` is called when it is
+        used no more, perhaps from another thread.
         """
         with self._changed:
             link = self._links.get(worker_id)
             if link is not None:
-                link.cause = cause or link.cause
+                link.cause, link.from_outside = cause or link.cause, from_outside or link.from_outside
                 link.leaving = True
                 link.then = then or link.then
                 self._changed.notify_all()
@@ -174,11 +177,12 @@ class Dispatcher:
         died_in = {chunk_id for chunk_id in link.in_flight if link.has_died and chunk_id in link.begun}
         if self.shared is not None:
             self.shared.give_up(self._free(link, died_in))
+        died_at = time.monotonic()
         with self._changed:
-            causes = self._take_back(link, died_in)
-            self._changed.notify_all()
-            if causes:
+            if any(len(link.in_flight[chunk_id].units) == 1 for chunk_id in died_in):
                 self._changed.wait_for(lambda: link.cause or self._closed, CAUSE_SECONDS)
+            causes = self._take_back(link, died_in, died_at)
+            self._changed.notify_all()
             if self._links.get(link.worker_id) is link:
                 del self._links[link.worker_id]
         ended = f"its worker process ended: {link.cause or 'it closed the connection'}"
@@ -201,7 +205,7 @@ class Dispatcher:
                 free += chunk.units
         return free
 
-    def _take_back(self, link: Link, died_in: Set[int]) -> list[Unit]:
+    def _take_back(self, link: Link, died_in: Set[int], died_at: float) -> list[Unit]:
         """Put what a worker held where it is asked next; returns the units that are known to be the cause."""
         causes: list[Unit] = []
         if self._closed:
@@ -210,7 +214,9 @@ class Dispatcher:
             if chunk_id in died_in:
                 _log.warning("Worker %s died while it computed %d requests", link.worker_id, len(chunk.units))
                 self.done(link, chunk)
-                cause = self._suspects.died(chunk if isinstance(chunk, Suspect) else Suspect(chunk.units))
+                suspect = chunk if isinstance(chunk, Suspect) else Suspect(chunk.units)
+                after_s = died_at - link.begun[chunk_id]
+                cause = self._suspects.died(suspect, from_outside=link.from_outside, after_s=after_s)
                 causes += [] if cause is None else [cause]
             elif isinstance(chunk, Suspect):
                 self._suspects.put_back(chunk)

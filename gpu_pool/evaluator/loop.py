@@ -110,11 +110,11 @@ class EvaluatorLoop:
             case AttachWorker(job_id=job_id, worker_id=worker_id, address=address):
                 if self._job and self._job.dispatcher.job_id == job_id:
                     self._job.dispatcher.attach(worker_id, address)
-            case DetachWorker(job_id=job_id, worker_id=worker_id, at_once=at_once, cause=cause):
+            case DetachWorker(job_id=job_id, worker_id=worker_id, cause=cause):
                 if self._job and self._job.dispatcher.job_id == job_id:
-                    gone = WorkerDetached(job_id=job_id, worker_id=worker_id)
-                    then = partial(self._send, gone)
-                    self._job.dispatcher.detach(worker_id, at_once=at_once, cause=cause, then=then)
+                    then = partial(self._send, WorkerDetached(job_id=job_id, worker_id=worker_id))
+                    how = {"at_once": message.at_once, "from_outside": message.from_outside}
+                    self._job.dispatcher.detach(worker_id, cause=cause, then=then, **how)
             case RunJob():
                 assert self._open_job is not None, "this evaluator was started without what jobs need"
                 self._job = self._open_job(message, self._send)

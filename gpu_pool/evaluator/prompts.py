@@ -18,10 +18,10 @@ from transformers.utils.hub import cached_file
 
 from gpu_pool import checkpoints
 from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.failures import explain
+from gpu_pool.evaluator.failures import ContentChanged, explain
 from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
 from gpu_pool.evaluator.typed_content import MediaPlaces
-from gpu_pool.fingerprint import fingerprint_model
+from gpu_pool.fingerprint import deserves_another_look, is_current
 from gpu_pool.records import TEXT_ONLY, Modality, ModelArgs, ModelSpec
 
 _WARM_TOKENIZERS = 4
@@ -226,20 +226,24 @@ class EncoderPool:
         """The model's encoder, loaded if need be, and whether it is of the content that `model` means.
 
         It is not when the files have changed since the job was submitted. The least recently used one makes room.
+
+        Raises:
+            PromptError: it cannot be loaded; ContentChanged where that may be for files that are being written.
         """
         encoder = self._encoders.pop(model.replica_key, None)
         if encoder is None:
-            encoder = PromptEncoder(model.args)
-            if not self._is_current(model):
+            try:
+                encoder = PromptEncoder(model.args)
+            except PromptError as error:
+                if deserves_another_look(model, self._memo):
+                    raise ContentChanged(f"{error}; its files have changed or are being written") from error
+                raise
+            if not is_current(model, self._memo):  # after loading: whatever was written before or meanwhile shows
                 return encoder, False
         self._encoders[model.replica_key] = encoder
         if len(self._encoders) > _WARM_TOKENIZERS:
             del self._encoders[next(iter(self._encoders))]
         return encoder, True
-
-    def _is_current(self, model: ModelSpec) -> bool:
-        """Asked after loading, so that whatever was written before or meanwhile shows."""
-        return fingerprint_model(model.args, self._memo) == model.fingerprint
 
 
 def import_model_code() -> None:

@@ -2,8 +2,11 @@
 
 Workers die for many reasons, so a chunk is suspected only of deaths while it was computed, and is asked once more, by
 itself, before it is taken apart: a request that kills costs two deaths for the chunk, one for each half that it is in,
-and four when it is alone: no score is to lack a slow request on which workers were killed by chance. Errors that a
-worker survives are a matter of the request, and need no second try.
+and four when it is alone. Errors that a worker survives are a matter of the request, and need no second try.
+
+No score is to lack a request on which workers were killed by somebody. Where that is how they ended, more are needed
+until a request alone is the cause: eight that ended soon after they had begun it, which chance does not bring about, or
+thirty that ended at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 MOST_DEATHS = 2
 """Workers that die on the same requests, which are then taken apart."""
 MOST_DEATHS_ALONE = 4
-"""Workers that die on a request alone, which is then the cause."""
+"""Workers that die by themselves on a request alone, which is then the cause."""
+MOST_SOON_KILLS_ALONE = 8
+"""Workers that are killed, by somebody as it seems, within SOON_SECONDS of a request alone."""
+MOST_KILLS_ALONE = 30
+"""Workers that are killed from outside at any time after they have begun a request alone."""
+SOON_SECONDS = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +37,10 @@ class Suspect:
     units: Sequence[Unit]
     deaths: int = 0
     """Workers that died while they computed these, or, of a half, would have done without its other half."""
+    kills: int = 0
+    """Of a request alone, further ones that somebody killed."""
+    soon_kills: int = 0
+    """Of those, the ones that were killed soon after they had begun it."""
 
     def keep(self, units: Sequence[Unit]) -> None:
         """Some of the units are answered elsewhere; these are not."""
@@ -37,6 +49,19 @@ class Suspect:
     def part(self, units: Sequence[Unit]) -> Suspect:
         """Some of the units, suspected by themselves: a single one of nothing yet, several of one death at most."""
         return Suspect(units, min(self.deaths, MOST_DEATHS - 1) if len(units) > 1 else 0)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is but one."""
+        return len(self.units) == 1
+
+    @property
+    def is_guilty(self) -> bool:
+        """Whether so many workers were lost on them that it is certain that one of them is the cause."""
+        if not self.is_alone:
+            return self.deaths >= MOST_DEATHS
+        alone = ((self.deaths, MOST_DEATHS_ALONE), (self.soon_kills, MOST_SOON_KILLS_ALONE))
+        return any(count >= most for count, most in (*alone, (self.kills, MOST_KILLS_ALONE)))
 
     @property
     def kind(self) -> str:
@@ -80,13 +105,18 @@ class Suspects:
             self.put_back(suspect if set(some) == set(suspect.units) else suspect.part(some))
         return [unit for unit in units if unit not in self._known]
 
-    def died(self, suspect: Suspect) -> Unit | None:
-        """A worker died while it computed these; returns the unit that is the cause, once that is certain."""
-        suspect.deaths += 1
-        if suspect.deaths < (MOST_DEATHS if len(suspect.units) > 1 else MOST_DEATHS_ALONE):
-            self.put_back(suspect)
-            return None
-        return self.failed(suspect)
+    def died(self, suspect: Suspect, *, from_outside: bool = False, after_s: float = 0.0) -> Unit | None:
+        """A worker died `after_s` seconds after it had begun these; returns the unit that is the cause, once that is
+        certain. `from_outside`: somebody killed it."""
+        if from_outside and suspect.is_alone:
+            suspect.kills += 1
+            suspect.soon_kills += after_s < SOON_SECONDS
+        else:
+            suspect.deaths += 1
+        if suspect.is_guilty:
+            return self.failed(suspect)
+        self.put_back(suspect)
+        return None
 
     def failed(self, suspect: Suspect) -> Unit | None:
         """A worker could not compute these, and lives; returns the unit that is the cause, once that is certain.

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, assert_never
@@ -52,8 +53,8 @@ class Link(threading.Thread):
         self.worker_id = worker_id
         self.pace = dispatcher.paces.of(worker_id)
         self.in_flight: dict[int, Chunk | Suspect] = {}
-        self.begun: set[int] = set()
-        """Those in flight that the worker computes."""
+        self.begun: dict[int, float] = {}
+        """Those in flight that the worker computes, and since when, in monotonic seconds."""
         self.hung_up = False
         self.leaving = False
         """It is asked for no more chunks."""
@@ -64,6 +65,8 @@ class Link(threading.Thread):
         """Called when it is used no more."""
         self.cause: str | None = None
         """How the worker's process ended, once the server has said so."""
+        self.from_outside = False
+        """Whether somebody killed it; known with the cause."""
         self._dispatcher = dispatcher
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,7 +134,7 @@ class Link(threading.Thread):
             case Welcome():
                 self._dispatcher.welcomed(message)
             case ChunkBegun():
-                self.begun.add(message.chunk_id)
+                self.begun[message.chunk_id] = time.monotonic()
             case LoglikelihoodDone():
                 if message.plainly:
                     self._dispatcher.computed_plainly(message.plainly)
@@ -163,7 +166,7 @@ class Link(threading.Thread):
 
     def _ended(self, chunk_id: int) -> Chunk | Suspect:
         chunk = self.in_flight.pop(chunk_id)
-        self.begun.discard(chunk_id)
+        self.begun.pop(chunk_id, None)
         self._dispatcher.done(self, chunk)
         return chunk
 

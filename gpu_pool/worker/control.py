@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NoReturn, assert_never
 
@@ -13,16 +14,18 @@ import msgspec
 
 from gpu_pool.messages import (
     MAX_MESSAGE_BYTES,
+    Alive,
     DropJob,
+    Dropped,
     FromWorker,
     LoadFailed,
+    Ping,
     Shutdown,
     WorkerFailed,
     WorkerReady,
     decode_to_worker,
     encode,
 )
-from gpu_pool.worker.chunk_queue import ChunkQueue
 
 
 class Control:
@@ -33,6 +36,8 @@ class Control:
         self._sending = threading.Lock()
         self._ending = threading.Lock()
         self._ready = False
+        self.drop: Callable[[str], None] = lambda job_id: self.send(Dropped(job_id=job_id))
+        """Forgets a job, and says so; before there is a queue there is nothing to forget."""
 
     def send(self, message: FromWorker) -> None:
         """Tell the server; ends the process when there is no server any more."""
@@ -57,11 +62,11 @@ class Control:
         self.send(WorkerFailed(error=reason) if self._ready else message)
         end_process(1)
 
-    def watch(self, queue: ChunkQueue) -> None:
-        """Obey the server from now on, whatever the main thread does: loading and computing included."""
-        threading.Thread(target=self._obey, args=(queue,), name="control", daemon=True).start()
+    def watch(self) -> None:
+        """Obey the server from now on, whatever the main thread does: importing, loading and computing included."""
+        threading.Thread(target=self._obey, name="control", daemon=True).start()
 
-    def _obey(self, queue: ChunkQueue) -> None:
+    def _obey(self) -> None:
         while True:
             try:
                 message = decode_to_worker(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
@@ -72,7 +77,9 @@ class Control:
                 end_process(1)
             match message:
                 case DropJob(job_id=job_id):
-                    queue.drop(job_id)
+                    self.drop(job_id)
+                case Ping():
+                    self.send(Alive())
                 case Shutdown():
                     end_process(0)
                 case _:

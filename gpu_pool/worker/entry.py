@@ -18,9 +18,13 @@ def worker_main(connection: Connection, start: WorkerStart, parent_pid: int) -> 
     enter_child(parent_pid, start.log_path)
     say(f"starting with {start.tensor_parallel} slots for {start.spec.fingerprint}")  # scripts/record_trace.py reads it
     os.environ.update(_environment(start))
+    from gpu_pool.worker.control import Control
+
+    control = Control(connection)
+    control.watch()  # before the imports, which take seconds or, from a slow disk, minutes
     from gpu_pool.worker.loop import run_worker  # imports torch, which reads the environment set above
 
-    run_worker(connection, start)
+    run_worker(control, start)
 
 
 def rank_main(connection: Connection, start: WorkerStart, rank: int, parent_pid: int) -> NoReturn:

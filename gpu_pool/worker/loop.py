@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +14,7 @@ import torch
 
 from gpu_pool.child import say
 from gpu_pool.chunk_messages import ChunkBegun, ChunkFailed, GenerationChunk, Welcome
-from gpu_pool.fingerprint import fingerprint_model, is_of_hub, memo_path
+from gpu_pool.fingerprint import deserves_another_look, is_current, is_of_hub, memo_path
 from gpu_pool.messages import Dropped, LoadFailed, WorkerReady, WorkerStart
 from gpu_pool.records import ModelSpec
 from gpu_pool.worker.chunk_queue import Chunk, ChunkQueue, Client
@@ -44,11 +43,10 @@ class Replica:
     compute: Callable[[Chunk, Callable[[], bool], Callable[[], GenerationChunk | None]], Iterator[Answer]]
 
 
-def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
+def run_worker(control: Control, start: WorkerStart) -> NoReturn:
     """Serve until the control pipe says otherwise, the model turns out not to be servable, or a rank is lost."""
-    control = Control(connection)
     queue = ChunkQueue(lambda job_id: control.send(Dropped(job_id=job_id)))
-    control.watch(queue)
+    control.drop = queue.drop
     torch.set_num_threads(start.threads_of_a_rank)
     try:
         replica = _load(start, control)
@@ -57,8 +55,7 @@ def run_worker(connection: Connection, start: WorkerStart) -> NoReturn:
         listen(start.socket_path, queue, _welcome(start.worker_id, replica.loaded), Preparation(replica.loaded.prepare))
     except Exception as error:
         traceback.print_exc()
-        why = {"content_changed": isinstance(error, ContentChanged), "out_of_memory": is_out_of_memory(error)}
-        control.fail(_load_failed(start, in_short(error), **why), in_short(error))
+        control.fail(_load_failed(start, in_short(error), out_of_memory=is_out_of_memory(error)), in_short(error))
     control.send_ready(WorkerReady(memory_bytes=replica.memory_bytes, description=replica.loaded.describe()))
     pulse = Pulse(control.send)
     while True:
@@ -90,13 +87,16 @@ def _load(start: WorkerStart, control: Control) -> Replica:
     return Replica(loaded=loaded, memory_bytes=memory_bytes, compute=partial(ranks.compute, loaded))
 
 
-def _load_failed(start: WorkerStart, reason: str, **why: bool) -> LoadFailed:
-    return LoadFailed(error=f"{start.spec.args.pretrained} cannot be served: {reason}", **why)
+def _load_failed(start: WorkerStart, reason: str, *, out_of_memory: bool = False) -> LoadFailed:
+    """Whatever went wrong, half a file may have been the cause."""
+    changed = deserves_another_look(start.spec, memo_path(Path(start.data_dir)))
+    error = f"{start.spec.args.pretrained} cannot be served: {reason}"
+    return LoadFailed(error=error, content_changed=changed, out_of_memory=out_of_memory)
 
 
 def _check_content(spec: ModelSpec, data_dir: Path) -> None:
     """After loading: whatever was written before or meanwhile shows in the fingerprint."""
-    if fingerprint_model(spec.args, memo_path(data_dir)) != spec.fingerprint:
+    if not is_current(spec, memo_path(data_dir)):
         raise ContentChanged("its files have changed since it was asked for")
 
 

@@ -9,12 +9,10 @@ from litestar.di import NamedDependency
 from litestar.params import QueryParameter
 
 from gpu_pool.pool import Pool
+from gpu_pool.reasons import MOST_EXPLAINED
 from server import views
 from server.errors import problems
 from server.responses import QueueInfo
-
-MOST_EXPLAINED = 1000
-"""Some 20 ms on a box with 8 GPUs, 60 ms with 64, in which nothing else is answered."""
 
 
 @get("/queue", tags=["server"], responses=problems(400))

@@ -98,10 +98,11 @@ def _in_short(written: list[str]) -> str:
 
 
 def watch_cache() -> None:
-    """Each batch of answers that is kept, and each claim to requests that a job is about to compute."""
+    """Each batch of answers that is kept, each claim to requests that a job is about to compute, and their end."""
     from gpu_pool.cache import ResponseCache
 
-    for name, what in (("store", "answers"), ("reserve", "claims"), ("release", "release of claims")):
+    writes = {"store": "answers", "reserve": "claims", "release": "release of claims", "leave": "end of all claims"}
+    for name, what in writes.items():
         setattr(ResponseCache, name, _told(getattr(ResponseCache, name), what))
 
 

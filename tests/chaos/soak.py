@@ -41,6 +41,7 @@ BLOWS = {
     ("server", signal.SIGKILL): 2,
     ("warden", signal.SIGKILL): 1,
     ("evaluator", signal.SIGSTOP): 1,
+    ("worker", signal.SIGSTOP): 1,
 }
 """Kind of process and signal, with how often it is chosen."""
 CANCELLED_SHARE = 0.1

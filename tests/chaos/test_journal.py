@@ -22,7 +22,7 @@ VICTIMS = ("server", "desk", "evaluator", "worker")
 FEW = {
     "server": ("after insert jobs", "after answers", "in the bootstrap", "before update jobs to completed"),
     "desk": ("after insert jobs",),
-    "evaluator": ("in the bootstrap", "after results.json"),
+    "evaluator": ("in the bootstrap", "after results.json", "before end of all claims"),
     "worker": ("after update jobs to running", "after answers"),
 }
 """Steps of the default run, by their beginnings: the first passage of each."""

@@ -18,7 +18,20 @@ from pathlib import Path
 from gpu_pool.cache import ResponseCache
 from gpu_pool.child import enter_child
 from gpu_pool.evaluator.loop import EvaluatorLoop
-from gpu_pool.messages import DropJob, Dropped, EvaluatorStart, decode_to_worker, encode
+from gpu_pool.messages import (
+    Alive,
+    DropJob,
+    Dropped,
+    EvaluatorStart,
+    JobProgress,
+    Ping,
+    TaskDone,
+    decode_to_evaluator,
+    decode_to_worker,
+    encode,
+)
+from gpu_pool.records import Progress, TaskProgress
+from gpu_pool.worker.control import Control
 from gpu_pool.worker.merging.entry import obey
 
 
@@ -121,6 +134,15 @@ def watched(connection: Connection, folder: str, parent_pid: int) -> None:
         sum(range(1000))
 
 
+def loads_for_ever(connection: Connection, folder: str, parent_pid: int) -> None:
+    """A worker whose model takes its time, and which obeys meanwhile."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    control = Control(connection)
+    control.watch()
+    while True:
+        sum(range(1000))
+
+
 def breaks_at_its_first_job(connection: Connection, start: EvaluatorStart, parent_pid: int) -> None:
     """An evaluator that says it is ready, and meets what nobody thought of when it is given a job."""
     enter_child(parent_pid, start.log_path)
@@ -131,6 +153,19 @@ def breaks_at_its_first_job(connection: Connection, start: EvaluatorStart, paren
         raise LookupError("what nobody thought of")
 
     loop.serve(None, open_job)
+
+
+def scores_tasks(connection: Connection, folder: str, parent_pid: int) -> None:
+    """An evaluator that has scored two tasks of its job, and reports how often it has said since that it lives."""
+    enter_child(parent_pid, Path(folder) / "child.log")
+    for task, score in (("one", 0.25), ("two", 0.75)):
+        connection.send_bytes(encode(TaskDone(job_id="j", task=task, metrics={"acc,none": score})))
+    answers = 0
+    while isinstance(decode_to_evaluator(connection.recv_bytes()), Ping):
+        answers += 1
+        connection.send_bytes(encode(Alive()))
+        progress = Progress(tasks={"one": TaskProgress(done=answers, total=100)})
+        connection.send_bytes(encode(JobProgress(job_id="j", progress=progress)))
 
 
 def busy(connection: Connection, folder: str, parent_pid: int) -> None:

@@ -173,6 +173,9 @@ class FakePool(Pool):
             for position, job_id in enumerate(queued)
         ]
 
+    def why_waits(self, job_id: str) -> WaitingView | None:
+        return next((wait for wait in self.waiting(len(self._jobs)) if wait.job_id == job_id), None)
+
     def eta_seconds(self, job_id: str) -> float | None:
         return 12.5 if self._jobs[job_id].state is JobState.RUNNING else None
 

@@ -41,7 +41,8 @@ def gpu_worker_main(connection: Connection, start: msg.WorkerStart, parent_pid: 
     memory_bytes = len(gpus) * USED_MIB << 20
     connection.send_bytes(msg.encode(msg.WorkerReady(memory_bytes=memory_bytes, description=description)))
     while not isinstance(message := msg.decode_to_worker(connection.recv_bytes()), msg.Shutdown):
-        connection.send_bytes(msg.encode(msg.Dropped(job_id=message.job_id)))
+        said = msg.Alive() if isinstance(message, msg.Ping) else msg.Dropped(job_id=message.job_id)
+        connection.send_bytes(msg.encode(said))
     sys.exit()
 
 

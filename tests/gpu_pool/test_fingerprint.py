@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from small_disk import full, mounted
 
 from gpu_pool import fingerprint
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.fingerprint import changed_models, fingerprint_model, is_of_hub
+from gpu_pool.fingerprint import changed_models, deserves_another_look, fingerprint_model, is_of_hub
 from gpu_pool.records import ModelArgs, ModelSpec
 
 
@@ -281,3 +282,18 @@ def test_changed_models_are_found_without_reading(tmp_path: Path, memo: Path, mo
     assert changed_models(specs.values(), memo) == {
         specs[name].replica_key for name in ("touched", "gone", "overwritten")
     }
+
+
+def test_a_model_that_could_not_be_loaded_deserves_another_look_until_its_files_rest(
+    model: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spec(fingerprint: str) -> ModelSpec:
+        return ModelSpec(kind="hf", args=args(model), fingerprint=fingerprint)
+
+    meant = fingerprint_model(args(model), memo)
+    assert deserves_another_look(spec(meant), memo)  # it was written just now
+    monkeypatch.setattr(fingerprint, "UNFINISHED_NS", 0)
+    assert not deserves_another_look(spec(meant), memo)
+    assert deserves_another_look(spec("what it was before"), memo)
+    shutil.rmtree(model)
+    assert deserves_another_look(spec(meant), memo)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import fake_children
@@ -10,13 +13,14 @@ import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
-from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, EvaluatorChild, Fleet, Processes, restart_pause
+from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, EvaluatorChild, Fleet, Processes, WorkerChild, restart_pause
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
-from gpu_pool.messages import EvaluatorStart, LoadFailed, RunJob, decode_from_evaluator
+from gpu_pool.messages import EvaluatorStart, LoadFailed, RunJob, decode_from_evaluator, decode_from_worker
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import spawn
+from gpu_pool.watchdog import QUESTIONS
 
 
 async def none(*_: object) -> None:
@@ -81,6 +85,50 @@ async def test_why_an_evaluator_ends_is_in_its_log_and_in_what_becomes_of_its_jo
     assert died is ev.EvaluatorDied
     assert how == {"evaluator_id": "e", "cause": "LookupError: what nobody thought of", "from_outside": False}
     assert "in open_job" in log.read_text()
+
+
+UNRESPONSIVE_SECONDS = 8.0
+"""More than a process needs to start to answer, on a loaded machine."""
+
+
+async def test_a_worker_that_is_stopped_while_it_loads_is_found_and_one_that_loads_for_long_is_not(
+    tmp_path: Path,
+) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1, unresponsive_s=UNRESPONSIVE_SECONDS)
+    leases = Leases(settings, Inventory(visible_devices=""))
+    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
+
+    async def start(worker_id: str, *_: object) -> WorkerChild:
+        return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
+
+    fleet = Fleet(
+        settings,
+        leases,
+        Processes(evaluator=none, worker=start, address=str),
+        put=lambda event, **fields: happened.put_nowait((event, fields)),
+        hear=none,
+        background=asyncio.ensure_future,
+    )
+    [slot] = leases.slots("cpu")
+    model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
+    await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
+    answers = 0
+    watchdog = fleet._watchdogs["w"]
+
+    def count(alive: Callable[[], None] = watchdog.alive) -> None:
+        nonlocal answers
+        answers += 1
+        alive()
+        if answers > QUESTIONS + 1:  # it has lived for longer than `unresponsive_s`
+            os.kill(fleet.workers["w"].pid, signal.SIGSTOP)
+
+    watchdog.alive = count
+    async with asyncio.timeout(120):
+        event, how = await happened.get()
+    why = f"it did not answer for {UNRESPONSIVE_SECONDS:g} s (unresponsive_s) and was killed"
+    assert (event, how) == (ev.WorkerDied, {"worker_id": "w", "cause": why, "from_outside": True})
+    assert answers == QUESTIONS + 2
+    assert not fleet.workers
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,19 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from intake_box import IntakeBox, intake_box, make_evaluation_job
 
-from gpu_pool import store
+from gpu_pool import settling, store
 from gpu_pool.admission import Admission
 from gpu_pool.database import Database
 from gpu_pool.errors import DatabaseUnavailable
 from gpu_pool.model_size import ReplicaSize
 from gpu_pool.records import Evaluation, JobState, ModelArgs
+from gpu_pool.transitions import JobEvent
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,6 +145,93 @@ async def given(box: IntakeBox, *job_ids: str) -> None:
     while not box.runner._given.issuperset(job_ids):
         assert all(job_id in box.jobs for job_id in job_ids), [await box.store.get(job_id) for job_id in job_ids]
         await asyncio.sleep(0)
+
+
+async def started_before(box: IntakeBox, model: Path) -> None:
+    """A job on the model that was admitted and started, and is taken up again."""
+    await box.add(job := make_evaluation_job("j", model))
+    box.intake.take_up(job)
+    await given(box, "j")
+    running = await box.jobs.start(box.jobs["j"])
+    box.runner._given.discard("j")
+    await box.jobs.requeue(running, "its model changed")
+
+
+async def waits(box: IntakeBox, *words: str) -> None:
+    """Return when the job waits because of what these words say."""
+    while not all(word in box.intake.waiting("j").reason for word in words):
+        assert "j" in box.jobs, (await box.store.get("j")).error
+        await asyncio.sleep(0)
+
+
+def half_written(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"half")
+    (model / "config.json").write_text('{"architectures": [')
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, half_written])
+async def test_a_job_waits_for_files_that_are_being_replaced(
+    spoil: Callable[[Path], None], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "POLL_SECONDS", 0.01)
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    async with intake_box(tmp_path) as box:
+        await started_before(box, latest)
+        spoil(latest)
+        box.intake.take_up(box.jobs["j"])
+        await waits(box, str(latest), "The job waits until its files change, and fails if they do not for 120 s")
+        shutil.copytree(tiny_model, latest, dirs_exist_ok=True)
+        (latest / "tokenizer.json").write_text("the next one's")
+        await given(box, "j")
+        assert [entry.event for entry in await box.store.history("j")][-1] == "model_changed"
+        assert not box.intake._settling
+
+
+async def test_a_job_that_was_to_begin_anew_waits_until_nobody_writes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(settling, "REST_SECONDS", 60.0)
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    async with intake_box(tmp_path) as box:
+        await started_before(box, latest)
+        box.intake.take_up(box.jobs["j"])
+        await waits(box, "are being written")
+        monkeypatch.setattr(settling, "REST_SECONDS", 0.1)
+        await given(box, "j")
+
+
+async def test_files_that_are_gone_for_good_are_waited_for_for_a_stated_time(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "POLL_SECONDS", 0.01)
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    async with intake_box(tmp_path, model_patience_s=0.5) as box:
+        await started_before(box, latest)
+        shutil.rmtree(latest)
+        box.intake.take_up(box.jobs["j"])
+        while "j" in box.jobs:
+            await asyncio.sleep(0)
+        job = await box.store.get("j")
+    assert job.state is JobState.FAILED
+    gone = f"model: {latest} does not exist on the server"
+    assert job.error == f"{gone}; its files have not changed for 0.5 s (setting model_patience_s)"
+
+
+async def test_nobody_looks_for_the_files_of_a_job_that_was_cancelled(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "POLL_SECONDS", 0.01)
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    async with intake_box(tmp_path) as box:
+        await started_before(box, latest)
+        shutil.rmtree(latest)
+        box.intake.take_up(box.jobs["j"])
+        await waits(box, "does not exist")
+        await box.runner.settle_queued("j", JobEvent.CANCEL, None)
+        while box.runner._tasks:
+            await asyncio.sleep(0)
+        assert (await box.store.get("j")).state is JobState.CANCELLED
 
 
 class Lenient(Admission):

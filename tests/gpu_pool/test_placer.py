@@ -7,7 +7,7 @@ from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
 from gpu_pool.explain import explain
-from gpu_pool.losses import MOST_KILLS
+from gpu_pool.losses import KILLS_SECONDS, MAX_REST_SECONDS, MOST_KILLS, PATIENT_KILLS
 from gpu_pool.order import AGEING_SECONDS
 from gpu_pool.placer import PATIENCE_SECONDS
 from gpu_pool.scheduler import MAX_FAILED_STARTS, MAX_LOSSES
@@ -218,13 +218,16 @@ def test_retries_are_the_job_s_own_where_it_says_so() -> None:
 def test_kills_are_not_held_against_a_job_unless_there_is_no_end_of_them() -> None:
     box = box_of(1)
     run_on(box, "j", "a")
-    for _ in range(MOST_KILLS - 1):
+    for _ in range(2 * MOST_KILLS):  # within ten minutes
+        box.now += 10.0
         assert box.of(ev.RequeueJob, lose_evaluator(box, from_outside=True))
     box.do(ev.JobProgressed, job_id="j", done=1)
+    box.now += KILLS_SECONDS
     for _ in range(MOST_KILLS - 1):
         assert box.of(ev.RequeueJob, lose_evaluator(box, from_outside=True))
+    box.now += KILLS_SECONDS
     (settle,) = box.of(ev.SettleJob, lose_evaluator(box, from_outside=True))
-    assert settle.error == f"the evaluator process ended: x ({2 * MOST_KILLS - 1} times)"
+    assert settle.error == f"the evaluator process ended: x ({3 * MOST_KILLS} times)"
 
 
 def test_an_attempt_that_gets_further_than_ever_is_the_first_of_a_new_count() -> None:
@@ -250,12 +253,19 @@ def test_a_limit_of_the_job_s_own_counts_all_that_is_lost() -> None:
 def test_workers_that_are_killed_while_they_load_say_nothing_of_the_model() -> None:
     box = box_of(1)
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
-    for _ in range(MAX_LOSSES - 1):
-        box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
+    rests: list[float] = []
+    for _ in range(100):  # within ten minutes
+        box.now += 6.0
+        died = box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
+        rests += [reclaim.rest_s for reclaim in box.of(ev.ReclaimSlots, died)]
         (start,) = box.of(ev.StartWorker, box.do(ev.SlotsReturned, worker_id=start.worker_id))
+    assert rests[: PATIENT_KILLS + 4] == [0.0] * (PATIENT_KILLS - 1) + [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert set(rests[PATIENT_KILLS + 4 :]) == {MAX_REST_SECONDS}
     assert box.ledger.running["j"].may_grow
+    box.now += KILLS_SECONDS
     box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
-    assert box.ledger.ending["j"].outcome == "failed"
+    error = box.ledger.ending["j"].error or ""
+    assert error.startswith("its worker processes were killed 101 times in 4194 s without progress in between")
 
 
 def test_workers_that_die_while_they_load_are_counted_and_those_under_progress_are_not() -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import fake_children
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
 
 from gpu_pool import events as ev
 from gpu_pool.database import Database
 from gpu_pool.errors import ShuttingDown
-from gpu_pool.fleet import Processes
+from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.ledger import Evaluator, Running
 from gpu_pool.live_jobs import LiveJobs
+from gpu_pool.messages import decode_from_evaluator
 from gpu_pool.records import Evaluation, EvaluatorState, Job, JobState, ModelArgs, ModelSpec, Slot
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
+from gpu_pool.supervisor import spawn
 from gpu_pool.transitions import JobEvent
+from gpu_pool.watchdog import QUESTIONS
 
 
 async def no_process(*_: object) -> None:
@@ -108,6 +114,37 @@ async def test_slots_return_whatever_goes_wrong_when_they_are_looked_at(store: S
     event, _ = runner._events.get_nowait()
     assert isinstance(event, ev.SlotsReturned)
     assert event.worker_id == "w"
+
+
+UNRESPONSIVE_SECONDS = 6.0
+"""More than a process needs to start to answer, on a loaded machine."""
+
+
+async def test_an_evaluator_lives_however_long_the_database_is_locked(store: Store, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1, unresponsive_s=UNRESPONSIVE_SECONDS)
+
+    async def start(name: str) -> EvaluatorChild:
+        return await spawn(name, fake_children.scores_tasks, str(tmp_path), decode_from_evaluator)
+
+    leases = Leases(settings, Inventory(visible_devices=""))
+    processes = Processes(evaluator=start, worker=no_process, address=str)
+    runner = Runner(
+        settings, LiveJobs(store, {}), leases, processes, lambda job_id: tmp_path / job_id, lambda job: None
+    )
+    await runner.jobs.start(await store.add(add_job(runner)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await runner.fleet.start_evaluator("e")
+        async with asyncio.timeout(120):
+            for answers in range(1, QUESTIONS + 3):  # the last of them come later than `unresponsive_s`
+                event, _ = await runner._events.get()
+                assert (type(event), event.done) == (ev.JobProgressed, answers)
+        assert (await store.get("j")).metrics == {}
+    scores = {"one": {"acc,none": 0.25}, "two": {"acc,none": 0.75}}
+    assert runner.jobs["j"].metrics == scores
+    await runner.jobs.change(runner.jobs["j"], JobEvent.CANCEL)  # what was noted before is written before
+    assert (await store.get("j")).metrics == scores
+    await asyncio.wait_for(runner.stop(), 30)
 
 
 def add_job(runner: Runner, job_id: str = "j", **fields: object) -> Job:

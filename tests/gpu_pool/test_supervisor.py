@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import itertools
+import multiprocessing
 import os
 import resource
 import select
@@ -87,6 +88,28 @@ async def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     await watched.said.get()
     await watched.child.stop(grace_seconds=0.1)
     assert watched.causes == ["killed by SIGKILL"]
+
+
+async def test_one_that_cannot_be_ended_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As what waits for a driver in the kernel, which no signal reaches."""
+    monkeypatch.setattr("gpu_pool.supervisor.END_SECONDS", 0.5)
+    before = _children()
+    watched = await start(fake_children.deaf, tmp_path)
+    child = watched.child
+    await watched.said.get()
+    monkeypatch.setattr(child, "_signal_group", lambda: None)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await child.stop(grace_seconds=0.1)
+    assert watched.causes == [f"it was killed; but process {child.pid} is still there after 0.5 s"]
+    assert child.pid not in {process.pid for process in multiprocessing.active_children()}  # or exit waits for it
+    os.kill(child.pid, signal.SIGKILL)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await child._burial
+    assert len(watched.causes) == 1
+    assert _children() == before
+    assert "is gone now" in caplog.text
 
 
 async def test_half_a_frame_blocks_nobody_else(tmp_path: Path) -> None:

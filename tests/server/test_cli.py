@@ -8,15 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from fake_pool import FakePool
 from live_server import live_server
+from rich.console import Console
 
 from gpu_pool.cache import CachedModel, ResponseCache, cache_path
 from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
 from server import cli
+from server.cli_view import JobBars
+from server.client import EvalClient
 
 ROOT = Path(__file__).parents[2]
 COMMAND_SECONDS = 120.0  # each takes about one on a quiet machine
@@ -136,6 +140,13 @@ def test_watch_ends_with_the_job(run: Run, pool: FakePool) -> None:
     assert watched.returncode == 0
     assert "4/4" in watched.stderr
     assert "0.4321" in watched.stdout
+
+
+def test_who_watches_a_waiting_job_sees_why_it_waits(live: tuple[str, FakePool], run: Run) -> None:
+    shown = StringIO()
+    with EvalClient(live[0]) as client, JobBars(Console(file=shown, width=200)) as bars:
+        bars.show(client.get_job(submit(run)))
+    assert "none is free" in shown.getvalue()
 
 
 def test_a_failed_job_is_a_failed_command(run: Run, pool: FakePool) -> None:

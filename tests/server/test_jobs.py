@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -46,6 +46,8 @@ async def test_a_queued_job(api: Any):
     assert (job["started_at"], job["completed_at"], job["result"], job["error"]) == (None, None, None, None)
     assert job["request"]["tasks"] == ["piqa"]
     assert job["request"]["num_gpus"] == 1  # defaults are filled in
+    assert job["waits_for"] == "none is free"
+    assert datetime.fromisoformat(job["expected_start"]) > datetime.now(UTC) - timedelta(minutes=1)
 
 
 async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
@@ -62,6 +64,7 @@ async def test_a_running_job_shows_its_progress(api: Any, fake_pool: FakePool):
     )
     job = (await api.get(f"/jobs/{job_id}")).json()
     assert (job["status"], job["phase"], job["attempt"], job["position_in_queue"]) == ("running", "evaluating", 1, None)
+    assert (job["waits_for"], job["expected_start"]) == (None, None)
     assert job["progress"] == {
         "phase": "evaluating",
         "done": 3,

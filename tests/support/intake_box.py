@@ -48,10 +48,10 @@ def make_evaluation_job(job_id: str, model: Path | str, **fields: Any) -> Job:
 
 @asynccontextmanager
 async def intake_box(
-    folder: Path, database: Path | str | None = None, admission: Callable[..., Admission] = Admission
+    folder: Path, database: Path | str | None = None, admission: Callable[..., Admission] = Admission, **options: Any
 ) -> AsyncIterator[IntakeBox]:
-    """One with its data in `folder`."""
-    settings = PoolSettings(data_dir=folder, cpu_workers=1, evaluators=1)
+    """One with its data in `folder`; `options` are settings."""
+    settings = PoolSettings(data_dir=folder, cpu_workers=1, evaluators=1, **options)
     store = await Store.open(database or folder / "jobs.sqlite")
     leases = Leases(settings, Inventory(visible_devices=""))
     jobs = LiveJobs(store, dict.fromkeys(JobState, 0))

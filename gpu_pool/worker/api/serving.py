@@ -30,11 +30,13 @@ from gpu_pool.chunk_messages import (
     decode_to_worker_data,
 )
 from gpu_pool.messages import (
+    Alive,
     ApiWorkerStart,
     BatchProgress,
     DropJob,
     Dropped,
     LoadFailed,
+    Ping,
     Shutdown,
     ToWorker,
     WorkerReady,
@@ -95,6 +97,8 @@ async def serve(connection: Connection, start: ApiWorkerStart) -> None:
             case DropJob(job_id=job_id):
                 service.drop(job_id)
                 control.send(Dropped(job_id=job_id))
+            case Ping():
+                control.send(Alive())
             case Shutdown():
                 break
             case _:

@@ -24,6 +24,7 @@ from fake_worker import (
 from gpu_pool.chunk_messages import GenerationOptions, LoglikelihoodChunk, LoglikelihoodDone
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.requests import Unit
+from gpu_pool.evaluator.suspects import MOST_DEATHS_ALONE
 from gpu_pool.messages import Message
 
 TIMEOUT_S = 120.0  # only for a test that fails
@@ -199,7 +200,13 @@ def test_the_one_that_cannot_be_computed_is_found(
 
 
 def die_one_after_another(
-    dispatcher: Dispatcher, start_worker: StartWorker, behaviour: Behaviour, cause: str | None, most: int
+    dispatcher: Dispatcher,
+    start_worker: StartWorker,
+    behaviour: Behaviour,
+    cause: str | None,
+    most: int,
+    *,
+    from_outside: bool = False,
 ) -> list[FakeWorker]:
     """Workers that take over from each other, as the server replaces what died; `cause` is what it says of each."""
     workers: list[FakeWorker] = []
@@ -216,7 +223,7 @@ def die_one_after_another(
             workers.append(start_worker(f"w{number}", behave))
             died.acquire()
             if cause:
-                dispatcher.detach(f"w{number}", cause=cause)
+                dispatcher.detach(f"w{number}", cause=cause, from_outside=from_outside)
 
     threading.Thread(target=replace, daemon=True).start()
     return workers
@@ -248,6 +255,24 @@ def test_the_request_that_kills_is_found(
     assert len(workers) <= 16
     sizes = [len(chunk.sequences) for worker in workers[1:] for chunk in worker.chunks]
     assert sum(sizes) <= 300, "what was answered is not asked again"
+
+
+def test_a_request_is_not_blamed_for_workers_that_somebody_kills(
+    dispatcher: Dispatcher, events: Events, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_pool.evaluator.suspects.SOON_SECONDS", 0.0)  # it is a slow one
+    monkeypatch.setattr("gpu_pool.evaluator.dispatch.CAUSE_SECONDS", TIMEOUT_S)
+    [unit] = make_units(1)
+    dispatcher.submit([unit])
+    lives = iter([False] * (3 * MOST_DEATHS_ALONE) + [True])
+
+    def killed_often(worker: FakeWorker, chunk: Chunk) -> Message | None:
+        return answer(worker, chunk) if next(lives) else None
+
+    how = ("killed by SIGKILL", 3 * MOST_DEATHS_ALONE + 1)
+    die_one_after_another(dispatcher, start_worker, killed_often, *how, from_outside=True)
+    assert "error" not in collect(events, 1)
+    assert_answered([unit])
 
 
 def test_what_waits_behind_a_request_that_kills_is_not_suspected(

@@ -301,6 +301,22 @@ def test_a_checkpoint_that_changed_after_submission(
     ]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_checkpoint_that_is_half_written_when_its_job_begins(
+    evaluator, job_id, tiny_model: Path, spec_of, tmp_path: Path, name: str
+) -> None:
+    latest = shutil.copytree(tiny_model, tmp_path / "latest")
+    with (latest / "tokenizer_config.json").open("a") as file:
+        file.write("\n" * (2 + len(name)))  # content that no other test has made the evaluator warm for
+    submitted = spec_of(latest)
+    whole = (latest / name).read_bytes()
+    (latest / name).write_bytes(whole[: len(whole) // 2])
+    evaluator.start(job_id, submitted, tasks=("local_choice",), use_cache=False)
+    [failed] = evaluator.finish()
+    assert str(latest) in failed.error
+    assert failed.content_changed
+
+
 def test_a_log_that_cannot_be_written_costs_the_log_not_the_job(evaluator, job_id, start_worker, tmp_path) -> None:
     for number, log_path in enumerate([Path("/dev/full"), tmp_path, tmp_path / "file" / "below" / "job.log"]):
         (tmp_path / "file").touch()

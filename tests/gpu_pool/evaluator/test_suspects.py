@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_pool.evaluator.requests import Unit
-from gpu_pool.evaluator.suspects import MOST_DEATHS, MOST_DEATHS_ALONE, Suspect, Suspects
+from gpu_pool.evaluator.suspects import (
+    MOST_DEATHS,
+    MOST_DEATHS_ALONE,
+    MOST_KILLS_ALONE,
+    MOST_SOON_KILLS_ALONE,
+    SOON_SECONDS,
+    Suspect,
+    Suspects,
+)
 
 
 def make_units(count: int) -> list[Unit]:
@@ -112,3 +120,26 @@ def test_an_error_that_the_worker_survives_needs_no_second_try() -> None:
     assert [half and list(half.units) for half in halves] == [[units[0]], [units[1]]]
     assert halves[1] is not None
     assert suspects.failed(halves[1]) is units[1]
+
+
+@pytest.mark.parametrize(
+    ("from_outside", "after_s", "most"),
+    [
+        (False, 60.0, MOST_DEATHS_ALONE),
+        (True, 0.1, MOST_SOON_KILLS_ALONE),
+        (True, SOON_SECONDS, MOST_KILLS_ALONE),
+    ],
+)
+def test_how_a_worker_ended_says_how_much_its_end_says(from_outside: bool, after_s: float, most: int) -> None:
+    suspects, suspect = Suspects(), Suspect(make_units(1))
+    for _ in range(most - 1):
+        assert suspects.died(suspect, from_outside=from_outside, after_s=after_s) is None
+        assert suspects.take() is suspect
+    assert suspects.died(suspect, from_outside=from_outside, after_s=after_s) is suspect.units[0]
+
+
+def test_what_others_kill_is_not_added_to_what_ends_by_itself() -> None:
+    suspects, suspect = Suspects(), Suspect(make_units(1))
+    for _ in range(MOST_DEATHS_ALONE - 1):
+        assert suspects.died(suspect) is None
+        assert suspects.died(suspect, from_outside=True) is None

@@ -187,7 +187,7 @@ def test_missing_model_is_reported(checkpoint, tmp_path, spawn_worker):
     process = spawn_worker(worker_start(tmp_path, tmp_path / "nothing", fingerprint="0" * 64))
     failed = process.receive()
     assert isinstance(failed, LoadFailed)
-    assert not failed.content_changed
+    assert failed.content_changed
     assert failed.error == f"{tmp_path / 'nothing'} cannot be served: FileNotFoundError: it is not there any more"
     assert process.exit_code() == 1
 
@@ -207,6 +207,19 @@ def test_weights_overwritten_before_loading_are_noticed(checkpoint, tmp_path, sp
     process = spawn_worker(start)
     failed = process.receive()
     assert isinstance(failed, LoadFailed)
+    assert failed.content_changed
+    assert process.exit_code() == 1
+
+
+def test_weights_that_are_half_written_when_they_are_loaded_deserve_another_look(checkpoint, tmp_path, spawn_worker):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    start = worker_start(tmp_path, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    process = spawn_worker(start)
+    failed = process.receive()
+    assert isinstance(failed, LoadFailed)
+    assert "SafetensorError" in failed.error
     assert failed.content_changed
     assert process.exit_code() == 1
 
