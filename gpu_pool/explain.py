@@ -74,8 +74,13 @@ def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
     """What has nothing to do with slots."""
     if run := ledger.running.get(demand.job_id):
         return f"It has paused for job {run.paused_for}. " if run.paused_for else "It has no workers now. "
-    if ledger.evaluators_that_are(EvaluatorState.READY):
+    ready = ledger.evaluators_that_are(EvaluatorState.READY)
+    keepers = [ledger.reserved.get(evaluator_id, demand.job_id) for evaluator_id in ready]
+    if demand.job_id in keepers:
         return ""
+    if keepers:
+        jobs = ", ".join(f"job {job_id}" for job_id in sorted(set(keepers)))
+        return f"Evaluators that are ready are kept for others ({jobs}). "
     if len(ledger.running) == len(ledger.evaluators):
         return f"All {len(ledger.evaluators)} evaluators run jobs. "
     return "An evaluator is starting. "
@@ -141,7 +146,8 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:
-    reason = ledger.unusable.get(slot.id, "it is not there any more")
+    gone = "its memory should be back by now" if slot.id in ledger.overdue else "it is not there any more"
+    reason = ledger.unusable.get(slot.id, gone)
     return reason.removeprefix(f"{_name(slot)}: ").rstrip(".")  # a refusal names the GPU itself
 
 
@@ -161,7 +167,7 @@ class _Forecast:
         """How many more the cap allows."""
         self._evaluators = [self._ready_in(evaluator) for evaluator in ledger.evaluators.values()]
         heapq.heapify(self._evaluators)
-        self._one_is_ready = bool(ledger.evaluators_that_are(EvaluatorState.READY))
+        self._one_is_ready = len(ledger.evaluators_that_are(EvaluatorState.READY)) > len(ledger.reserved)
 
     def _ready_in(self, evaluator: Evaluator) -> float:
         """Seconds until it could be ready."""

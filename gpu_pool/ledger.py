@@ -19,6 +19,12 @@ from gpu_pool.transitions import WorkerEvent, advance_worker
 LOADS_REMEMBERED = 1000
 """Models of which it is known how long they take to load: those that were loaded last."""
 
+SOON_READY = (EvaluatorState.STARTING, EvaluatorState.CLEARING, EvaluatorState.ENDING)
+"""Evaluators that will take a job in a moment, or are replaced by one that will."""
+MEMORY_SECONDS = 10.0
+"""How long the memory of a worker that is gone mostly takes to come back, at most: when it takes longer (NVML does not
+answer, somebody keeps it), nobody counts on that slot until it is back."""
+
 
 class Evaluator(msgspec.Struct, frozen=True):
     """An evaluator process, and the job that it runs."""
@@ -87,6 +93,8 @@ class Ledger:
         has its tasks, tokenizer and requests at hand, which the next job may want."""
         self.workers: dict[str, Worker] = {}
         self.reclaiming: dict[str, Worker] = {}
+        self.gone_since: dict[str, float] = {}
+        """Of these, when they were known to be gone."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
         self.slots: dict[str, Slot] = {}
@@ -98,10 +106,14 @@ class Ledger:
         """Slot -> why the last look at the hardware ruled it out."""
         self.promised: dict[str, str] = {}
         """Slot -> the job that it is kept for: its workers are for nobody else. Each pass of the placer begins anew."""
+        self.reserved: dict[str, str] = {}
+        """Ready evaluator -> the job that it is kept for, likewise."""
         self.refused: dict[str, str] = {}
         """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
         self.closed: frozenset[str] = frozenset()
         """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
+        self.overdue: frozenset[str] = frozenset()
+        """Slots whose memory should be back by now, after a worker that is gone, and is not."""
         self.changed: frozenset[str] = frozenset()
         """Replica keys of models whose files have changed or are gone: what is loaded cannot be loaded again."""
         self.load_seconds: dict[str, float] = {}
@@ -128,7 +140,7 @@ class Ledger:
 
         What the last look found wrong with a slot that we hold may be our own doing (memory in use): it does not count.
         """
-        if slot_id in self.closed or slot_id not in self.slots:
+        if slot_id in self.closed or slot_id not in self.slots or slot_id in self.overdue:
             return False
         return slot_id not in self.unusable or bool(self.holders.get(slot_id))
 
@@ -157,6 +169,12 @@ class Ledger:
         return min((self.now - self.shared_since.get(worker_id, self.now) for worker_id in run.workers), default=0.0)
 
     # ------------------------------------------------------------------ writing things down
+
+    def pass_time(self, now: float) -> None:
+        """It is that late now."""
+        self.now = now
+        late = [worker_id for worker_id, since in self.gone_since.items() if now - since > MEMORY_SECONDS]
+        self.overdue = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
 
     def start_job(self, demand: Demand, evaluator_id: str) -> Running:
         """A waiting job runs from now on."""
@@ -227,7 +245,7 @@ class Ledger:
         alike.remove(worker_id)
         if not alike:
             del self.replicas[worker.spec.replica_key]
-        self.reclaiming[worker_id] = worker
+        self.reclaiming[worker_id], self.gone_since[worker_id] = worker, self.now
         if not reclaim:
             self.return_slots(worker_id)
         return worker
@@ -235,6 +253,8 @@ class Ledger:
     def return_slots(self, worker_id: str) -> None:
         """What a worker that is gone held is free."""
         if worker := self.reclaiming.pop(worker_id, None):
+            del self.gone_since[worker_id]
+            self.overdue = self.overdue.difference(worker.slots)
             for slot_id in worker.slots:
                 self.holders[slot_id].remove(worker_id)
 

@@ -5,17 +5,19 @@ Begin with `step`, which is all of it: an event is written down, then one pass d
     event ──► step ─┬─ 1. a handler writes down what happened ──────────────┐
                     │                                                       ▼
                     ├─ 2. `placer` decides who gets which worker ◄───── `ledger`: who holds what
-                    │        `candidates`: which waiting jobs to look at    ▲
+                    │        `heads`: who may not be passed for ever        ▲
+                    │        `candidates`: which waiting jobs to look at    │
+                    │        `growth`: further workers for those that run   │
                     │        `placement`: where a replica could live        │
                     │                 │                                     │
-                    │                 └──► `moves` write it down at once ───┘
-                    ▼                      and ask for it to be done
+                    │                 └──► `room`, `moves`: written down ───┘
+                    ▼                      at once, and asked for to be done
                  actions ◄─────────────────┘
 
 Read in this order: `records` and `transitions` (the nouns), `events` (what is heard and asked for), `ledger` (its
 `check` says what always holds), this module (a handler an event; the table is at its end), `placer` (its header has the
-four steps of a pass), `placement` (five degrees of readiness), and where it matters which job goes first, `order` and
-`candidates`. `explain` tells people why a job waits, from the same ledger.
+five steps of a pass), `room`, `placement` (five degrees of readiness), and where it matters which job goes first,
+`heads`, `order` and `candidates`. `explain` tells people why a job waits, from the same ledger.
 
 Some ways through it:
 
@@ -87,7 +89,7 @@ class Scheduler:
 
     def step(self, event: ev.Event) -> list[ev.Action]:
         """Take one event; return what must be done, in order."""
-        self.ledger.now = event.now
+        self.ledger.pass_time(event.now)
         self._handlers[type(event)](self, event)
         if not isinstance(event, ev.JobProgressed):  # the most frequent one leaves nothing to decide
             self._keep_evaluators()
