@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from sim_baselines import Fifo, OneAtATime
 from sim_figures import figures
 from sim_traces import Trace, TraceJob, TraceModel, make_trace
-from sim_world import Costs, Fault, World
+from sim_world import Costs, Fault, Steps, World
 
 from gpu_pool import events as ev
 from gpu_pool.scheduler import Scheduler
@@ -27,6 +29,13 @@ def trace(*jobs: TraceJob, gpus: int = 1) -> Trace:
 
 def ours() -> Scheduler:
     return Scheduler(evaluators=4, max_attempts=3)
+
+
+@pytest.mark.parametrize("scheduler", [ours, lambda: Fifo(4)])
+def test_a_job_for_one_certain_gpu_waits_for_that(scheduler: Callable[[], Steps]) -> None:
+    # a has GPU 0 until 33; its worker's memory is back at 36
+    asked = trace(job("a"), job("b", model="n", gpu=0))
+    assert ends(World(asked, 2, scheduler(), COSTS)) == {"a": 33, "b": 36 + 33}
 
 
 class Script:
