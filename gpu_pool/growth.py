@@ -26,13 +26,15 @@ class Growth:
         self._room = room
         self._no_room = NoRoom()
         """Running jobs that have found no slots in this pass."""
+        self._unused = [worker for worker in ledger.workers.values() if self._is_unused(worker)]
+        self._unused_models = {worker.spec.replica_key for worker in self._unused}
 
     def grow(self) -> None:
         """One worker at a time to the job that has fewest, until nobody can use what is left."""
         if not self._anything_is_left():
             return
         running = self._ledger.running
-        line = [(len(run.workers), run.rank, job_id) for job_id, run in running.items() if run.workers and run.may_grow]
+        line = [(len(run.workers), run.rank, job_id) for job_id, run in running.items() if self._may_grow(run)]
         barred = self._barred() if line else set[str]()
         line = [each for each in line if running[each[2]].demand.spec.device not in barred]
         heapq.heapify(line)
@@ -46,11 +48,27 @@ class Growth:
                     self._room.make(choice, run.demand)
                 heapq.heappush(line, (count + 1, its_rank, job_id))
 
+    def _is_unused(self, worker: Worker) -> bool:
+        return not worker.jobs and worker.id not in self._ledger.leaving and self._is_left(worker.slots)
+
+    def _is_left(self, slot_ids: tuple[str, ...]) -> bool:
+        return self._ledger.promised.keys().isdisjoint(slot_ids)
+
     def _anything_is_left(self) -> bool:
-        """Whether any slot could get a worker soon, or any worker a job; mostly not, and there is no more to do."""
+        """Whether any slot could get a worker, or any worker a job; mostly not, and there is no more to do."""
         ledger = self._ledger
-        unused = any(not worker.jobs for worker in ledger.workers.values())
-        return unused or ledger.max_workers_per_gpu > 1 or any(not ledger.holders.get(slot) for slot in ledger.slots)
+        if self._unused or ledger.max_workers_per_gpu > 1:
+            return True
+        return any(not ledger.holders.get(slot) and self._is_left((slot,)) for slot in ledger.slots)
+
+    def _may_grow(self, run: Running) -> bool:
+        """Whether it is below its cap, or at its cap with nothing of its own."""
+        if not run.workers or not run.may_grow:
+            return False
+        return len(run.workers) < run.demand.max_replicas or self._only_shares(run)
+
+    def _only_shares(self, run: Running) -> bool:
+        return all(len(self._ledger.workers[worker_id].jobs) > 1 for worker_id in run.workers)
 
     def _barred(self) -> set[str]:
         """Kinds of device on which a waiting job could start in a moment, when an evaluator is ready for it."""
@@ -70,16 +88,16 @@ class Growth:
         its cap, when others have used all it has for as long as loading takes, it moves to a replica of its own.
         """
         demand = run.demand
-        sharing = all(len(self._ledger.workers[worker_id].jobs) > 1 for worker_id in run.workers)
-        if count >= demand.max_replicas and (count > len(run.workers) or not sharing):
+        if count >= demand.max_replicas and (count > len(run.workers) or not self._only_shares(run)):
             return None
-        for worker in replicas_for(demand, self._ledger, self._ledger.promised):
-            if not worker.jobs and worker.id not in run.workers:
-                return worker
+        if demand.spec.replica_key in self._unused_models:
+            for worker in replicas_for(demand, self._ledger, self._ledger.promised):
+                if not worker.jobs and worker.id not in run.workers:
+                    return worker
         if demand in self._no_room:
             return None
         plan = find_plan(demand, self._ledger, self._ledger.promised, apart=run.workers)
-        if plan is None or plan.readiness > Readiness.UNUSED:
+        if plan is None or plan.readiness not in (Readiness.NOW, Readiness.UNUSED):
             if self._ledger.max_workers_per_gpu == 1:
                 self._no_room.add(demand)  # else another job may find room beside others, where this one is already
             return None

@@ -7,12 +7,13 @@ it after every step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
 from gpu_pool.events import Demand
-from gpu_pool.order import WaitingJobs, rank
+from gpu_pool.order import Shape, WaitingJobs, rank, shape_of
 from gpu_pool.records import EvaluatorState, Slot, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
@@ -91,13 +92,19 @@ class Ledger:
         self.evaluators: dict[str, Evaluator] = {}
         """Those that live. Last those that have run a job, in the order in which they became ready again: the latest
         has its tasks, tokenizer and requests at hand, which the next job may want."""
+        self._without_job: dict[str, Evaluator] = {}
+        """Of these, those that run no job, in the same order."""
         self.workers: dict[str, Worker] = {}
         self.reclaiming: dict[str, Worker] = {}
+        self.leaving: set[str] = set()
+        """Live workers that were asked to end, and those that are gone and their memory is not back yet."""
         self.gone_since: dict[str, float] = {}
         """Of these, when they were known to be gone."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
         self.slots: dict[str, Slot] = {}
+        self._suited: dict[Shape, list[Slot]] = {}
+        """What `suited` has found out since it last could have changed."""
         self.holders: dict[str, list[str]] = {}
         """Slot -> the workers that hold it, live ones and reclaimed ones."""
         self.replicas: dict[str, list[str]] = {}
@@ -130,11 +137,6 @@ class Ledger:
         """A worker, live or reclaimed."""
         return self.workers.get(worker_id) or self.reclaiming[worker_id]
 
-    def leaves(self, worker_id: str) -> bool:
-        """Whether a worker was asked to end, or is gone and its memory is not back yet."""
-        worker = self.workers.get(worker_id)
-        return worker is None or worker.state is WorkerState.STOPPING
-
     def usable(self, slot_id: str) -> bool:
         """Whether a worker may be started there, now or once those of ours that hold it are gone.
 
@@ -143,6 +145,13 @@ class Ledger:
         if slot_id in self.closed or slot_id not in self.slots or slot_id in self.overdue:
             return False
         return slot_id not in self.unusable or bool(self.holders.get(slot_id))
+
+    def suited(self, demand: Demand) -> list[Slot]:
+        """The slots where a worker for this job may be started, now or once there is room."""
+        shape = shape_of(demand)
+        if shape not in self._suited:
+            self._suited[shape] = [s for s in self.slots.values() if self.usable(s.id) and demand.accepts(s)]
+        return self._suited[shape]
 
     def at_rest(self, worker_id: str, since: float) -> bool:
         """Whether a live worker has had nothing to do since that time, nor has to let go of anything."""
@@ -161,8 +170,8 @@ class Ledger:
         return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")
 
     def evaluators_that_are(self, *states: EvaluatorState) -> list[str]:
-        """Evaluators in one of these states, the one that has run a job last at the end."""
-        return [name for name, evaluator in self.evaluators.items() if evaluator.state in states]
+        """Evaluators in one of these states, none of them RUNNING, the one that has run a job last at the end."""
+        return [name for name, evaluator in self._without_job.items() if evaluator.state in states]
 
     def sharing_for(self, run: Running) -> float:
         """Seconds for which others have used every worker of the job; 0 when one is its own."""
@@ -174,19 +183,34 @@ class Ledger:
         """It is that late now."""
         self.now = now
         late = [worker_id for worker_id, since in self.gone_since.items() if now - since > MEMORY_SECONDS]
-        self.overdue = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
+        if late:
+            self.overdue = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
+            self._suited.clear()
 
     def start_job(self, demand: Demand, evaluator_id: str) -> Running:
         """A waiting job runs from now on."""
         self.waiting.pop(demand.job_id)
-        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.RUNNING, demand.job_id)
+        self.put_evaluator(evaluator_id, Evaluator(EvaluatorState.RUNNING, demand.job_id))
         run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id, seconds=demand.ran_s)
         return run
 
     def leave_job(self, run: Running, state: EvaluatorState) -> None:
         """The job is in the hands of its evaluator no more, which clears up or ends."""
         del self.running[run.demand.job_id]
-        self.evaluators[run.evaluator_id] = Evaluator(state)
+        self.put_evaluator(run.evaluator_id, Evaluator(state))
+
+    def put_evaluator(self, evaluator_id: str, evaluator: Evaluator) -> None:
+        """A new evaluator, or what is known of it now."""
+        self.evaluators[evaluator_id] = evaluator
+        if evaluator.state is EvaluatorState.RUNNING:
+            self._without_job.pop(evaluator_id, None)
+        else:
+            self._without_job[evaluator_id] = evaluator
+
+    def forget_evaluator(self, evaluator_id: str) -> Evaluator | None:
+        """Strike out an evaluator that is gone. Returns what was known of it."""
+        self._without_job.pop(evaluator_id, None)
+        return self.evaluators.pop(evaluator_id, None)
 
     def evaluator_is_ready(self, evaluator_id: str) -> None:
         """It has nothing to do, unless it is being killed, or is gone."""
@@ -194,8 +218,8 @@ class Ledger:
         if evaluator is None or evaluator.state is EvaluatorState.ENDING:
             return
         if evaluator.state is EvaluatorState.CLEARING:
-            del self.evaluators[evaluator_id]  # the last one in this order is chosen first
-        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.READY)
+            self.forget_evaluator(evaluator_id)  # the last one in this order is chosen first
+        self.put_evaluator(evaluator_id, Evaluator(EvaluatorState.READY))
 
     def add_worker(self, worker: Worker) -> None:
         """A worker that starts to load."""
@@ -225,6 +249,8 @@ class Ledger:
     def update_worker(self, worker_id: str, **changes: Any) -> None:
         """Change fields of a worker."""
         worker = self.workers[worker_id] = msgspec.structs.replace(self.workers[worker_id], **changes)
+        if worker.state is WorkerState.STOPPING:
+            self.leaving.add(worker_id)
         if len(worker.jobs) > 1:
             self.shared_since.setdefault(worker_id, self.now)
         else:
@@ -246,6 +272,7 @@ class Ledger:
         if not alike:
             del self.replicas[worker.spec.replica_key]
         self.reclaiming[worker_id], self.gone_since[worker_id] = worker, self.now
+        self.leaving.add(worker_id)
         if not reclaim:
             self.return_slots(worker_id)
         return worker
@@ -254,7 +281,9 @@ class Ledger:
         """What a worker that is gone held is free."""
         if worker := self.reclaiming.pop(worker_id, None):
             del self.gone_since[worker_id]
+            self.leaving.discard(worker_id)
             self.overdue = self.overdue.difference(worker.slots)
+            self._suited.clear()
             for slot_id in worker.slots:
                 self.holders[slot_id].remove(worker_id)
 
@@ -294,6 +323,13 @@ class Ledger:
         self.slots = there | {slot_id: self.slots[slot_id] for slot_id in sorted(held - there.keys())}
         self.unusable = {slot.id: reason for slot, reason in slots if reason is not None}
         self.refused.clear()
+        self._suited.clear()
+
+    def refuse(self, slot_ids: Iterable[str], reason: str) -> None:
+        """Somebody else has come to use these slots since the last look."""
+        for reasons in (self.unusable, self.refused):
+            reasons.update(dict.fromkeys(slot_ids, reason))
+        self._suited.clear()
 
     # ------------------------------------------------------------------ invariants
 
@@ -304,7 +340,10 @@ class Ledger:
         at_work = {name: each.job_id for name, each in self.evaluators.items() if each.job_id is not None}
         runs = {run.evaluator_id: job_id for job_id, run in self.running.items()}
         assert at_work == runs, "a job and its evaluator disagree"
-        assert [*at_work] == self.evaluators_that_are(EvaluatorState.RUNNING), "an evaluator runs, but no job"
+        runs_none = [name for name, each in self.evaluators.items() if each.state is not EvaluatorState.RUNNING]
+        assert {*runs_none} == {*self._without_job} == self.evaluators.keys() - at_work, "an evaluator runs, but no job"
+        leaving = {name for name, worker in self.workers.items() if worker.state is WorkerState.STOPPING}
+        assert leaving | self.reclaiming.keys() == self.leaving, "it is not known who leaves"
         for job_id, run in self.running.items():
             assert len(run.workers) == len(set(run.workers)), "a job holds a worker twice"
             assert run.returning <= set(run.workers), "a job gives back what it does not hold"

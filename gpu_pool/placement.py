@@ -52,7 +52,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
 
 def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
     """How soon a worker could be gone from its slots (never NOW)."""
-    if ledger.leaves(worker.id):
+    if worker.id in ledger.leaving:
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
@@ -96,12 +96,10 @@ def find_plan(
     replicas on one GPU. A plan that is BUSY may be without slots unless it is to `name_busy` ones: which jobs had
     better end first takes a while to find out, where many ask and none will wait for it.
     """
-    avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
-    suited = [
-        slot
-        for slot in ledger.slots.values()
-        if slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id) and demand.accepts(slot)
-    ]
+    avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}.union(taken)
+    suited = ledger.suited(demand)
+    if avoided:
+        suited = [slot for slot in suited if slot.id not in avoided]
     if len(suited) < demand.gpus:
         return None
     if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
@@ -135,7 +133,10 @@ def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | No
         return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
     if ledger.max_workers_per_gpu > 1:  # it may fit beside others
         return None
-    leaving = [slot.id for slot in suited if (held := ledger.holders.get(slot.id)) and all(map(ledger.leaves, held))]
+    going = {slot_id for worker_id in ledger.leaving for slot_id in ledger.holder(worker_id).slots}
+    leaving = (
+        [s.id for s in suited if s.id in going and ledger.leaving.issuperset(ledger.holders[s.id])] if going else []
+    )
     if len(free) + len(leaving) < demand.gpus:
         return None
     leaving.sort(key=lambda slot_id: slot_id in ledger.unusable)

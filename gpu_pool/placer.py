@@ -80,7 +80,8 @@ class Pass:
 
     def run(self) -> None:
         """Who goes before whom."""
-        stuck = sorted((run for run in self._ledger.running.values() if not run.workers), key=lambda run: run.rank)
+        stuck = [run for run in self._ledger.running.values() if not run.workers]
+        stuck.sort(key=lambda run: run.rank)
         self._resupply([run for run in stuck if self._is_over(run.interrupted)])
         self._serve_heads()
         self._resupply([run for run in stuck if not self._is_over(run.interrupted)])

@@ -174,7 +174,7 @@ class Scheduler:
         self.ledger.evaluator_is_ready(event.evaluator_id)
 
     def _on_evaluator_died(self, event: ev.EvaluatorDied) -> None:
-        evaluator = self.ledger.evaluators.pop(event.evaluator_id, None)
+        evaluator = self.ledger.forget_evaluator(event.evaluator_id)
         self._let_go(event.evaluator_id)
         if evaluator and evaluator.job_id is not None:
             run, cause = self.ledger.running[evaluator.job_id], f"the evaluator process ended: {event.cause}"
@@ -277,8 +277,7 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=False)
         if worker is None:
             return
-        for reasons in (self.ledger.unusable, self.ledger.refused):
-            reasons.update(dict.fromkeys(worker.slots, event.reason))
+        self.ledger.refuse(worker.slots, event.reason)
         for job_id in sorted(worker.jobs):
             self.ledger.release(self.ledger.running[job_id], worker.id)
 
