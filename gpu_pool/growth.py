@@ -52,14 +52,14 @@ class Growth:
         return not worker.jobs and worker.id not in self._ledger.leaving and self._is_left(worker.slots)
 
     def _is_left(self, slot_ids: tuple[str, ...]) -> bool:
-        return self._ledger.promised.keys().isdisjoint(slot_ids)
+        return self._ledger.slots.promised.keys().isdisjoint(slot_ids)
 
     def _anything_is_left(self) -> bool:
         """Whether any slot could get a worker, or any worker a job; mostly not, and there is no more to do."""
         ledger = self._ledger
         if self._unused or ledger.max_workers_per_gpu > 1:
             return True
-        return any(not ledger.holders.get(slot) and self._is_left((slot,)) for slot in ledger.slots)
+        return any(not ledger.slots.holders.get(slot) and self._is_left((slot,)) for slot in ledger.slots)
 
     def _may_grow(self, run: Running) -> bool:
         """Whether it is below its cap, or at its cap with nothing of its own."""
@@ -76,7 +76,7 @@ class Growth:
         if self._ledger.evaluators_that_are(*SOON_READY):
             for demand in self._ledger.waiting.first_of_each_kind():
                 if demand.spec.device not in barred:
-                    plan = find_plan(demand, self._ledger, self._ledger.promised, name_busy=False)
+                    plan = find_plan(demand, self._ledger, name_busy=False)
                     if plan is not None and plan.readiness is not Readiness.BUSY:
                         barred.add(demand.spec.device)
         return barred
@@ -91,12 +91,12 @@ class Growth:
         if count >= demand.max_replicas and (count > len(run.workers) or not self._only_shares(run)):
             return None
         if demand.spec.replica_key in self._unused_models:
-            for worker in replicas_for(demand, self._ledger, self._ledger.promised):
+            for worker in replicas_for(demand, self._ledger, self._ledger.slots.promised):
                 if not worker.jobs and worker.id not in run.workers:
                     return worker
         if demand in self._no_room:
             return None
-        plan = find_plan(demand, self._ledger, self._ledger.promised, apart=run.workers)
+        plan = find_plan(demand, self._ledger, apart=run.workers)
         if plan is None or plan.readiness not in (Readiness.NOW, Readiness.UNUSED):
             if self._ledger.max_workers_per_gpu == 1:
                 self._no_room.add(demand)  # else another job may find room beside others, where this one is already

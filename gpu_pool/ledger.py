@@ -7,14 +7,14 @@ it after every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
 from gpu_pool.events import Demand
-from gpu_pool.order import Shape, WaitingJobs, rank, shape_of
-from gpu_pool.records import EvaluatorState, Slot, Worker, WorkerState
+from gpu_pool.order import WaitingJobs, rank
+from gpu_pool.records import EvaluatorState, Worker, WorkerState
+from gpu_pool.slot_book import SlotBook
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 LOADS_REMEMBERED = 1000
@@ -102,25 +102,11 @@ class Ledger:
         """Of these, when they were known to be gone."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
-        self.slots: dict[str, Slot] = {}
-        self._suited: dict[Shape, list[Slot]] = {}
-        """What `suited` has found out since it last could have changed."""
-        self.holders: dict[str, list[str]] = {}
-        """Slot -> the workers that hold it, live ones and reclaimed ones."""
+        self.slots = SlotBook()
         self.replicas: dict[str, list[str]] = {}
         """Replica key -> live workers that have or load that model."""
-        self.unusable: dict[str, str] = {}
-        """Slot -> why the last look at the hardware ruled it out."""
-        self.promised: dict[str, str] = {}
-        """Slot -> the job that it is kept for: its workers are for nobody else. Each pass of the placer begins anew."""
         self.reserved: dict[str, str] = {}
-        """Ready evaluator -> the job that it is kept for, likewise."""
-        self.refused: dict[str, str] = {}
-        """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
-        self.closed: frozenset[str] = frozenset()
-        """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
-        self.overdue: frozenset[str] = frozenset()
-        """Slots whose memory should be back by now, after a worker that is gone, and is not."""
+        """Ready evaluator -> the job that it is kept for. Each pass of the placer begins anew."""
         self.changed: frozenset[str] = frozenset()
         """Replica keys of models whose files have changed or are gone: what is loaded cannot be loaded again."""
         self.load_seconds: dict[str, float] = {}
@@ -137,37 +123,12 @@ class Ledger:
         """A worker, live or reclaimed."""
         return self.workers.get(worker_id) or self.reclaiming[worker_id]
 
-    def usable(self, slot_id: str) -> bool:
-        """Whether a worker may be started there, now or once those of ours that hold it are gone.
-
-        What the last look found wrong with a slot that we hold may be our own doing (memory in use): it does not count.
-        """
-        if slot_id in self.closed or slot_id not in self.slots or slot_id in self.overdue:
-            return False
-        return slot_id not in self.unusable or bool(self.holders.get(slot_id))
-
-    def suited(self, demand: Demand) -> list[Slot]:
-        """The slots where a worker for this job may be started, now or once there is room."""
-        shape = shape_of(demand)
-        if shape not in self._suited:
-            self._suited[shape] = [s for s in self.slots.values() if self.usable(s.id) and demand.accepts(s)]
-        return self._suited[shape]
-
     def at_rest(self, worker_id: str, since: float) -> bool:
         """Whether a live worker has had nothing to do since that time, nor has to let go of anything."""
         worker = self.workers.get(worker_id)
         if worker is None or worker.state is not WorkerState.IDLE or worker.idle_since > since:
             return False
         return not any(worker_id in ending.holders for ending in self.ending.values())
-
-    def what_is_lost(self, slot_id: str) -> str:
-        """A slot that cannot compute any more, and why, for people."""
-        reason = self.unusable.get(slot_id, "it is not there any more").rstrip(".")
-        return f"GPU {self.slots[slot_id].index}, which is lost: {reason}"
-
-    def gpus_held(self) -> int:
-        """GPUs on which workers of ours are, or whose memory is not back yet."""
-        return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")
 
     def evaluators_that_are(self, *states: EvaluatorState) -> list[str]:
         """Evaluators in one of these states, none of them RUNNING, the one that has run a job last at the end."""
@@ -184,8 +145,8 @@ class Ledger:
         self.now = now
         late = [worker_id for worker_id, since in self.gone_since.items() if now - since > MEMORY_SECONDS]
         if late:
-            self.overdue = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
-            self._suited.clear()
+            slots = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
+            self.slots.expect_no_more(slots)
 
     def start_job(self, demand: Demand, evaluator_id: str) -> Running:
         """A waiting job runs from now on."""
@@ -226,8 +187,7 @@ class Ledger:
         self.workers[worker.id] = worker
         self.loading_since[worker.id] = self.now
         self.replicas.setdefault(worker.spec.replica_key, []).append(worker.id)
-        for slot_id in worker.slots:
-            self.holders.setdefault(slot_id, []).append(worker.id)
+        self.slots.hold(worker.slots, worker.id)
 
     def note_run(self, seconds: float) -> None:
         """A job has ended, for which workers worked so long."""
@@ -282,10 +242,7 @@ class Ledger:
         if worker := self.reclaiming.pop(worker_id, None):
             del self.gone_since[worker_id]
             self.leaving.discard(worker_id)
-            self.overdue = self.overdue.difference(worker.slots)
-            self._suited.clear()
-            for slot_id in worker.slots:
-                self.holders[slot_id].remove(worker_id)
+            self.slots.let_go(worker.slots, worker_id)
 
     def attach(self, run: Running, worker_id: str) -> None:
         """The job uses the worker from now on."""
@@ -314,22 +271,6 @@ class Ledger:
             if not jobs and state is WorkerState.BUSY:
                 state = advance_worker(state, WorkerEvent.RELEASE)
             self.update_worker(worker_id, jobs=jobs, state=state, idle_since=self.now)
-
-    def see(self, slots: tuple[tuple[Slot, str | None], ...], closed: frozenset[str]) -> None:
-        """Take in a look at the hardware. Slots that are not there any more are kept while workers hold them."""
-        there = {slot.id: slot for slot, _ in slots}
-        held = {slot_id for slot_id, workers in self.holders.items() if workers}
-        self.closed = closed | (held - there.keys())
-        self.slots = there | {slot_id: self.slots[slot_id] for slot_id in sorted(held - there.keys())}
-        self.unusable = {slot.id: reason for slot, reason in slots if reason is not None}
-        self.refused.clear()
-        self._suited.clear()
-
-    def refuse(self, slot_ids: Iterable[str], reason: str) -> None:
-        """Somebody else has come to use these slots since the last look."""
-        for reasons in (self.unusable, self.refused):
-            reasons.update(dict.fromkeys(slot_ids, reason))
-        self._suited.clear()
 
     # ------------------------------------------------------------------ invariants
 
@@ -361,11 +302,13 @@ class Ledger:
     def _check_slots(self) -> None:
         assert not self.workers.keys() & self.reclaiming.keys(), "a worker is both live and gone"
         leases = sorted((s, w.id) for w in (*self.workers.values(), *self.reclaiming.values()) for s in w.slots)
-        assert leases == sorted((s, w) for s, held in self.holders.items() for w in held), "workers and slots disagree"
-        for slot_id, held in self.holders.items():
+        assert leases == sorted((s, w) for s, held in self.slots.holders.items() for w in held), (
+            "workers and slots disagree"
+        )
+        for slot_id, held in self.slots.holders.items():
             if len(held) > 1:
                 needs = [self.holder(worker_id).memory_bytes for worker_id in held]
                 assert all(needs), "a worker that needs a whole slot shares it"
                 assert len(held) <= self.max_workers_per_gpu, "more workers on a slot than are allowed"
                 assert sum(needs) <= self.slots[slot_id].memory_bytes, "a slot's memory is promised twice"
-        assert self.max_gpus is None or self.gpus_held() <= self.max_gpus, "more GPUs are held than are allowed"
+        assert self.max_gpus is None or self.slots.gpus_held() <= self.max_gpus, "more GPUs are held than are allowed"

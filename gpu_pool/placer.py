@@ -50,7 +50,7 @@ class Placer:
 
     def place(self) -> None:
         """One pass over all that want workers."""
-        self._ledger.promised.clear()
+        self._ledger.slots.promised.clear()
         self._ledger.reserved.clear()
         self.heads.forget_others(self._ledger.waiting)
         self._room.forget_others()
@@ -102,10 +102,10 @@ class Pass:
         no_room = NoRoom()
         for run in runs:
             demand = run.demand
-            replicas = replicas_for(demand, self._ledger, self._ledger.promised)
+            replicas = replicas_for(demand, self._ledger, self._ledger.slots.promised)
             choice = replicas[0] if replicas else None
             if choice is None and demand not in no_room:
-                choice = find_plan(demand, self._ledger, self._ledger.promised)
+                choice = find_plan(demand, self._ledger)
             if choice is None:
                 no_room.add(demand)
             elif not self._room.take(run, choice):
@@ -162,7 +162,7 @@ class Pass:
         """By rank, until there is no evaluator for anyone else."""
         if not self.evaluators_left:
             return
-        candidates = Candidates(self._ledger, self._ledger.promised, self._served, bonus=self._patience_s)
+        candidates = Candidates(self._ledger, self._ledger.slots.promised, self._served, bonus=self._patience_s)
         while self.evaluators_left and (demand := candidates.next()):
             if not self._serve(demand):
                 candidates.close()
@@ -192,10 +192,10 @@ class Pass:
         that outlives the loading time is spread when it grows. Who finds no free slots is noted: nor do those behind it
         that need as much.
         """
-        replicas = replicas_for(demand, self._ledger, self._ledger.promised)
+        replicas = replicas_for(demand, self._ledger, self._ledger.slots.promised)
         if replicas and (replicas[0].state is not WorkerState.STARTING or demand in self._full):
             return replicas[0]
-        plan = find_plan(demand, self._ledger, self._ledger.promised, name_busy=name_busy)
+        plan = find_plan(demand, self._ledger, name_busy=name_busy)
         if plan is not None and plan.readiness is Readiness.NOW:
             return plan
         self._full.add(demand)

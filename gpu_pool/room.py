@@ -38,7 +38,7 @@ class Room:
 
     def keep(self, slot_ids: Iterable[str], demand: Demand) -> None:
         """Let nobody else onto these slots for the rest of this pass."""
-        self._ledger.promised.update(dict.fromkeys(slot_ids, demand.job_id))
+        self._ledger.slots.promised.update(dict.fromkeys(slot_ids, demand.job_id))
 
     def make(self, plan: Plan, demand: Demand) -> None:
         """Have what is in the way of a plan stopped or given back, and keep its slots from others."""
@@ -64,7 +64,7 @@ class Room:
         weight = demand.priority + (self._ledger.now - since) / AGEING_SECONDS
         if not all(self._may_pause(self._ledger.running[job_id], weight) for worker in busy for job_id in worker.jobs):
             return False
-        if any(slot_id in self._ledger.unusable for slot_id in plan.slots):
+        if any(slot_id in self._ledger.slots.unusable for slot_id in plan.slots):
             return False
         fixed = [worker for worker in busy if worker.spec.replica_key in self._ledger.changed]
         if self._are_awaited(fixed, demand):
@@ -109,5 +109,5 @@ class Room:
 
     def _is_idle(self, slot_id: str) -> bool:
         """Whether the slot is free, or its workers have no jobs. (What is on its way out may yet keep its memory.)"""
-        holders = [self._ledger.workers.get(worker_id) for worker_id in self._ledger.holders.get(slot_id, ())]
+        holders = [self._ledger.workers.get(worker_id) for worker_id in self._ledger.slots.holders.get(slot_id, ())]
         return all(worker and not worker.jobs and worker.state is not WorkerState.STOPPING for worker in holders)

@@ -277,17 +277,17 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=False)
         if worker is None:
             return
-        self.ledger.refuse(worker.slots, event.reason)
+        self.ledger.slots.refuse(worker.slots, event.reason)
         for job_id in sorted(worker.jobs):
             self.ledger.release(self.ledger.running[job_id], worker.id)
 
     # ------------------------------------------------------------------ slots
 
     def _on_slots_seen(self, event: ev.SlotsSeen) -> None:
-        self.ledger.see(event.slots, closed=event.lost | event.contested)
+        self.ledger.slots.see(event.slots, closed=event.lost | event.contested)
         for worker in list(self.ledger.workers.values()):
             if lost := event.lost.intersection(worker.slots):
-                self._moves.kill(worker.id, self.ledger.what_is_lost(min(lost)))
+                self._moves.kill(worker.id, self.ledger.slots.what_is_lost(min(lost)))
             elif not event.contested.isdisjoint(worker.slots) and not worker.jobs:
                 self._moves.stop(worker.id)
 

@@ -18,6 +18,7 @@ PURE_NAMES = (
     "losses",
     "events",
     "order",
+    "slot_book",
     "ledger",
     "placement",
     "candidates",

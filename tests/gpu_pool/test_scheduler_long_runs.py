@@ -173,8 +173,10 @@ class LongRun(RuleBasedStateMachine):
     def nothing_that_fits_waits(self) -> None:
         ledger = self.box.ledger
         for demand in ledger.waiting.values() if self.box.scheduler.placer.evaluators_left else ():
-            assert all(worker.state is WorkerState.STARTING for worker in replicas_for(demand, ledger, ledger.promised))
-            plan = find_plan(demand, ledger, ledger.promised)
+            assert all(
+                worker.state is WorkerState.STARTING for worker in replicas_for(demand, ledger, ledger.slots.promised)
+            )
+            plan = find_plan(demand, ledger)
             assert plan is None or plan.readiness is not Readiness.NOW
 
     @invariant()
@@ -184,20 +186,20 @@ class LongRun(RuleBasedStateMachine):
             return  # a waiting job may start there in a moment
         for run in ledger.running.values():
             if not run.workers or (run.may_grow and len(run.workers) < run.demand.max_replicas):
-                plan = find_plan(run.demand, ledger, ledger.promised, apart=run.workers)
+                plan = find_plan(run.demand, ledger, apart=run.workers)
                 assert plan is None or plan.readiness is not Readiness.NOW
 
     @invariant()
     def a_free_slot_is_promised_only_where_the_others_of_its_set_come_free_by_themselves(self) -> None:
         ledger = self.box.ledger
-        for slot_id, job_id in ledger.promised.items():
-            kept = [each for each, keeper in ledger.promised.items() if keeper == job_id]
-            for worker_id in [] if ledger.holders.get(slot_id) else self.holders(kept):
+        for slot_id, job_id in ledger.slots.promised.items():
+            kept = [each for each, keeper in ledger.slots.promised.items() if keeper == job_id]
+            for worker_id in [] if ledger.slots.holders.get(slot_id) else self.holders(kept):
                 if ledger.holder(worker_id).spec.replica_key not in ledger.changed:
                     assert readiness_of(ledger.holder(worker_id), ledger) is not Readiness.BUSY
 
     def holders(self, slot_ids: Iterable[str]) -> set[str]:
-        return {worker_id for slot_id in slot_ids for worker_id in self.box.ledger.holders.get(slot_id, ())}
+        return {worker_id for slot_id in slot_ids for worker_id in self.box.ledger.slots.holders.get(slot_id, ())}
 
     def teardown(self) -> None:
         """A world that behaves from here on brings every job to its end."""
