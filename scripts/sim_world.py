@@ -107,7 +107,8 @@ class World:
         happens = event(now=self._clock.now, **fields)
         before = time.thread_time_ns()
         actions = self._scheduler.step(happens)
-        self.decisions.note(self.meter.queued, time.thread_time_ns() - before)
+        spent_ns = time.thread_time_ns() - before
+        self.decisions.note(self.meter.queued, spent_ns, decides=event is not ev.JobProgressed)
         for action in actions:
             self._perform(action)
 

@@ -176,6 +176,14 @@ def test_what_no_scheduler_may_do_is_noticed(actions: list[str], wrong: str) -> 
         World(asked, 1, script, COSTS).run(until_s=100)
 
 
+def test_reports_of_progress_are_no_decisions() -> None:
+    world = World(trace(job("a")), 1, script := Script({}), Costs(tick_s=1000.0, look_s=1000.0))
+    for event in (ev.JobProgressed(now=0.0, job_id="a", done=1), ev.Tick(now=0.0)):
+        world._tell(type(event), **{name: getattr(event, name) for name in event.__struct_fields__ if name != "now"})
+    assert len(script.seen) == 2
+    assert len(world.decisions.seconds()) == 1
+
+
 def test_figures_of_a_run() -> None:
     asked = trace(job("a"), job("b", arrival_s=10.0))
     world = World(asked, 1, Fifo(4), COSTS)
