@@ -45,7 +45,7 @@ def explain(ledger: Ledger, seconds_left: Mapping[str, float], limit: int) -> li
 def _starts(demands: Iterable[Demand], ledger: Ledger, seconds_left: Mapping[str, float]) -> dict[str, float | None]:
     """Job -> seconds until it is expected to start."""
     forecast = _Forecast(ledger, seconds_left)
-    keepers = dict.fromkeys(ledger.promised.values())
+    keepers = dict.fromkeys(ledger.slots.promised.values())
     first = [demand for job_id in keepers if (demand := ledger.waiting.get(job_id))]
     starts: dict[str, float | None] = {}
     for demand in (*first, *demands):
@@ -74,8 +74,13 @@ def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
     """What has nothing to do with slots."""
     if run := ledger.running.get(demand.job_id):
         return f"It has paused for job {run.paused_for}. " if run.paused_for else "It has no workers now. "
-    if ledger.evaluators_that_are(EvaluatorState.READY):
+    ready = ledger.evaluators_that_are(EvaluatorState.READY)
+    keepers = [ledger.reserved.get(evaluator_id, demand.job_id) for evaluator_id in ready]
+    if demand.job_id in keepers:
         return ""
+    if keepers:
+        jobs = ", ".join(f"job {job_id}" for job_id in sorted(set(keepers)))
+        return f"Evaluators that are ready are kept for others ({jobs}). "
     if len(ledger.running) == len(ledger.evaluators):
         return f"All {len(ledger.evaluators)} evaluators run jobs. "
     return "An evaluator is starting. "
@@ -84,7 +89,7 @@ def _evaluator_reason(demand: Demand, ledger: Ledger) -> str:
 def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]) -> str:
     """What there is for a demand of this shape, slot by slot."""
     suited = [slot for slot in ledger.slots.values() if demand.accepts(slot)]
-    free = [slot for slot in suited if ledger.usable(slot.id) and not ledger.holders.get(slot.id)]
+    free = [slot for slot in suited if ledger.slots.usable(slot.id) and not ledger.slots.holders.get(slot.id)]
     noun = _NOUNS[demand.spec.device]
     if not suited:
         said = [f"No {noun} that would do is there."]
@@ -92,16 +97,20 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
         said = [f"The only {noun} that would do is {'free' if free else 'not free'}."]
     else:
         said = [f"{len(free)} of the {len(suited)} {noun}s that would do are free."]
-    held = [_holders(slot, ledger, seconds_left) for slot in suited if ledger.holders.get(slot.id)]
+    held = [_holders(slot, ledger, seconds_left) for slot in suited if ledger.slots.holders.get(slot.id)]
     if held:
         said.append(f"Held: {'; '.join(held)}.")
-    if refused := {ledger.refused[slot.id] for slot in suited if slot.id in ledger.refused and ledger.usable(slot.id)}:
+    if refused := {
+        ledger.slots.refused[slot.id]
+        for slot in suited
+        if slot.id in ledger.slots.refused and ledger.slots.usable(slot.id)
+    }:
         said.append(f"Refused beside them: {' '.join(sorted(refused))}")
-    unusable = [f"{_name(slot)}: {_why(slot, ledger)}" for slot in suited if not ledger.usable(slot.id)]
+    unusable = [f"{_name(slot)}: {_why(slot, ledger)}" for slot in suited if not ledger.slots.usable(slot.id)]
     if unusable:
         said.append(f"Not usable: {'; '.join(unusable)}.")
     cap = ledger.max_gpus if demand.spec.device == "cuda" else None
-    if cap is not None and ledger.gpus_held() + demand.gpus > cap:
+    if cap is not None and ledger.slots.gpus_held() + demand.gpus > cap:
         most = "1 GPU" if cap == 1 else f"{cap} GPUs"
         said.append(f"No more than {most} may be held (setting max_gpus).")
     return " ".join(said)
@@ -112,14 +121,14 @@ def _kept_reason(demand: Demand, ledger: Ledger) -> str:
     kept = [
         f"{_name(slot)} (job {job_id})"
         for slot in ledger.slots.values()
-        if demand.accepts(slot) and (job_id := ledger.promised.get(slot.id, demand.job_id)) != demand.job_id
+        if demand.accepts(slot) and (job_id := ledger.slots.promised.get(slot.id, demand.job_id)) != demand.job_id
     ]
     return f" Kept for others: {', '.join(kept)}." if kept else ""
 
 
 def _holders(slot: Slot, ledger: Ledger, seconds_left: Mapping[str, float]) -> str:
     return f"{_name(slot)} by " + " and ".join(
-        f"{worker_id} ({_doing(worker_id, ledger, seconds_left)})" for worker_id in ledger.holders[slot.id]
+        f"{worker_id} ({_doing(worker_id, ledger, seconds_left)})" for worker_id in ledger.slots.holders[slot.id]
     )
 
 
@@ -141,7 +150,8 @@ def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) ->
 
 
 def _why(slot: Slot, ledger: Ledger) -> str:
-    reason = ledger.unusable.get(slot.id, "it is not there any more")
+    gone = "its memory should be back by now" if slot.id in ledger.slots.overdue else "it is not there any more"
+    reason = ledger.slots.unusable.get(slot.id, gone)
     return reason.removeprefix(f"{_name(slot)}: ").rstrip(".")  # a refusal names the GPU itself
 
 
@@ -156,12 +166,12 @@ class _Forecast:
         self._ledger = ledger
         self._seconds_left = seconds_left
         self._free_in = {slot_id: self._free(slot_id) for slot_id in ledger.slots}
-        self._held = {slot_id for slot_id, workers in ledger.holders.items() if workers}
-        self._gpus_left = math.inf if ledger.max_gpus is None else ledger.max_gpus - ledger.gpus_held()
+        self._held = {slot_id for slot_id, workers in ledger.slots.holders.items() if workers}
+        self._gpus_left = math.inf if ledger.max_gpus is None else ledger.max_gpus - ledger.slots.gpus_held()
         """How many more the cap allows."""
         self._evaluators = [self._ready_in(evaluator) for evaluator in ledger.evaluators.values()]
         heapq.heapify(self._evaluators)
-        self._one_is_ready = bool(ledger.evaluators_that_are(EvaluatorState.READY))
+        self._one_is_ready = len(ledger.evaluators_that_are(EvaluatorState.READY)) > len(ledger.reserved)
 
     def _ready_in(self, evaluator: Evaluator) -> float:
         """Seconds until it could be ready."""
@@ -169,12 +179,12 @@ class _Forecast:
 
     def _free(self, slot_id: str) -> float:
         """Seconds until the slot could be free; infinite where that is not known."""
-        if not self._ledger.usable(slot_id) or slot_id in self._ledger.unusable:
+        if not self._ledger.slots.usable(slot_id) or slot_id in self._ledger.slots.unusable:
             return math.inf
-        grower = self._ledger.promised.get(slot_id)
+        grower = self._ledger.slots.promised.get(slot_id)
         if grower in self._ledger.running and self._ledger.running[grower].workers:
             return self._seconds_left.get(grower, math.inf)
-        workers = [self._ledger.holder(worker_id) for worker_id in self._ledger.holders.get(slot_id, ())]
+        workers = [self._ledger.holder(worker_id) for worker_id in self._ledger.slots.holders.get(slot_id, ())]
         busy = [worker for worker in workers if readiness_of(worker, self._ledger) is Readiness.BUSY]
         return max((self._seconds_left.get(job, math.inf) for worker in busy for job in worker.jobs), default=0.0)
 
@@ -197,19 +207,23 @@ class _Forecast:
         self._gpus_left -= len(fresh) if demand.spec.device == "cuda" else 0
         if not has_evaluator and self._evaluators:
             heapq.heapreplace(self._evaluators, ends)
-        if not start and (has_evaluator or self._one_is_ready) and demand.job_id not in self._ledger.promised.values():
+        if (
+            not start
+            and (has_evaluator or self._one_is_ready)
+            and demand.job_id not in self._ledger.slots.promised.values()
+        ):
             return None  # it could have been started: whatever it waits for is not known here
         return start if math.isfinite(start) else None
 
     def _is_served(self, demand: Demand) -> bool:
         """Whether there is a loaded replica of its model, which is not kept for others."""
-        taken = [slot_id for slot_id, job_id in self._ledger.promised.items() if job_id != demand.job_id]
+        taken = [slot_id for slot_id, job_id in self._ledger.slots.promised.items() if job_id != demand.job_id]
         return any(worker.state is not WorkerState.STARTING for worker in replicas_for(demand, self._ledger, taken))
 
     def _soonest(self, demand: Demand) -> list[str]:
         """Slots for one replica: those that are kept for it, else those that are free first, within the cap on GPUs."""
         suited = [slot.id for slot in self._ledger.slots.values() if demand.accepts(slot)]
-        kept = [slot_id for slot_id in suited if self._ledger.promised.get(slot_id) == demand.job_id]
+        kept = [slot_id for slot_id in suited if self._ledger.slots.promised.get(slot_id) == demand.job_id]
         soonest = sorted(kept if len(kept) >= demand.gpus else suited, key=self._free_in.__getitem__)
         chosen: list[str] = []
         fresh = 0

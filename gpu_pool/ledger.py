@@ -14,11 +14,18 @@ import msgspec
 from gpu_pool.events import Demand
 from gpu_pool.losses import Kills
 from gpu_pool.order import WaitingJobs, rank
-from gpu_pool.records import EvaluatorState, Slot, Worker, WorkerState
+from gpu_pool.records import EvaluatorState, Worker, WorkerState
+from gpu_pool.slot_book import SlotBook
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
 LOADS_REMEMBERED = 1000
 """Models of which it is known how long they take to load: those that were loaded last."""
+
+SOON_READY = (EvaluatorState.STARTING, EvaluatorState.CLEARING, EvaluatorState.ENDING)
+"""Evaluators that will take a job in a moment, or are replaced by one that will."""
+MEMORY_SECONDS = 10.0
+"""How long the memory of a worker that is gone mostly takes to come back, at most: when it takes longer (NVML does not
+answer, somebody keeps it), nobody counts on that slot until it is back."""
 
 
 class Evaluator(msgspec.Struct, frozen=True):
@@ -88,23 +95,21 @@ class Ledger:
         self.evaluators: dict[str, Evaluator] = {}
         """Those that live. Last those that have run a job, in the order in which they became ready again: the latest
         has its tasks, tokenizer and requests at hand, which the next job may want."""
+        self._without_job: dict[str, Evaluator] = {}
+        """Of these, those that run no job, in the same order."""
         self.workers: dict[str, Worker] = {}
         self.reclaiming: dict[str, Worker] = {}
+        self.leaving: set[str] = set()
+        """Live workers that were asked to end, and those that are gone and their memory is not back yet."""
+        self.gone_since: dict[str, float] = {}
+        """Of these, when they were known to be gone."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
-        self.slots: dict[str, Slot] = {}
-        self.holders: dict[str, list[str]] = {}
-        """Slot -> the workers that hold it, live ones and reclaimed ones."""
+        self.slots = SlotBook()
         self.replicas: dict[str, list[str]] = {}
         """Replica key -> live workers that have or load that model."""
-        self.unusable: dict[str, str] = {}
-        """Slot -> why the last look at the hardware ruled it out."""
-        self.promised: dict[str, str] = {}
-        """Slot -> the job that it is kept for: its workers are for nobody else. Each pass of the placer begins anew."""
-        self.refused: dict[str, str] = {}
-        """Slot -> why a worker was refused there since the last look: until the next one, none is put beside others."""
-        self.closed: frozenset[str] = frozenset()
-        """Slots where nothing new may start even if we hold them: lost, wanted by someone else, or not there."""
+        self.reserved: dict[str, str] = {}
+        """Ready evaluator -> the job that it is kept for. Each pass of the placer begins anew."""
         self.changed: frozenset[str] = frozenset()
         """Replica keys of models whose files have changed or are gone: what is loaded cannot be loaded again."""
         self.load_seconds: dict[str, float] = {}
@@ -121,20 +126,6 @@ class Ledger:
         """A worker, live or reclaimed."""
         return self.workers.get(worker_id) or self.reclaiming[worker_id]
 
-    def leaves(self, worker_id: str) -> bool:
-        """Whether a worker was asked to end, or is gone and its memory is not back yet."""
-        worker = self.workers.get(worker_id)
-        return worker is None or worker.state is WorkerState.STOPPING
-
-    def usable(self, slot_id: str) -> bool:
-        """Whether a worker may be started there, now or once those of ours that hold it are gone.
-
-        What the last look found wrong with a slot that we hold may be our own doing (memory in use): it does not count.
-        """
-        if slot_id in self.closed or slot_id not in self.slots:
-            return False
-        return slot_id not in self.unusable or bool(self.holders.get(slot_id))
-
     def at_rest(self, worker_id: str, since: float) -> bool:
         """Whether a live worker has had nothing to do since that time, nor has to let go of anything."""
         worker = self.workers.get(worker_id)
@@ -142,18 +133,9 @@ class Ledger:
             return False
         return not any(worker_id in ending.holders for ending in self.ending.values())
 
-    def what_is_lost(self, slot_id: str) -> str:
-        """A slot that cannot compute any more, and why, for people."""
-        reason = self.unusable.get(slot_id, "it is not there any more").rstrip(".")
-        return f"GPU {self.slots[slot_id].index}, which is lost: {reason}"
-
-    def gpus_held(self) -> int:
-        """GPUs on which workers of ours are, or whose memory is not back yet."""
-        return sum(1 for slot_id, held in self.holders.items() if held and self.slots[slot_id].device == "cuda")
-
     def evaluators_that_are(self, *states: EvaluatorState) -> list[str]:
-        """Evaluators in one of these states, the one that has run a job last at the end."""
-        return [name for name, evaluator in self.evaluators.items() if evaluator.state in states]
+        """Evaluators in one of these states, none of them RUNNING, the one that has run a job last at the end."""
+        return [name for name, evaluator in self._without_job.items() if evaluator.state in states]
 
     def sharing_for(self, run: Running) -> float:
         """Seconds for which others have used every worker of the job; 0 when one is its own."""
@@ -161,17 +143,38 @@ class Ledger:
 
     # ------------------------------------------------------------------ writing things down
 
+    def pass_time(self, now: float) -> None:
+        """It is that late now."""
+        self.now = now
+        late = [worker_id for worker_id, since in self.gone_since.items() if now - since > MEMORY_SECONDS]
+        if late:
+            slots = frozenset(slot_id for worker_id in late for slot_id in self.reclaiming[worker_id].slots)
+            self.slots.expect_no_more(slots)
+
     def start_job(self, demand: Demand, evaluator_id: str) -> Running:
         """A waiting job runs from now on."""
         self.waiting.pop(demand.job_id)
-        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.RUNNING, demand.job_id)
+        self.put_evaluator(evaluator_id, Evaluator(EvaluatorState.RUNNING, demand.job_id))
         run = self.running[demand.job_id] = Running(demand=demand, evaluator_id=evaluator_id, seconds=demand.ran_s)
         return run
 
     def leave_job(self, run: Running, state: EvaluatorState) -> None:
         """The job is in the hands of its evaluator no more, which clears up or ends."""
         del self.running[run.demand.job_id]
-        self.evaluators[run.evaluator_id] = Evaluator(state)
+        self.put_evaluator(run.evaluator_id, Evaluator(state))
+
+    def put_evaluator(self, evaluator_id: str, evaluator: Evaluator) -> None:
+        """A new evaluator, or what is known of it now."""
+        self.evaluators[evaluator_id] = evaluator
+        if evaluator.state is EvaluatorState.RUNNING:
+            self._without_job.pop(evaluator_id, None)
+        else:
+            self._without_job[evaluator_id] = evaluator
+
+    def forget_evaluator(self, evaluator_id: str) -> Evaluator | None:
+        """Strike out an evaluator that is gone. Returns what was known of it."""
+        self._without_job.pop(evaluator_id, None)
+        return self.evaluators.pop(evaluator_id, None)
 
     def evaluator_is_ready(self, evaluator_id: str) -> None:
         """It has nothing to do, unless it is being killed, or is gone."""
@@ -179,16 +182,15 @@ class Ledger:
         if evaluator is None or evaluator.state is EvaluatorState.ENDING:
             return
         if evaluator.state is EvaluatorState.CLEARING:
-            del self.evaluators[evaluator_id]  # the last one in this order is chosen first
-        self.evaluators[evaluator_id] = Evaluator(EvaluatorState.READY)
+            self.forget_evaluator(evaluator_id)  # the last one in this order is chosen first
+        self.put_evaluator(evaluator_id, Evaluator(EvaluatorState.READY))
 
     def add_worker(self, worker: Worker) -> None:
         """A worker that starts to load."""
         self.workers[worker.id] = worker
         self.loading_since[worker.id] = self.now
         self.replicas.setdefault(worker.spec.replica_key, []).append(worker.id)
-        for slot_id in worker.slots:
-            self.holders.setdefault(slot_id, []).append(worker.id)
+        self.slots.hold(worker.slots, worker.id)
 
     def note_run(self, seconds: float) -> None:
         """A job has ended, for which workers worked so long."""
@@ -210,6 +212,8 @@ class Ledger:
     def update_worker(self, worker_id: str, **changes: Any) -> None:
         """Change fields of a worker."""
         worker = self.workers[worker_id] = msgspec.structs.replace(self.workers[worker_id], **changes)
+        if worker.state is WorkerState.STOPPING:
+            self.leaving.add(worker_id)
         if len(worker.jobs) > 1:
             self.shared_since.setdefault(worker_id, self.now)
         else:
@@ -230,7 +234,8 @@ class Ledger:
         alike.remove(worker_id)
         if not alike:
             del self.replicas[worker.spec.replica_key]
-        self.reclaiming[worker_id] = worker
+        self.reclaiming[worker_id], self.gone_since[worker_id] = worker, self.now
+        self.leaving.add(worker_id)
         if not reclaim:
             self.return_slots(worker_id)
         return worker
@@ -238,8 +243,9 @@ class Ledger:
     def return_slots(self, worker_id: str) -> None:
         """What a worker that is gone held is free."""
         if worker := self.reclaiming.pop(worker_id, None):
-            for slot_id in worker.slots:
-                self.holders[slot_id].remove(worker_id)
+            del self.gone_since[worker_id]
+            self.leaving.discard(worker_id)
+            self.slots.let_go(worker.slots, worker_id)
 
     def attach(self, run: Running, worker_id: str) -> None:
         """The job uses the worker from now on."""
@@ -269,15 +275,6 @@ class Ledger:
                 state = advance_worker(state, WorkerEvent.RELEASE)
             self.update_worker(worker_id, jobs=jobs, state=state, idle_since=self.now)
 
-    def see(self, slots: tuple[tuple[Slot, str | None], ...], closed: frozenset[str]) -> None:
-        """Take in a look at the hardware. Slots that are not there any more are kept while workers hold them."""
-        there = {slot.id: slot for slot, _ in slots}
-        held = {slot_id for slot_id, workers in self.holders.items() if workers}
-        self.closed = closed | (held - there.keys())
-        self.slots = there | {slot_id: self.slots[slot_id] for slot_id in sorted(held - there.keys())}
-        self.unusable = {slot.id: reason for slot, reason in slots if reason is not None}
-        self.refused.clear()
-
     # ------------------------------------------------------------------ invariants
 
     def check(self) -> None:
@@ -287,7 +284,10 @@ class Ledger:
         at_work = {name: each.job_id for name, each in self.evaluators.items() if each.job_id is not None}
         runs = {run.evaluator_id: job_id for job_id, run in self.running.items()}
         assert at_work == runs, "a job and its evaluator disagree"
-        assert [*at_work] == self.evaluators_that_are(EvaluatorState.RUNNING), "an evaluator runs, but no job"
+        runs_none = [name for name, each in self.evaluators.items() if each.state is not EvaluatorState.RUNNING]
+        assert {*runs_none} == {*self._without_job} == self.evaluators.keys() - at_work, "an evaluator runs, but no job"
+        leaving = {name for name, worker in self.workers.items() if worker.state is WorkerState.STOPPING}
+        assert leaving | self.reclaiming.keys() == self.leaving, "it is not known who leaves"
         for job_id, run in self.running.items():
             assert len(run.workers) == len(set(run.workers)), "a job holds a worker twice"
             assert run.returning <= set(run.workers), "a job gives back what it does not hold"
@@ -305,11 +305,13 @@ class Ledger:
     def _check_slots(self) -> None:
         assert not self.workers.keys() & self.reclaiming.keys(), "a worker is both live and gone"
         leases = sorted((s, w.id) for w in (*self.workers.values(), *self.reclaiming.values()) for s in w.slots)
-        assert leases == sorted((s, w) for s, held in self.holders.items() for w in held), "workers and slots disagree"
-        for slot_id, held in self.holders.items():
+        assert leases == sorted((s, w) for s, held in self.slots.holders.items() for w in held), (
+            "workers and slots disagree"
+        )
+        for slot_id, held in self.slots.holders.items():
             if len(held) > 1:
                 needs = [self.holder(worker_id).memory_bytes for worker_id in held]
                 assert all(needs), "a worker that needs a whole slot shares it"
                 assert len(held) <= self.max_workers_per_gpu, "more workers on a slot than are allowed"
                 assert sum(needs) <= self.slots[slot_id].memory_bytes, "a slot's memory is promised twice"
-        assert self.max_gpus is None or self.gpus_held() <= self.max_gpus, "more GPUs are held than are allowed"
+        assert self.max_gpus is None or self.slots.gpus_held() <= self.max_gpus, "more GPUs are held than are allowed"

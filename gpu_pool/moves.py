@@ -32,7 +32,7 @@ class Moves:
     def start_evaluator(self) -> None:
         """One more evaluator."""
         evaluator_id = self._new_id("evaluator")
-        self._ledger.evaluators[evaluator_id] = Evaluator()
+        self._ledger.put_evaluator(evaluator_id, Evaluator())
         self.ask(ev.StartEvaluator(evaluator_id=evaluator_id))
 
     def start_job(self, demand: ev.Demand, evaluator_id: str) -> Running:

@@ -168,6 +168,10 @@ class WaitingJobs:
         if not firsts:
             del self.firsts[kind], self._memory[kind]
 
+    def first_of_each_kind(self) -> Iterator[Demand]:
+        """The next job of each kind."""
+        return (self._demands[entry[1]] for line in self.firsts.values() if (entry := line.after(None)))
+
     def least_memory(self, kind: Kind) -> int:
         """What the least demanding of a kind needs of each slot; some job of that kind waits."""
         return self._memory[kind][0]

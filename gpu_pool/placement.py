@@ -52,7 +52,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
 
 def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
     """How soon a worker could be gone from its slots (never NOW)."""
-    if ledger.leaves(worker.id):
+    if worker.id in ledger.leaving:
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
@@ -87,21 +87,17 @@ def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) ->
     return found
 
 
-def find_plan(
-    demand: Demand, ledger: Ledger, taken: Collection[str] = (), apart: Iterable[str] = (), *, name_busy: bool = True
-) -> Plan | None:
+def find_plan(demand: Demand, ledger: Ledger, apart: Iterable[str] = (), *, name_busy: bool = True) -> Plan | None:
     """The slots that are ready soonest for a new replica; None when there are not enough that could ever be.
 
-    Slots in `taken` are promised to others. Slots of the workers `apart` are left out: one job gains nothing from two
-    replicas on one GPU. A plan that is BUSY may be without slots unless it is to `name_busy` ones: which jobs had
-    better end first takes a while to find out, where many ask and none will wait for it.
+    Promised slots are left out, and those of the workers `apart`: one job gains nothing from two replicas on one GPU. A
+    plan that is BUSY may be without slots unless it is to `name_busy` ones: which jobs had better end first takes a
+    while to find out, where many ask and none will wait for it.
     """
-    avoided = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
-    suited = [
-        slot
-        for slot in ledger.slots.values()
-        if slot.id not in taken and slot.id not in avoided and ledger.usable(slot.id) and demand.accepts(slot)
-    ]
+    avoided = {
+        slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots
+    } | ledger.slots.promised.keys()
+    suited = [slot for slot in ledger.slots.suited(demand) if slot.id not in avoided]
     if len(suited) < demand.gpus:
         return None
     if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
@@ -130,15 +126,17 @@ def find_plan(
 
 def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | None:
     """A plan of slots that are free or about to be: mostly there are such, and the others need no closer look."""
-    free = [slot.id for slot in suited if not ledger.holders.get(slot.id)]
+    holders = ledger.slots.holders
+    free = [slot.id for slot in suited if not holders.get(slot.id)]
     if len(free) >= demand.gpus:
         return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
     if ledger.max_workers_per_gpu > 1:  # it may fit beside others
         return None
-    leaving = [slot.id for slot in suited if (held := ledger.holders.get(slot.id)) and all(map(ledger.leaves, held))]
+    left = {slot_id for worker_id in ledger.leaving for slot_id in ledger.holder(worker_id).slots}
+    leaving = [slot.id for slot in suited if slot.id in left and ledger.leaving.issuperset(holders[slot.id])]
     if len(free) + len(leaving) < demand.gpus:
         return None
-    leaving.sort(key=lambda slot_id: slot_id in ledger.unusable)
+    leaving.sort(key=lambda slot_id: slot_id in ledger.slots.unusable)
     return Plan(slots=tuple([*free, *leaving][: demand.gpus]), readiness=Readiness.LEAVING)
 
 
@@ -147,7 +145,7 @@ def _all_busy(demand: Demand, suited: list[Slot], ledger: Ledger) -> bool:
     if ledger.max_workers_per_gpu > 1 or ledger.max_gpus is not None:
         return False
     busy = {worker_id for worker_id, worker in ledger.workers.items() if readiness_of(worker, ledger) is Readiness.BUSY}
-    return sum(busy.isdisjoint(ledger.holders.get(slot.id, ())) for slot in suited) < demand.gpus
+    return sum(busy.isdisjoint(ledger.slots.holders.get(slot.id, ())) for slot in suited) < demand.gpus
 
 
 def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:
@@ -155,7 +153,7 @@ def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readines
 
     `degrees` are those of the workers that were looked at before; they get those of others.
     """
-    staying = [ledger.holder(worker_id) for worker_id in ledger.holders.get(slot.id, ())]
+    staying = [ledger.holder(worker_id) for worker_id in ledger.slots.holders.get(slot.id, ())]
     for worker in staying:
         if worker.id not in degrees:
             degrees[worker.id] = readiness_of(worker, ledger)
@@ -177,8 +175,8 @@ def _soonest(ways: list[_Way], count: int, ledger: Ledger) -> list[_Way]:
 
     def place(way: _Way) -> tuple[Readiness, bool, tuple[float, ...]]:
         if way.workers:
-            return way.readiness, way.slot_id in ledger.unusable, _tie(way.workers[-1], way.readiness, ledger)
-        return way.readiness, way.slot_id in ledger.unusable, (way.beside,)  # rather a slot of its own
+            return way.readiness, way.slot_id in ledger.slots.unusable, _tie(way.workers[-1], way.readiness, ledger)
+        return way.readiness, way.slot_id in ledger.slots.unusable, (way.beside,)  # rather a slot of its own
 
     return sorted(ways, key=place)[:count]
 
@@ -200,7 +198,7 @@ def _fits(demand: Demand, slot: Slot, beside: list[Worker], ledger: Ledger) -> b
         return True
     if not demand.memory_bytes or not all(worker.memory_bytes for worker in beside):
         return False
-    if len(beside) >= ledger.max_workers_per_gpu or slot.id in ledger.refused:
+    if len(beside) >= ledger.max_workers_per_gpu or slot.id in ledger.slots.refused:
         return False
     return sum(worker.memory_bytes for worker in beside) + demand.memory_bytes <= slot.memory_bytes
 
@@ -210,9 +208,9 @@ def _within_cap(ways: list[_Way], demand: Demand, ledger: Ledger) -> tuple[list[
 
     Where that is not enough (a job for one certain GPU), workers on other GPUs have to go too: returned beside.
     """
-    fresh = max(0, (ledger.max_gpus or 0) - ledger.gpus_held())
-    ours = [way for way in ways if ledger.holders.get(way.slot_id)]
-    others = _soonest([way for way in ways if not ledger.holders.get(way.slot_id)], len(ways), ledger)
+    fresh = max(0, (ledger.max_gpus or 0) - ledger.slots.gpus_held())
+    ours = [way for way in ways if ledger.slots.holders.get(way.slot_id)]
+    others = _soonest([way for way in ways if not ledger.slots.holders.get(way.slot_id)], len(ways), ledger)
     chosen = _soonest([*ours, *others[:fresh]], demand.gpus, ledger)
     short = demand.gpus - len(chosen)
     names = {way.slot_id for way in chosen}

@@ -5,17 +5,19 @@ Begin with `step`, which is all of it: an event is written down, then one pass d
     event ──► step ─┬─ 1. a handler writes down what happened ──────────────┐
                     │                                                       ▼
                     ├─ 2. `placer` decides who gets which worker ◄───── `ledger`: who holds what
-                    │        `candidates`: which waiting jobs to look at    ▲
+                    │        `heads`: who may not be passed for ever        ▲
+                    │        `candidates`: which waiting jobs to look at    │
+                    │        `growth`: further workers for those that run   │
                     │        `placement`: where a replica could live        │
                     │                 │                                     │
-                    │                 └──► `moves` write it down at once ───┘
-                    ▼                      and ask for it to be done
+                    │                 └──► `room`, `moves`: written down ───┘
+                    ▼                      at once, and asked for to be done
                  actions ◄─────────────────┘
 
 Read in this order: `records` and `transitions` (the nouns), `events` (what is heard and asked for), `ledger` (its
 `check` says what always holds), this module (a handler an event; the table is at its end), `placer` (its header has the
-four steps of a pass), `placement` (five degrees of readiness), and where it matters which job goes first, `order` and
-`candidates`. `explain` tells people why a job waits, from the same ledger.
+five steps of a pass), `room`, `placement` (five degrees of readiness), and where it matters which job goes first,
+`heads`, `order` and `candidates`. `explain` tells people why a job waits, from the same ledger.
 
 Some ways through it:
 
@@ -88,7 +90,7 @@ class Scheduler:
 
     def step(self, event: ev.Event) -> list[ev.Action]:
         """Take one event; return what must be done, in order."""
-        self.ledger.now = event.now
+        self.ledger.pass_time(event.now)
         self._handlers[type(event)](self, event)
         if not isinstance(event, ev.JobProgressed):  # the most frequent one leaves nothing to decide
             self._keep_evaluators()
@@ -174,7 +176,7 @@ class Scheduler:
         self.ledger.evaluator_is_ready(event.evaluator_id)
 
     def _on_evaluator_died(self, event: ev.EvaluatorDied) -> None:
-        evaluator = self.ledger.evaluators.pop(event.evaluator_id, None)
+        evaluator = self.ledger.forget_evaluator(event.evaluator_id)
         self._let_go(event.evaluator_id)
         if evaluator and evaluator.job_id is not None:
             run, cause = self.ledger.running[evaluator.job_id], f"the evaluator process ended: {event.cause}"
@@ -290,18 +292,17 @@ class Scheduler:
         worker = self.ledger.forget_worker(event.worker_id, reclaim=False)
         if worker is None:
             return
-        for reasons in (self.ledger.unusable, self.ledger.refused):
-            reasons.update(dict.fromkeys(worker.slots, event.reason))
+        self.ledger.slots.refuse(worker.slots, event.reason)
         for job_id in sorted(worker.jobs):
             self.ledger.release(self.ledger.running[job_id], worker.id)
 
     # ------------------------------------------------------------------ slots
 
     def _on_slots_seen(self, event: ev.SlotsSeen) -> None:
-        self.ledger.see(event.slots, closed=event.lost | event.contested)
+        self.ledger.slots.see(event.slots, closed=event.lost | event.contested)
         for worker in list(self.ledger.workers.values()):
             if lost := event.lost.intersection(worker.slots):
-                self._moves.kill(worker.id, self.ledger.what_is_lost(min(lost)))
+                self._moves.kill(worker.id, self.ledger.slots.what_is_lost(min(lost)))
             elif not event.contested.isdisjoint(worker.slots) and not worker.jobs:
                 self._moves.stop(worker.id)
 

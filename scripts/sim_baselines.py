@@ -75,7 +75,7 @@ class Fifo:
 
     def _begin(self, demand: ev.Demand) -> list[ev.Action]:
         """Evaluator and workers for the job; nothing when there are no GPUs for one."""
-        free = sorted(self._all - self._taken)
+        free = sorted(slot_id for slot_id in self._all - self._taken if demand.slot_id in (None, slot_id))
         replicas = min(demand.max_replicas, len(free) // demand.gpus)
         if not replicas or not self.may_begin():
             return []

@@ -64,16 +64,18 @@ class Meter:
 
 
 class Decisions:
-    """What each step of the scheduler took, and how many jobs were queued then."""
+    """What each step of the scheduler took, how many jobs were queued then, and whether it had something to decide."""
 
     def __init__(self) -> None:
         self._queued = array("q")
         self._cpu_ns = array("q")
+        self._decides = array("b")
 
-    def note(self, queued: int, cpu_ns: int) -> None:
+    def note(self, queued: int, cpu_ns: int, *, decides: bool) -> None:
         """One more step."""
         self._queued.append(queued)
         self._cpu_ns.append(cpu_ns)
+        self._decides.append(decides)
 
     @property
     def most_queued(self) -> int:
@@ -81,6 +83,6 @@ class Decisions:
         return max(self._queued, default=0)
 
     def seconds(self, at_least_queued: int = 0) -> list[float]:
-        """CPU seconds of the steps that were taken with so many jobs queued, ascending."""
-        chosen = (ns for queued, ns in zip(self._queued, self._cpu_ns, strict=True) if queued >= at_least_queued)
-        return sorted(ns / 1e9 for ns in chosen)
+        """CPU seconds of the steps that decided, with so many jobs queued, ascending."""
+        steps = zip(self._queued, self._cpu_ns, self._decides, strict=True)
+        return sorted(ns / 1e9 for queued, ns, decides in steps if decides and queued >= at_least_queued)

@@ -24,6 +24,10 @@ class Gpus:
         slots = tuple((slot, "the GPU is lost" if slot.id in self._lost else None) for slot in self._slots)
         return {"slots": slots, "lost": frozenset(self._lost)}
 
+    def slot_id(self, number: int) -> str:
+        """The slot of this GPU."""
+        return self._slots[number].id
+
     def holder(self, number: int) -> str | None:
         """The worker on this GPU."""
         return self._holders.get(self._slots[number].id)

@@ -1,4 +1,4 @@
-"""Random traces: how checkpoints are evaluated in practice, in five patterns. Equal seeds give equal traces."""
+"""Random traces: how checkpoints are evaluated in practice, in six patterns. Equal seeds give equal traces."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ PREPARE_SECONDS = (0.5, 3.0)
 SCORE_SECONDS = (0.1, 2.0)
 GPUS_OF_A_JOB = (1, 1, 1, 1, 2, 4, 8)
 """Replicas that jobs ask for, each as often as it is here."""
+PRIORITIES = (0, 0, 0, 0, 0, 0, 1, 3)
+"""Of the jobs of `mixed`, each as often as it is here."""
+PINNED_SHARE = 0.1
+"""Of those of its jobs that need one GPU, the ones that ask for a certain one."""
 JOBS_OF_A_CHECKPOINT = (4, 12)
 """Least and most jobs that a training loop submits for each checkpoint."""
 
@@ -125,12 +129,24 @@ def large_models(maker: Maker, jobs: int, load: float) -> Trace:
     return maker.trace("large models")
 
 
+def mixed(maker: Maker, jobs: int, load: float) -> Trace:
+    """Large models, where some jobs are more important than others, and some ask for one certain GPU."""
+    sizes = large_models(maker, jobs, load).models
+    for number, job in enumerate(maker.jobs):
+        job = replace(job, priority=maker.random.choice(PRIORITIES))
+        if sizes[job.model].gpus == 1 and maker.random.random() < PINNED_SHARE:
+            job = replace(job, gpu=maker.random.randrange(maker.gpus), num_gpus=1)
+        maker.jobs[number] = job
+    return maker.trace("mixed")
+
+
 PATTERNS: dict[str, Callable[[Maker, int, float], Trace]] = {
     "all-at-once": all_at_once,
     "poisson": poisson,
     "checkpoints": checkpoints,
     "few-models": few_models,
     "large-models": large_models,
+    "mixed": mixed,
 }
 
 

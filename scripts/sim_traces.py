@@ -35,6 +35,8 @@ class TraceJob(msgspec.Struct, frozen=True, kw_only=True, tag="job", forbid_unkn
     num_gpus: int = 1
     """Most GPUs that it may hold."""
     priority: int = 0
+    gpu: int | None = None
+    """Only this GPU, or None for any."""
     cancel_s: float | None = None
     """When its submitter cancels it, if ever and if it has not ended by then."""
 
@@ -102,6 +104,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(
                     f"trace {self.name}, job {job.id}: num_gpus is {job.num_gpus} on a box of {gpus}, "
                     f"but a replica of {job.model} takes {needed}"
+                )
+            if job.gpu is not None and not (job.num_gpus == 1 and 0 <= job.gpu < gpus):
+                raise ValueError(
+                    f"trace {self.name}, job {job.id}: gpu is {job.gpu} and num_gpus is {job.num_gpus}, "
+                    f"but on a box of {gpus} gpu must be below that, and num_gpus 1 beside it"
                 )
             before = job.arrival_s
 

@@ -107,7 +107,8 @@ class World:
         happens = event(now=self._clock.now, **fields)
         before = time.thread_time_ns()
         actions = self._scheduler.step(happens)
-        self.decisions.note(self.meter.queued, time.thread_time_ns() - before)
+        spent_ns = time.thread_time_ns() - before
+        self.decisions.note(self.meter.queued, spent_ns, decides=event is not ev.JobProgressed)
         for action in actions:
             self._perform(action)
 
@@ -136,6 +137,7 @@ class World:
             order=job.arrival_s,
             priority=job.priority,
             gpus=self._trace.models[job.model].gpus,
+            slot_id=None if job.gpu is None else self._gpus.slot_id(job.gpu),
         )
         self._tell(ev.JobSubmitted, demand=demand)
 
@@ -181,8 +183,7 @@ class World:
             case ev.StartJob(job_id=job_id, evaluator_id=evaluator_id):
                 self._start_job(self.jobs[job_id], evaluator_id)
             case ev.Attach(job_id=job_id, worker_id=worker_id):
-                if worker_id in self._computing.replicas and self.jobs[job_id].evaluator_id:
-                    self._computing.attach(self.jobs[job_id], worker_id)
+                self._attach(self.jobs[job_id], worker_id)
             case ev.Detach(job_id=job_id, worker_id=worker_id, at_once=at_once):
                 self._computing.detach(self.jobs[job_id], worker_id, at_once=at_once)
             case ev.NoteLoss():
@@ -244,6 +245,12 @@ class World:
         self._evaluators[evaluator_id] = record.trace.id
         record.evaluator_id, record.prepared = evaluator_id, False
         self._clock.after(record.trace.prepare_s, self._prepared, record, record.attempt)
+
+    def _attach(self, record: JobRecord, worker_id: str) -> None:
+        replica, gpu = self._computing.replicas.get(worker_id), record.trace.gpu
+        if replica and record.evaluator_id:
+            assert gpu is None or replica.slots == (self._gpus.slot_id(gpu),), "a job is attached to another GPU"
+            self._computing.attach(record, worker_id)
 
     def _prepared(self, record: JobRecord, attempt: int) -> None:
         if record.attempt != attempt:

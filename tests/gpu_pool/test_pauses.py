@@ -211,20 +211,38 @@ def test_rather_a_job_pauses_whose_model_can_be_loaded_again() -> None:
     assert [detach.job_id for detach in box.of(ev.Detach)] == ["b"]
 
 
-def test_a_job_whose_model_could_not_be_loaded_again_is_waited_for() -> None:
-    box, workers = box_with_small_jobs(2, evaluators=5)
+def box_with_a_job_that_cannot_pause() -> tuple[Box, list[str]]:
+    """Jobs a, b and c on three GPUs, for which a large job has waited with patience; the model of b has changed."""
+    box, workers = box_with_small_jobs(3, evaluators=8)
     box.do(ev.ModelsSeen, changed=frozenset({GPU["b"].replica_key}))
-    box.submit("large", spec=GPU["e"], gpus=2)
+    box.submit("large", spec=GPU["e"], gpus=3)
     later(box, PATIENCE_SECONDS)
+    return box, workers
+
+
+def test_while_a_job_runs_whose_model_could_not_be_loaded_again_others_use_what_is_idle_and_then_make_way() -> None:
+    box, workers = box_with_a_job_that_cannot_pause()
     box.end("a")
+    (start,) = box.of(ev.StartWorker, [*box.submit("d", spec=GPU["d"]), *box.gone(workers[0])])
+    assert start.spec == GPU["d"]
+    box.load(start.worker_id)
+    box.submit("b too", spec=GPU["b"])
     later(box, 10 * PATIENCE_SECONDS)
+    assert "b too" in box.ledger.waiting  # nobody joins those who cannot pause
     assert not box.of(ev.Detach)
-    box.submit("small", spec=GPU["b"])
-    box.gone(workers[0])
-    assert "small" in box.ledger.waiting  # the GPUs are kept
     box.end("b")
-    (start,) = box.of(ev.StartWorker, box.gone(workers[1]))
-    assert start.spec == GPU["e"]
+    assert {detach.job_id for detach in box.of(ev.Detach)} == {"c", "d"}
+
+
+def test_jobs_that_cannot_pause_either_by_then_are_waited_for_with_the_slots_held() -> None:
+    box, workers = box_with_a_job_that_cannot_pause()
+    box.do(ev.ModelsSeen, changed=frozenset({GPU["b"].replica_key, GPU["c"].replica_key}))
+    box.end("b")
+    box.gone(workers[1])
+    later(box, PATIENCE_SECONDS)
+    assert not box.of(ev.StartWorker, box.submit("d", spec=GPU["d"]))  # else there might be no end of it
+    box.end("c")
+    assert {detach.job_id for detach in box.of(ev.Detach)} == {"a"}
 
 
 def pause(box: Box, workers: list[str]) -> str:

@@ -93,7 +93,7 @@ async def test_a_worker_that_ends_reopens_no_gpu_that_someone_else_wants(
     await runner.look()
     await runner._reclaim(ev.ReclaimSlots(worker_id="ends", slot_ids=(gpu_uuid(1),)))
     await runner.handle(ev.Tick)
-    assert runner.scheduler.ledger.closed == {gpu_uuid(0)}
+    assert runner.scheduler.ledger.slots.closed == {gpu_uuid(0)}
     await asyncio.wait_for(runner.stop(), 30)
 
 

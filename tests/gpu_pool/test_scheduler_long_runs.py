@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
-from gpu_pool.placement import Readiness, find_plan, replicas_for
+from gpu_pool.ledger import SOON_READY
+from gpu_pool.placement import Readiness, find_plan, readiness_of, replicas_for
 from gpu_pool.records import EvaluatorState, WorkerState
 
 
 class LongRun(RuleBasedStateMachine):
     """Random event sequences that a world could really produce; the invariants hold after each, and every job ends."""
 
+    options: ClassVar[dict[str, Any]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.box = Box(
-            slots=2, evaluators=3, gpus=3, max_workers_per_gpu=2, max_gpus=2, idle_worker_s=200.0, patience_s=30.0
-        )
+        self.box = Box(slots=2, evaluators=3, gpus=3, idle_worker_s=200.0, patience_s=30.0, **self.options)
         self.numbers = itertools.count()
 
     def apply(self, event: type[ev.Event], **fields: object) -> None:
@@ -40,17 +49,19 @@ class LongRun(RuleBasedStateMachine):
         model=st.sampled_from("def"),
         gpus=st.integers(1, 2),
         memory=st.sampled_from([0, 30, 49, 50, 51]),
-        priority=st.integers(-2, 2),
+        priority=st.sampled_from([-2, -1, 0, 0, 1, 10]),
+        replicas=st.integers(1, 3),
         timeout=st.sampled_from([None, 30.0]),
         slot=st.sampled_from([None, None, "GPU-2"]),
     )
     def submit_for_gpus(
-        self, model: str, gpus: int, memory: int, priority: int, timeout: float | None, slot: str | None
+        self, model: str, gpus: int, memory: int, priority: int, replicas: int, timeout: float | None, slot: str | None
     ) -> None:
         self.box.submit(
             f"job-{next(self.numbers)}",
             spec=spec(model, "cuda"),
             gpus=1 if slot else gpus,
+            max_replicas=1 if slot else replicas,
             memory_bytes=memory,
             priority=priority,
             timeout_s=timeout,
@@ -144,6 +155,11 @@ class LongRun(RuleBasedStateMachine):
     def strangers_come_and_go(self, taken: set[str]) -> None:
         self.box.see(dict.fromkeys(taken, "process 77 uses it"))
 
+    @rule(models=st.sets(st.sampled_from("abcdef")))
+    def checkpoints_are_overwritten(self, models: set[str]) -> None:
+        keys = {spec(model, device).replica_key for model in models for device in ("cpu", "cuda")}
+        self.apply(ev.ModelsSeen, changed=frozenset(keys))
+
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds: float) -> None:
         self.box.now += seconds
@@ -157,9 +173,33 @@ class LongRun(RuleBasedStateMachine):
     def nothing_that_fits_waits(self) -> None:
         ledger = self.box.ledger
         for demand in ledger.waiting.values() if self.box.scheduler.placer.evaluators_left else ():
-            assert all(worker.state is WorkerState.STARTING for worker in replicas_for(demand, ledger, ledger.promised))
-            plan = find_plan(demand, ledger, ledger.promised)
+            assert all(
+                worker.state is WorkerState.STARTING for worker in replicas_for(demand, ledger, ledger.slots.promised)
+            )
+            plan = find_plan(demand, ledger)
             assert plan is None or plan.readiness is not Readiness.NOW
+
+    @invariant()
+    def no_slot_stays_free_that_a_running_job_could_use(self) -> None:
+        ledger = self.box.ledger
+        if ledger.waiting and ledger.evaluators_that_are(*SOON_READY):
+            return  # a waiting job may start there in a moment
+        for run in ledger.running.values():
+            if not run.workers or (run.may_grow and len(run.workers) < run.demand.max_replicas):
+                plan = find_plan(run.demand, ledger, apart=run.workers)
+                assert plan is None or plan.readiness is not Readiness.NOW
+
+    @invariant()
+    def a_free_slot_is_promised_only_where_the_others_of_its_set_come_free_by_themselves(self) -> None:
+        ledger = self.box.ledger
+        for slot_id, job_id in ledger.slots.promised.items():
+            kept = [each for each, keeper in ledger.slots.promised.items() if keeper == job_id]
+            for worker_id in [] if ledger.slots.holders.get(slot_id) else self.holders(kept):
+                if ledger.holder(worker_id).spec.replica_key not in ledger.changed:
+                    assert readiness_of(ledger.holder(worker_id), ledger) is not Readiness.BUSY
+
+    def holders(self, slot_ids: Iterable[str]) -> set[str]:
+        return {worker_id for slot_id in slot_ids for worker_id in self.box.ledger.slots.holders.get(slot_id, ())}
 
     def teardown(self) -> None:
         """A world that behaves from here on brings every job to its end."""
@@ -218,5 +258,23 @@ class LongRun(RuleBasedStateMachine):
         return [worker.id for worker in self.box.ledger.workers.values() if worker.state is state]
 
 
-TestLongRun = LongRun.TestCase
-TestLongRun.settings = settings(max_examples=200, stateful_step_count=40, derandomize=True)
+class TwoGpusAtMost(LongRun):
+    """Small models share GPUs, of which no more than two of three may be held."""
+
+    options: ClassVar[dict[str, Any]] = {"max_workers_per_gpu": 2, "max_gpus": 2}
+
+
+class WholeGpus(LongRun):
+    """Each of three GPUs is one replica's."""
+
+
+TestTwoGpusAtMost, TestWholeGpus = TwoGpusAtMost.TestCase, WholeGpus.TestCase
+TestTwoGpusAtMost.settings = TestWholeGpus.settings = settings(
+    max_examples=100, stateful_step_count=40, derandomize=True
+)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("machine", [TwoGpusAtMost, WholeGpus])
+def test_longer_runs_that_are_others_each_time(machine: type[LongRun]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=1000, stateful_step_count=150))

@@ -45,6 +45,8 @@ def test_the_bound(jobs: list[TraceJob], bound_s: float, without_loads_s: float)
     [
         ({"model": "x"}, "job a: model 'x' is not one of its models"),
         ({"model": "n"}, "job a: num_gpus is 1 on a box of 2, but a replica of n takes 2"),
+        ({"gpu": 2}, "job a: gpu is 2 and num_gpus is 1, but on a box of 2 gpu must be below that"),
+        ({"gpu": 0, "num_gpus": 2}, "job a: gpu is 0 and num_gpus is 2, but .* num_gpus 1 beside it"),
         ({"chunk_s": -1.0}, "job a: counts and seconds must not be negative"),
         ({"arrival_s": -1.0}, "job a: arrival_s"),
     ],

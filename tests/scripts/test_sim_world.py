@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from sim_baselines import Fifo, OneAtATime
 from sim_figures import figures
 from sim_traces import Trace, TraceJob, TraceModel, make_trace
-from sim_world import Costs, Fault, World
+from sim_world import Costs, Fault, Steps, World
 
 from gpu_pool import events as ev
 from gpu_pool.scheduler import Scheduler
@@ -27,6 +29,13 @@ def trace(*jobs: TraceJob, gpus: int = 1) -> Trace:
 
 def ours() -> Scheduler:
     return Scheduler(evaluators=4, max_attempts=3)
+
+
+@pytest.mark.parametrize("scheduler", [ours, lambda: Fifo(4)])
+def test_a_job_for_one_certain_gpu_waits_for_that(scheduler: Callable[[], Steps]) -> None:
+    # a has GPU 0 until 33; its worker's memory is back at 36
+    asked = trace(job("a"), job("b", model="n", gpu=0))
+    assert ends(World(asked, 2, scheduler(), COSTS)) == {"a": 33, "b": 36 + 33}
 
 
 class Script:
@@ -165,6 +174,14 @@ def test_what_no_scheduler_may_do_is_noticed(actions: list[str], wrong: str) -> 
     )
     with pytest.raises(AssertionError, match=wrong):
         World(asked, 1, script, COSTS).run(until_s=100)
+
+
+def test_reports_of_progress_are_no_decisions() -> None:
+    world = World(trace(job("a")), 1, script := Script({}), Costs(tick_s=1000.0, look_s=1000.0))
+    for event in (ev.JobProgressed(now=0.0, job_id="a", done=1), ev.Tick(now=0.0)):
+        world._tell(type(event), **{name: getattr(event, name) for name in event.__struct_fields__ if name != "now"})
+    assert len(script.seen) == 2
+    assert len(world.decisions.seconds()) == 1
 
 
 def test_figures_of_a_run() -> None:
