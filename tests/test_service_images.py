@@ -29,6 +29,22 @@ DIGITS = ("digits", "digits_choice")
 CHAT = {"apply_chat_template": True, "model_args": {"dtype": "float32"}}
 
 
+OPENING = """
+from pathlib import Path
+
+from PIL import Image
+
+
+def opened(doc):
+    return [Image.open(Path({folder!r}) / doc["image"]).convert("RGB")]
+
+
+def converted(doc):
+    return [doc["image"] and doc["image"].convert("L").convert("RGB")]
+"""
+"""Tasks' own code that opens or decodes images itself."""
+
+
 def write_blank(folder: Path) -> None:
     """The tasks of digits over images that show nothing."""
     pairs = held_out()
@@ -59,6 +75,12 @@ def write_damaged(folder: Path) -> None:
     (folder / "listed.jsonl").write_text("\n".join(lines))
     listed = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "listed.jsonl")}}}
     write_task(folder, "listed", data, GENERATION | listed)
+    (folder / "opening.py").write_text(OPENING.format(folder=str(folder)))
+    for name, source in {"opened": listed, "converted": {}}.items():
+        write_task(folder, name, data, {**GENERATION, **source, "doc_to_image": None})
+        config = folder / f"{name}.yaml"
+        shown = f"doc_to_image: !function opening.{name}"
+        config.write_text(config.read_text().replace("doc_to_image: null", shown))
 
 
 def write_folder(folder: Path) -> None:
@@ -135,6 +157,16 @@ def test_an_image_that_cannot_be_shown_is_the_error_of_its_sample(box: Service) 
             assert cause in sample["evalpool_error"]
     assert job["metrics"]["damaged"]["exact_match,digit"] > 0.9
     assert "sha256" in samples_of(box, job, "damaged")[0]["doc"]["image"]
+
+
+def test_an_image_that_a_task_s_own_code_cannot_open_is_the_error_of_its_sample(box: Service) -> None:
+    job = box.finished(box.submit(MODEL, "opened", "converted", max_error_share=0.3, **CHAT))
+    for task in ("opened", "converted"):
+        assert job["metrics"][task]["evalpool_errored"] == 5
+        assert job["metrics"][task]["exact_match,digit"] > 0.9
+    causes = ["truncated", "UnidentifiedImageError", "UnidentifiedImageError", "pixels, more than", "FileNotFoundError"]
+    for sample, cause in zip(samples_of(box, job, "opened")[20:], causes, strict=True):
+        assert cause in sample["evalpool_error"]
 
 
 def test_a_job_with_a_damaged_image_fails_where_no_error_is_allowed(box: Service) -> None:

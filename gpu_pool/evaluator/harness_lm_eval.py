@@ -37,6 +37,9 @@ FIRST_PORTION, PORTION = 32, 512
 time. Those with equal beginnings come together as far as they still wait, and what waits is put in order anew no more
 often than it doubles."""
 
+_SHOWING = ("doc_to_image", "doc_to_audio", "doc_to_video")
+"""Methods of a task that give what a document shows: files, or what the task's own code makes of them."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -142,12 +145,21 @@ def build_instances(
 
 @contextlib.contextmanager
 def _documents(task: Any, documents: list[tuple[int, Any]]) -> Generator[None]:
-    """The task has only these (id, document) pairs meanwhile."""
-    task.doc_iterator = lambda **_: iter(documents)
+    """The task has only these (id, document) pairs meanwhile, and gives ImageProblems for what it cannot show."""
+    meanwhile: dict[str, Any] = {"doc_iterator": lambda **_: iter(documents)}
+    for name in _SHOWING:
+        if (get := getattr(task, name, None)) is not None:
+            meanwhile[name] = _guarded(get)
+    vars(task).update(meanwhile)
     try:
         yield
     finally:
-        del task.doc_iterator
+        for name in meanwhile:
+            delattr(task, name)
+
+
+def _guarded(get: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda doc, *field: had_or_problem(lambda doc: get(doc, *field), doc)
 
 
 def release(task: Task) -> None:

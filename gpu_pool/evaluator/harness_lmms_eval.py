@@ -18,14 +18,14 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import datasets
 from lm_eval.api.instance import Instance
 
 from gpu_pool.evaluator.harness_lm_eval import FIRST_PORTION, ChatTemplate, TaskError, set_fewshots
-from gpu_pool.evaluator.images import ImageProblem, described
+from gpu_pool.evaluator.images import ImageProblem, described, had_or_problem
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
 from gpu_pool.evaluator.scores import TaskScore
@@ -46,9 +46,6 @@ from lmms_eval.filters.transformation import StripThinkingFilter  # isort: skip
 from gpu_pool.evaluator.lmms_prompts import Prompt, chat_prompt, text_prompt  # isort: skip
 
 _FEWSHOT_DELIMITER = "\n\n"
-_PROBLEMS = (ImageProblem, SystemExit)
-"""What a document's code raises; tasks of videos end the process where a file is missing."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -131,10 +128,9 @@ def _ask(
     whole: Any = inner.dataset[task.split][doc_id]
     if task.is_generation and chat_template is not None and hasattr(inner, "doc_to_messages"):
         theirs: Any = inner.construct_requests(doc_id=doc_id, ctx="", metadata=metadata)
-        try:
-            messages = inner.doc_to_messages(whole)
-        except _PROBLEMS as problem:  # the document's error, not the job's
-            messages = [{"role": "user", "content": [_shown_problem(problem, task)]}]
+        messages = _messages(inner, whole)
+        if isinstance(messages, ImageProblem):
+            messages = [{"role": "user", "content": [_shown_problem(messages, task)]}]
         prompt = chat_prompt(
             messages,
             chat_template,
@@ -144,10 +140,7 @@ def _ask(
         return [(theirs, _instance(theirs, doc, prompt, _chat_options(config.generation_kwargs)))]
     context = inner.fewshot_context(doc, config.num_fewshot, evaluation.system_instruction, False, False, None)
     made: Any = ConfigurableTask.construct_requests(inner, doc_id=doc_id, ctx=context, metadata=metadata)
-    try:
-        visuals = inner.doc_to_visual(whole)
-    except _PROBLEMS as problem:
-        visuals = [_shown_problem(problem, task)["url"]]
+    visuals = _had(inner.doc_to_visual, whole)
     asked: list[tuple[Any, Instance]] = []
     for theirs in made if isinstance(made, list) else [made]:
         text, then = theirs.args[:2]
@@ -157,11 +150,33 @@ def _ask(
     return asked
 
 
-def _shown_problem(problem: BaseException, task: LmmsTask) -> dict[str, Any]:
+def _messages(inner: Any, doc: Any) -> Any:
+    """The conversation of a document, or why it cannot be had. Where lmms-eval makes it of pictures and text, only the
+    pictures' errors are the document's; those of its text are the task's."""
+    if callable(inner.config.doc_to_messages):
+        return _had(inner.doc_to_messages, doc)
+    visuals = _had(inner.doc_to_visual, doc)
+    if isinstance(visuals, ImageProblem):
+        return visuals
+    inner.doc_to_visual = lambda _: visuals
+    try:
+        return inner.doc_to_messages(doc)
+    finally:
+        del inner.doc_to_visual
+
+
+def _had(get: Callable[[Any], Any], doc: Any) -> Any:
+    """What a document shows, or the ImageProblem; tasks of videos end the process where a file is missing."""
+    try:
+        return had_or_problem(get, doc)
+    except SystemExit as end:
+        return ImageProblem(str(end))
+
+
+def _shown_problem(problem: ImageProblem, task: LmmsTask) -> dict[str, Any]:
     """A part of a message that stands for what cannot be shown."""
     kind = "image" if "image" in task.modalities else "audio"
-    shown = problem if isinstance(problem, ImageProblem) else ImageProblem(str(problem))
-    return {"type": kind, "url": shown}
+    return {"type": kind, "url": problem}
 
 
 def _instance(theirs: Any, doc: Any, prompt: Prompt, then: Any) -> Instance:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,23 @@ _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
 
 class ImageProblem(PoolError):
     """A document's image, sound or video cannot be had."""
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What readers of files raise, Pillow's among them."""
+
+
+def had_or_problem(get: Callable[[Any], Any], doc: Any) -> Any:
+    """What a task's own code shows of a document; the ImageProblem in its place where that opens files, and cannot.
+
+    Errors that do not come of a file, a misspelt name say, are raised as they are.
+    """
+    try:
+        return get(doc)
+    except ImageProblem as problem:
+        return problem
+    except _UNREADABLE as error:
+        return ImageProblem(f"the task's code cannot show it: {explain(error)}")
 
 
 class UndecodedImage(dict[str, Any]):
@@ -63,7 +80,7 @@ class UndecodedImage(dict[str, Any]):
         """
         try:
             return self._decode(dict(self))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
+        except _UNREADABLE as error:
             raise ImageProblem(f"the image cannot be decoded: {explain(error)}") from error
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +106,7 @@ def _mode_of(file: bytes | None) -> str | None:
     try:
         with Image.open(io.BytesIO(file)) as image:
             return image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except _UNREADABLE:
         return None
 
 
@@ -147,12 +164,15 @@ def _file(image: Any, folders: Iterable[Path]) -> bytes:
 
 
 def _encoded(image: Image.Image) -> bytes:
-    """Without loss."""
+    """Without loss. The task's code may have opened its file without reading it."""
     file = io.BytesIO()
-    if image.mode in _PNG_MODES:
-        image.save(file, "PNG", compress_level=1)
-    else:
-        image.save(file, "TIFF")
+    try:
+        if image.mode in _PNG_MODES:
+            image.save(file, "PNG", compress_level=1)
+        else:
+            image.save(file, "TIFF")
+    except _UNREADABLE as error:
+        raise ImageProblem(f"the image cannot be decoded: {explain(error)}") from error
     return file.getvalue()
 
 
@@ -185,7 +205,9 @@ def described(value: Any) -> Any:
         case dict():
             return {name: described(item) for name, item in value.items()}
         case Image.Image():
-            return {"image": f"{value.mode} {value.width} x {value.height}", **described(value.tobytes())}
+            shape = f"{value.mode} {value.width} x {value.height}"
+            pixels = had_or_problem(Image.Image.tobytes, value)
+            return {"image": shape, **described(pixels)}
         case np.ndarray():
             return {"array": f"{value.dtype} {' x '.join(map(str, value.shape))}", **described(value.tobytes())}
         case list() | tuple():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,6 +16,7 @@ from stock_data import mmlu
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.harness import combine, harness_of
 from gpu_pool.evaluator.harness_lm_eval import TaskError
+from gpu_pool.evaluator.images import ImageProblem
 from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT
 from gpu_pool.records import Evaluation
 
@@ -99,3 +101,38 @@ def test_a_kind_of_model_has_prompts_of_its_own(library: TaskLibrary) -> None:
     assert question("qwen3_vl").startswith("Question: ")
     assert question("qwen2_5_vl") == question("/models/mine")
     assert not question("/models/mine").startswith("Question: ")
+
+
+@pytest.mark.parametrize("with_template", [True, False])
+@pytest.mark.parametrize("error", [binascii.Error("padding"), FileNotFoundError("a.png"), SystemExit("no video")])
+def test_a_document_that_cannot_be_shown_says_why(
+    library: TaskLibrary, error: BaseException, with_template: bool
+) -> None:
+    def show(doc: Any) -> Any:
+        raise error
+
+    [prompt, *_] = prompts_of(library, {"doc_to_visual": show}, with_template)
+    [problem] = prompt.args[2]["visual"]
+    assert isinstance(problem, ImageProblem)
+    assert str(error) in str(problem)
+
+
+@pytest.mark.parametrize("with_template", [True, False])
+def test_an_error_of_a_task_s_text_is_the_task_s(library: TaskLibrary, with_template: bool) -> None:
+    def say(doc: Any, kwargs: Any = None) -> str:
+        raise ValueError("the question has no options")
+
+    with pytest.raises(ValueError, match="the question has no options"):
+        prompts_of(library, {"doc_to_text": say}, with_template)
+
+
+def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: bool) -> list[Any]:
+    """Of mme with a part of its code changed."""
+    task = library.load(["mme"])["tasks"]["mme"]
+    for name, code in changes.items():
+        setattr(task.task.config, name, code)
+    harness = harness_of(task)
+    evaluation = Evaluation(model="m", tasks=("mme",), limit=2)
+    harness.configure_task("mme", task, evaluation, False, modalities={"text", "image"})
+    template = (lambda turns: str(turns)) if with_template else None
+    return list(itertools.chain.from_iterable(harness.build_instances(task, evaluation, template, itertools.repeat(2))))

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from digits import MODEL, held_out
+from digits import MODEL, held_out, image_bytes
 from lmms_data import DOCUMENTS, write_lmms_data
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "limited": {"tasks": ["mmmu_val", "mme"], "limit": 0.5, "gen_kwargs": {"max_new_tokens": 3}},
 }
 FULL_NAMES = {"mme": "mme", "mmmu_val": "lmms:mmmu_val"}
+ASKED = "[{'question': 'Which digit is this?', 'answer': '7'}]"
 SAME = ("versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks")
 
 
@@ -151,3 +153,25 @@ def test_a_bad_image_is_an_error_of_its_document(start_evaluator, worker: Path, 
     assert "image" in errors[2]
     assert "decoded" in errors[3]
     assert done.result.metrics["mme"]["evalpool_errored"] == 2
+
+
+def test_a_bad_image_that_a_task_opens_itself_is_an_error_of_its_document(
+    start_evaluator, worker: Path, tmp_path: Path
+) -> None:
+    files = [image_bytes(image) for image, _ in held_out(DOCUMENTS)]
+    files[2], files[3] = files[2][:-40], b"<html>"
+    rows = [
+        {"id": str(place), "lang": "EN", "qa_pairs": ASKED, "image": {"bytes": file, "path": None}}
+        for place, file in enumerate(files)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    evaluator = start_evaluator(dataset_roots={"ByteDance/MTVQA": str(tmp_path)})
+    evaluator.start("opened", tasks=("mtvqa",), max_error_share=0.2, bootstrap_iters=0, use_cache=False)
+    evaluator.attach("opened", "real", worker)
+    done = evaluator.finish()[-1]
+    assert isinstance(done, msg.JobDone), done
+    errors = [sample.get("evalpool_error") for sample in samples_of(done, "mtvqa")]
+    assert [place for place, error in enumerate(errors) if error] == [2, 3]
+    assert "truncated" in errors[2]
+    assert "UnidentifiedImageError" in errors[3]
+    assert done.result.metrics["mtvqa"]["evalpool_errored"] == 2
