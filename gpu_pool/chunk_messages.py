@@ -151,6 +151,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     route: str
     """How the engine computes it: "tree", or "plain" where the token tree is not for this model."""
     route_reason: str
+    no_media: str | None = None
+    """Why it cannot be shown images or sounds, though such a model takes some."""
 
 
 class ChunkBegun(Message, frozen=True, kw_only=True):

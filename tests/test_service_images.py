@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 
@@ -190,6 +191,16 @@ def test_answers_with_images_come_from_the_cache(box: Service) -> None:
 def test_a_model_of_text_is_refused_tasks_with_images(box: Service, tiny_model: Path) -> None:
     with pytest.raises(EvalError, match="reads text only"):
         box.submit(tiny_model, "digits")
+
+
+def test_a_job_fails_once_and_says_why_its_processor_cannot_be_loaded(box: Service, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = model / "processor_config.json"
+    config.write_text(config.read_text().replace("Idefics3ImageProcessor", "UnheardOfImageProcessor"))
+    job = box.ended(box.submit(model, "digits", max_error_share=1, limit=20, **CHAT))
+    assert job["status"] == "failed"
+    assert "the model's processor cannot be loaded" in job["error"]
+    assert "Unrecognized image processor" in job["error"]
 
 
 def test_a_model_that_reads_images_is_asked_tasks_of_text(box: Service) -> None:

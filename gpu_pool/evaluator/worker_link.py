@@ -71,6 +71,8 @@ class Link(threading.Thread):
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._chunks = 0
+        self._no_media: str | None = None
+        """Why it cannot be shown what it should be."""
 
     def run(self) -> None:
         try:
@@ -113,6 +115,10 @@ class Link(threading.Thread):
         self._receive(connection)
         while True:
             while len(self.in_flight) < self._dispatcher.most_in_flight and (chunk := self._dispatcher.take(self)):
+                if self._no_media and chunk.units[0].shown is not None:
+                    self.hung_up = True
+                    self._dispatcher.on_failure(self._no_media)  # once, not for each request
+                    return
                 self._chunks += 1
                 self.in_flight[self._chunks] = chunk
                 self._send_media(connection, chunk.units)
@@ -132,6 +138,7 @@ class Link(threading.Thread):
         message = decode_from_worker_data(connection.recv_bytes(MAX_MESSAGE_BYTES))
         match message:
             case Welcome():
+                self._no_media = message.no_media
                 self._dispatcher.welcomed(message)
             case ChunkBegun():
                 self.begun[message.chunk_id] = time.monotonic()

@@ -109,6 +109,7 @@ def _welcome(worker_id: str, loaded: LoadedModel) -> Welcome:
         attn_implementation=loaded.attn_implementation,
         route=loaded.route[0],
         route_reason=loaded.route[1],
+        no_media=loaded.no_media,
     )
 
 

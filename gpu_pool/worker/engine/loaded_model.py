@@ -62,6 +62,8 @@ class LoadedModel:
     """Keyword arguments that the model's own forward takes."""
     processor: PromptProcessor | None = None
     """Of a model that takes images or sounds."""
+    no_media: str | None = None
+    """Why such a model has no processor, and reads text only."""
     speech: Mapping[str, str] = field(default_factory=dict[str, str])
     """What a speech model is told beside the sound: its `language`, its `task`."""
 
@@ -215,7 +217,7 @@ class LoadedModel:
             MediaError: something cannot be shown, or not to this model.
         """
         if self.processor is None:
-            raise MediaError("this model reads text only")
+            raise MediaError(self.no_media or "this model reads text only")
         return self.processor.prepare(prompt, media)
 
     def generated_rows(self, longest: int, in_blocks: int = 0) -> int:

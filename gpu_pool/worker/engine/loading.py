@@ -74,7 +74,8 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
     model = load_weights(args, spec.device, ranks, tokenizer, trust_remote_code=remote_code)
     if spec.device == "cpu":
         lay_out_weights(model)
-    loaded = wrap_model(model, tokenizer, args, budget, _processor(model, tokenizer, args, remote_code))
+    processor = _processor(model, tokenizer, args, remote_code)
+    loaded = wrap_model(model, tokenizer, args, budget, processor)
     route, reason = loaded.route  # decided and measured here: all ranks must take part
     announce(f"{route} route: {reason}")
     if route is Route.TREE:
@@ -84,8 +85,8 @@ def load_model(spec: ModelSpec, *, allow_remote_code: bool, ranks: int = 1, budg
     return loaded
 
 
-def _processor(model: Any, tokenizer: Any, args: ModelArgs, trust_remote_code: bool) -> PromptProcessor | None:
-    """The processor of a model that takes images or sounds. One without serves prompts of text."""
+def _processor(model: Any, tokenizer: Any, args: ModelArgs, trust_remote_code: bool) -> PromptProcessor | str | None:
+    """The processor of a model that takes images or sounds, or why it has none: it serves prompts of text."""
     config = unwrapped(model).config
     if not takes_media(config):
         return None
@@ -93,14 +94,18 @@ def _processor(model: Any, tokenizer: Any, args: ModelArgs, trust_remote_code: b
         processor = load_processor(args, config.model_type, trust_remote_code=trust_remote_code)
     except NoProcessor as error:
         logger.warning("%s reads text only: %s", args.pretrained, error)
-        return None
+        return f"the model's processor cannot be loaded: {error}"
     return PromptProcessor(processor, config, args, tokenizer.pad_token_id)
 
 
 def wrap_model(
-    model: Any, tokenizer: Any, args: ModelArgs, budget: int = 0, processor: PromptProcessor | None = None
+    model: Any, tokenizer: Any, args: ModelArgs, budget: int = 0, processor: PromptProcessor | str | None = None
 ) -> LoadedModel:
-    """What the engine must know of a model that is already in memory; `budget` as in `limits.free_bytes`."""
+    """What the engine must know of a model that is already in memory; `budget` as in `limits.free_bytes`.
+
+    `processor` is a string where there should be one: why there is none.
+    """
+    has_none = isinstance(processor, str)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -111,7 +116,8 @@ def wrap_model(
         softmax_dtype=getattr(torch, args.softmax_dtype) if args.softmax_dtype else torch.float32,
         limits=find_limits(model, model.get_input_embeddings().weight.device, budget),
         forward_names=frozenset(inspect.signature(unwrapped(model).forward).parameters),
-        processor=processor,
+        processor=None if has_none else processor,
+        no_media=processor if has_none else None,
         speech={name: value for name in ("language", "task") if (value := getattr(args, name)) is not None},
     )
 

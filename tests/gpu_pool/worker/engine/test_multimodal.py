@@ -12,11 +12,12 @@ from digits import MODEL as DIGITS
 from fresh_models import load_fresh
 from image_prompts import Asked, noise
 
-from gpu_pool.chunk_messages import LoglikelihoodChunk
+from gpu_pool.chunk_messages import LoglikelihoodChunk, MediaPrompt
 from gpu_pool.token_sequences import TokenSequences
 from gpu_pool.worker.engine import loglikelihood
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loaded_model import LoadedModel
+from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.multimodal_checks import MediaFacts
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "gemma3")
@@ -153,6 +154,8 @@ def test_a_model_without_an_image_processor_reads_text(
         loaded = load_fresh(folder, dtype="float32")
     assert loaded.processor is None
     assert "reads text only" in caplog.text
+    with pytest.raises(MediaError, match=r"processor cannot be loaded: .*processor"):
+        loaded.prepare(MediaPrompt(text="<image>"), {})
 
 
 @pytest.mark.filterwarnings("default:__array__ implementation:DeprecationWarning")  # in its image processor
