@@ -85,16 +85,16 @@ class TextPrompts:
         """
         if not self._is_chat:
             raise PromptError("apply_chat_template needs a chat endpoint, or a tokenizer with a chat template")
-        return json.dumps([{**turn, "content": self._content(turn["content"])} for turn in history])
+        contents = [turn["content"] for turn in history]
+        shown = [
+            given if isinstance(given, str) and PLACEHOLDERS["image"] not in given else parts
+            for given, parts in zip(contents, self._places.conversation(contents), strict=True)
+        ]
+        return json.dumps([{**turn, "content": content} for turn, content in zip(history, shown, strict=True)])
 
     def place_media(self, prompt: str) -> str:
         """A prompt without a chat template: what the user says."""
         return self.apply_chat_template(True, [{"role": "user", "content": prompt}]) if self._is_chat else prompt
-
-    def _content(self, content: Any) -> Any:
-        if not isinstance(content, str):
-            return self._places.shown(content)
-        return self._places.typed(content) if PLACEHOLDERS["image"] in content else content
 
     def description(self) -> dict[str, Any]:
         """Nothing is known of its tokens."""

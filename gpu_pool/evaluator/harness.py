@@ -33,8 +33,10 @@ class Harness(Protocol):
         *,
         modalities: Set[Modality] = TEXT_ONLY,
         output_dir: str | None = None,
+        max_images: int | None = None,
     ) -> None:
-        """Apply the request's overrides to one task, whose own files go into `output_dir`.
+        """Apply the request's overrides to one task, whose own files go into `output_dir`, and whose few-shot examples
+        leave room for its own images among `max_images`.
 
         Raises:
             TaskError: it cannot run here.

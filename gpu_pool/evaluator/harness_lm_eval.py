@@ -25,7 +25,8 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups, get_sample_size
 
 from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.images import described
+from gpu_pool.evaluator.images import described, had_or_problem
+from gpu_pool.evaluator.lazy_task import LazyTask
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
@@ -69,6 +70,7 @@ def configure_task(
     *,
     modalities: Set[Modality] = TEXT_ONLY,
     output_dir: str | None = None,
+    max_images: int | None = None,
 ) -> None:
     """Apply the request's overrides to one task, none of which writes files of its own.
 
@@ -86,6 +88,8 @@ def configure_task(
     if evaluation.predict_only:
         task.override_metric(metric_name="bypass")
     set_fewshots(name, task, evaluation)
+    if isinstance(task, LazyTask):
+        task.max_images = max_images
 
 
 def _shown(task: Any) -> set[Modality]:

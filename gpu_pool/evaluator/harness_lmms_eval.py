@@ -57,8 +57,11 @@ def configure_task(
     *,
     modalities: Set[Modality] = TEXT_ONLY,
     output_dir: str | None = None,
+    max_images: int | None = None,
 ) -> None:
     """Apply the request's overrides to one task (`simple_evaluate`). Submission has seen to code of the model's.
+
+    Its few-shot examples show no images, so that `max_images` changes nothing here.
 
     Raises:
         TaskError: it has no few-shot examples.

@@ -149,6 +149,7 @@ class JobRun:
                     self._workshop.allow_code,
                     modalities=encoder.modalities,
                     output_dir=self._job.output_dir,
+                    max_images=encoder.max_images,
                 )
         builder = RequestBuilder(
             self._job.model,

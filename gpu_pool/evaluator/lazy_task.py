@@ -40,6 +40,11 @@ class LazyTask(ConfigurableTask):
         self._fewshot_seed: int | None = None
         self._shots: list[Any] = []
         """Few-shot documents of the prompt that is being built."""
+        self._without_images: set[int] = set()
+        """Which of them, by their ids, show no images."""
+        self.max_images: int | None = None
+        """Images of a prompt at most: its own come first, then those of the last examples; None: any number. An example
+        shows all of its images, or none."""
         config = dict(config)
         self._doc_to_video: Any = config.pop("doc_to_video", None)
         super().__init__(config=config)
@@ -73,10 +78,19 @@ class LazyTask(ConfigurableTask):
             sampler.sample = self._remembering(sampler.sample)
         return sampler
 
-    def fewshot_context(self, *args: Any, **kwargs: Any) -> Any:
+    def fewshot_context(self, doc: Any, *args: Any, **kwargs: Any) -> Any:
         """As in lm-eval."""
         self._shots = []
-        return super().fewshot_context(*args, **kwargs)
+        self._without_images = set()
+        self._document = doc
+        return super().fewshot_context(doc, *args, **kwargs)
+
+    def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
+        """As in lm-eval, without the places of images where an example shows none."""
+        text = super().doc_to_text(doc, doc_to_text)
+        if id(doc) not in self._without_images or not isinstance(text, str):  # some give the number of a choice
+            return text
+        return text.replace(PLACEHOLDERS["image"], "")
 
     def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
         """As in lm-eval, with videos, and with the media of the few-shot examples before the document's own: lm-eval
@@ -121,9 +135,20 @@ class LazyTask(ConfigurableTask):
         @functools.wraps(sample)
         def remembered(*args: Any, **kwargs: Any) -> Any:
             self._shots = list(sample(*args, **kwargs))
+            self._leave_out_images()
             return self._shots
 
         return remembered
+
+    def _leave_out_images(self) -> None:
+        """Of the first examples, as far as there are more than `max_images`."""
+        if self.max_images is None:
+            return
+        room = self.max_images - str(self.doc_to_text(self._document)).count(PLACEHOLDERS["image"])
+        for shot in reversed(self._shots):
+            room -= self._text_of_shot(shot).count(PLACEHOLDERS["image"])
+            if room < 0:
+                self._without_images.add(id(shot))
 
     def _text_of_shot(self, shot: Any) -> str:
         return str(self.doc_to_text(shot, self.fewshot_cfg.doc_to_text))

@@ -149,14 +149,15 @@ class PromptEncoder:
         return template[name]
 
     def apply_chat_template(
-        self, wanted: bool | str, history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, wanted: bool | str, history: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
         """One conversation as a prompt; without its system turn if the template refuses that.
 
         For a model that takes media, contents are lists of typed parts, as `hf-multimodal` makes them.
         """
         if self._takes_media:
-            history = [{**turn, "content": self._typed(turn["content"])} for turn in history]
+            contents = self._places.conversation([turn["content"] for turn in history])
+            history = [{**turn, "content": content} for turn, content in zip(history, contents, strict=True)]
         render = functools.partial(
             self.tokenizer.apply_chat_template,
             chat_template=self.chat_template(wanted),
@@ -184,9 +185,6 @@ class PromptEncoder:
             raise PromptError(
                 f"Its configuration names no token for {kind}: give {kind}_string in model_args"
             ) from None
-
-    def _typed(self, content: Any) -> Any:
-        return self._places.typed(content) if isinstance(content, str) else self._places.shown(content)
 
     def description(self) -> dict[str, Any]:
         """lm-eval's tokenizer entries of a results file (`add_tokenizer_info`)."""

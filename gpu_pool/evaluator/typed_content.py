@@ -7,7 +7,7 @@ Sources: lm-eval's `hf-multimodal` (`HFMultimodalLM.apply_chat_template`, `repla
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,24 @@ class MediaPlaces:
     num_frames: int = 8
     """Images of a video."""
 
-    def typed(self, text: str) -> list[Part]:
-        """A turn's text as a chat template takes it."""
+    def conversation(self, contents: Sequence[str | list[Part]]) -> list[list[Part]]:
+        """The contents of a conversation's turns, text or typed parts, as a chat template takes them: with the first
+        `max_images` images of the whole conversation only, and images for videos."""
+        left = self.max_images
+        turns: list[list[Part]] = []
+        for content in contents:
+            parts = self._pieces(content) if isinstance(content, str) else content
+            kept: list[Part] = []
+            for part in parts:
+                if part["type"] == "video":
+                    kept += [{"type": "image"}] * self.num_frames
+                elif part["type"] != "image" or left > 0:
+                    kept.append(part)
+                left -= part["type"] == "image"
+            turns.append(kept if self.interleave or not isinstance(content, str) else _text_last(kept))
+        return turns
+
+    def _pieces(self, text: str) -> list[Part]:
         placeholders = {PLACEHOLDERS[kind]: kind for kind in PLACEHOLDERS if kind in self.kinds}
         pieces = re.split("(" + "|".join(placeholders) + ")", text) if placeholders else [text]
         content: list[Part] = []
@@ -42,23 +58,7 @@ class MediaPlaces:
                 content.append({"type": placeholders[piece]})
             elif piece:
                 content.append({"type": "text", "text": piece})
-        content = self.shown(content)
-        if self.interleave:
-            return content
-        texts = [part["text"] for part in content if part["type"] == "text"]
-        return [*(part for part in content if part["type"] != "text"), {"type": "text", "text": "".join(texts)}]
-
-    def shown(self, content: list[Part]) -> list[Part]:
-        """A turn of typed parts with its first `max_images` images only, and images for videos."""
-        kept: list[Part] = []
-        images = 0
-        for part in content:
-            images += part["type"] == "image"
-            if part["type"] == "video":
-                kept += [{"type": "image"}] * self.num_frames
-            elif part["type"] != "image" or images <= self.max_images:
-                kept.append(part)
-        return kept
+        return content
 
     def with_strings(self, text: str, image_string: str | None, audio_string: str | None) -> str:
         """A prompt without a chat template: the model's own strings for its placeholders, for `max_images` images.
@@ -78,3 +78,8 @@ class MediaPlaces:
                 raise LookupError("audio" if kind == "audio" else "image")
             text = text.replace(PLACEHOLDERS[kind], string, most)
         return text
+
+
+def _text_last(content: list[Part]) -> list[Part]:
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return [*(part for part in content if part["type"] != "text"), {"type": "text", "text": "".join(texts)}]

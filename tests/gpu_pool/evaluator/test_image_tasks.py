@@ -17,7 +17,7 @@ from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.media_prompts import MediaPrompts
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
-from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
+from gpu_pool.records import Evaluation, Modality, ModelArgs, ModelSpec
 
 QUESTION = "<image>Which digit is this?"
 ASKED = "User:<image> Which digit is this?<end_of_utterance>\n"
@@ -80,7 +80,8 @@ def build(
         spec = ModelSpec(kind="hf", args=model, fingerprint="f")
         builder = RequestBuilder(spec, encoder, 0, MediaPrompts(files, encoder))
         [task] = library.load([name])["tasks"].values()
-        harness.configure_task(name, task, evaluation, False, modalities={"text", "image", "video"})
+        kinds: set[Modality] = {"text", "image", "video"}
+        harness.configure_task(name, task, evaluation, False, modalities=kinds, max_images=encoder.max_images)
         template = (lambda *turns, **how: encoder.apply_chat_template(True, *turns, **how)) if chat else None
         requests = TaskRequests()
         for instances in harness.build_instances(task, evaluation, template, harness.portions(is_first=True)):
@@ -133,9 +134,18 @@ def test_system_prompts(build: Build) -> None:
     assert {unit.shown.text for unit in units if unit.shown} == {expected}
 
 
-def test_no_more_images_than_wanted(build: Build) -> None:
-    units = units_of(build("generated", chat=True, num_fewshot=2, fewshot_as_multiturn=False, args={"max_images": 2}))
-    assert {(len(unit.shown.media), unit.shown.text.count("<image>")) for unit in units if unit.shown} == {(2, 2)}
+@pytest.mark.parametrize(("most", "places"), [(3, [0, 1, 5]), (2, [1, 5]), (1, [5])])
+@pytest.mark.parametrize("form", [{"fewshot_as_multiturn": True}, {"fewshot_as_multiturn": False}, {"chat": False}])
+def test_no_more_images_than_wanted_and_the_question_s_before_all(
+    build: Build, files: MediaFiles, form: dict[str, Any], most: int, places: list[int]
+) -> None:
+    args = {"max_images": most, "image_string": "<image>"}
+    units = units_of(build("generated", **{"chat": True, "num_fewshot": 2, "args": args, **form}))
+    shown = [unit.shown for unit in units if unit.shown]
+    assert {prompt.text.count("<image>") for prompt in shown} == {most}
+    expected = [image_bytes(image) for image, _ in held_out(DOCUMENTS)]
+    assert [files.read(digest) for digest in shown[5].media] == [expected[place] for place in places]
+    assert shown[5].text.count("Which digit is this?") == 3
 
 
 def test_memory_holds_no_images_of_what_was_built(build: Build) -> None:

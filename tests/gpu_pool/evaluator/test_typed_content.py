@@ -35,7 +35,7 @@ def test_turns_are_typed_alike(text: str, max_images: int) -> None:
         history = [{"role": "user", "content": text}]
         HFMultimodalLM.apply_chat_template(Rendered(interleave, max_images), history)
         expected = [{key: value for key, value in part.items() if key != "image"} for part in history[0]["content"]]
-        assert sees(interleave=interleave, max_images=max_images).typed(text) == expected
+        assert sees(interleave=interleave, max_images=max_images).conversation([text]) == [expected]
 
 
 @pytest.mark.parametrize("max_images", [1, 2, 999])
@@ -51,18 +51,23 @@ SOUND: Part = {"type": "audio"}
 
 def test_a_video_is_shown_as_images() -> None:
     places = sees(num_frames=3, max_images=1)
-    assert places.typed("<video>what?") == [IMAGE, IMAGE, IMAGE, {"type": "text", "text": "what?"}]
-    assert places.shown([{"type": "video"}, IMAGE, IMAGE]) == [IMAGE] * 4
+    assert places.conversation(["<video>what?"]) == [[IMAGE, IMAGE, IMAGE, {"type": "text", "text": "what?"}]]
+    assert places.conversation([[{"type": "video"}, IMAGE, IMAGE]]) == [[IMAGE] * 4]
     assert places.with_strings("a<video>b<image><image>", "#", None) == "a###b#<image>"
 
 
+@pytest.mark.parametrize("interleave", [True, False])
+def test_images_are_counted_over_all_turns(interleave: bool) -> None:
+    turns: list[str | list[Part]] = ["<image>a", "b", [IMAGE, {"type": "text", "text": "c"}], "<image>d"]
+    shown = sees(max_images=2, interleave=interleave).conversation(turns)
+    assert [turn.count(IMAGE) for turn in shown] == [1, 0, 1, 0]
+
+
 def test_what_a_model_does_not_take_is_text() -> None:
-    assert sees().typed("<audio>what?") == [{"type": "text", "text": "<audio>what?"}]
+    assert sees().conversation(["<audio>what?"]) == [[{"type": "text", "text": "<audio>what?"}]]
     hears = MediaPlaces(kinds={"text", "audio"})
-    assert hears.typed("a <audio><image>") == [
-        {"type": "text", "text": "a "},
-        SOUND,
-        {"type": "text", "text": "<image>"},
+    assert hears.conversation(["a <audio><image>"]) == [
+        [{"type": "text", "text": "a "}, SOUND, {"type": "text", "text": "<image>"}]
     ]
     assert hears.with_strings("a <audio><image>", None, "#") == "a #<image>"
     with pytest.raises(LookupError, match="audio"):
