@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 from gpu_pool import checkpoints
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.failures import ContentChanged, explain
+from gpu_pool.evaluator.placeholders import image_placeholder
 from gpu_pool.evaluator.tokenising import TextEncoder, Tokeniser, Tokens
 from gpu_pool.evaluator.typed_content import MediaPlaces
 from gpu_pool.fingerprint import deserves_another_look, is_current
@@ -281,15 +282,16 @@ def _source_options(args: ModelArgs) -> dict[str, Any]:
 def _image_string(args: ModelArgs, config: Any, tokenizer: Any) -> str | None:
     """What stands for an image in a prompt without a chat template (`HFMultimodalLM.__init__`).
 
-    Gemma's processors look for the token that begins an image, not for the one that `image_token_id` means.
+    Some processors look for the token that begins an image, not for the one that `image_token_id` means.
     """
     if args.image_string is not None:
         return args.image_string
-    if args.image_token_id is None and (begin := getattr(tokenizer, "boi_token", None)):
-        return begin
+    begin: str | None = getattr(tokenizer, "boi_token", None) if args.image_token_id is None else None
+    if begin and (found := image_placeholder(config.model_type, tokenizer)):
+        return found
     candidates = (args.image_token_id, *(getattr(config, f"image_token_{name}", None) for name in ("id", "index")))
     token_id = next((candidate for candidate in candidates if candidate is not None), None)
-    return None if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
+    return begin if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 def _audio_string(args: ModelArgs, config: Any, tokenizer: Any) -> str | None:

@@ -110,8 +110,9 @@ def render(processor: Any, question: str, kind: str = "image") -> str:
     if getattr(processor, "chat_template", None) is not None:
         content = [{"type": kind}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, f"{kind}_token", f"<{kind}>")
-    return f"{placeholder}{question}"
+    names = ("image_token", "boi_token") if kind == "image" else (f"{kind}_token",)  # the first that it has
+    known = [token for name in names if (token := getattr(processor, name, None))]
+    return f"{[*known, f'<{kind}>'][0]}{question}"
 
 
 @torch.inference_mode()
