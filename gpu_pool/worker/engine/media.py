@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -11,8 +12,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 """Of a picture, by its header: more are taken for a decompression bomb (Pillow's own limit, 256 MiB of RGB)."""
 
-_PLAIN = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa", "RGBX"}
+_PLAIN = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBa", "RGBX"}
 """Modes with at most 8 bits a channel, which Pillow converts without loss of what is seen."""
+
+
+_FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
+"""Formats of pixels. Pillow takes programs, too: to draw an EPS file it starts Ghostscript."""
 
 
 class MediaError(Exception):
@@ -28,10 +36,10 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise MediaError("the image file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_size(image)
             image.load()
-            return _in_8_bits(ImageOps.exif_transpose(image))
+            return _in_8_bits(ImageOps.exif_transpose(image), image.format)
     except MediaError:
         raise
     except UnidentifiedImageError as error:
@@ -48,13 +56,35 @@ def _check_size(image: Image.Image) -> None:
         raise MediaError(f"the image has {width} x {height} pixels, more than the {MOST_PIXELS:,} that are decoded")
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Deeper greys scaled down, because Pillow's own conversion cuts them off at 255."""
+def _in_8_bits(image: Image.Image, form: str | None) -> Image.Image:
+    """Other ranges of greys brought to 0..255, because Pillow's own conversion cuts them off there."""
     if image.mode in _PLAIN:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode == "La":
+        return image.convert("LA")
+    if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F"):
+        scale = 1 / 256 if image.mode == "I" and form in _OF_16_BITS else 255 / _white(image)
+        return image.point(lambda value: value * scale).convert("L")
     return image.convert("RGB")
+
+
+_OF_16_BITS = ("PNG", "PPM")
+"""Whose greys of mode "I" have 16 bits."""
+
+
+def _white(image: Image.Image) -> float:
+    """The value that is white in greys whose file does not say: the least usual one that all are within.
+
+    Raises:
+        MediaError: there are values below 0, or that are no numbers.
+    """
+    low, high = (float(value) for value in image.getextrema())  # pyright: ignore[reportArgumentType]
+    if not 0 <= low <= high < math.inf:
+        raise MediaError(f"the image has greys from {low:g} to {high:g}: they must lie in 0..1, 0..255 or 0..65535")
+    usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((white for white in usual if high <= white), high)
 
 
 @dataclass(frozen=True, kw_only=True)

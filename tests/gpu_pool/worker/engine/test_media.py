@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,11 @@ def deep_grey() -> bytes:
     return saved(Image.fromarray(np.tile(row, (30, 1))), "PNG")
 
 
+def greys(kind: Any, white: int) -> bytes:
+    """A gradient from 0 to `white` as a TIFF file."""
+    return saved(Image.fromarray(np.tile(np.linspace(0, white, 40).astype(kind), (30, 1))), "TIFF")
+
+
 def palette_with_alpha() -> bytes:
     image = gradient().quantize(64)
     return saved(image, "PNG", transparency=0)
@@ -52,6 +58,13 @@ FILES: dict[str, Callable[[], bytes]] = {
     "animated GIF": animation,
     "WebP": lambda: saved(gradient(), "WEBP", lossless=True),
     "TIFF of floats": lambda: saved(gradient("F"), "TIFF"),
+    "TIFF of floats up to 1": lambda: greys(np.float32, 1),
+    "TIFF of floats up to 65535": lambda: greys(np.float32, 65535),
+    "TIFF of small integers of 32 bits": lambda: greys(np.int32, 255),
+    "TIFF of integers of 32 bits": lambda: greys(np.int32, 65535),
+    "TIFF of large integers of 32 bits": lambda: greys(np.int32, 10_000_000),
+    "TIFF of integers of 16 bits": lambda: greys(np.uint16, 65535),
+    "PGM of 16 bits": lambda: b"P5 40 30 65535\n" + np.tile(np.linspace(0, 65535, 40), (30, 1)).astype(">u2").tobytes(),
 }
 
 
@@ -61,6 +74,14 @@ def test_every_kind_of_image_shows_what_it_shows(name: str) -> None:
     expected = np.linspace(0, 255, 40)
     blurred = np.convolve(shown, np.ones(9) / 9, mode="valid")  # one bit is dithered
     assert np.abs(blurred - np.convolve(expected, np.ones(9) / 9, mode="valid")).max() < 30
+
+
+def test_greys_multiplied_with_their_alpha() -> None:
+    plain, multiplied = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))
+    file = saved(Image.new("LA", (4, 4), (100, 200)), "TIFF")
+    assert plain in file
+    image = decode_image(file.replace(plain, multiplied))
+    assert image.convert("RGB").getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_cameras_that_were_turned() -> None:
@@ -92,6 +113,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "empty"),
     "no image": (lambda: b"<html>404 Not Found</html>", "no image"),
     "decompression bomb": (lambda: grey_png(40_000, 40_000, bytes(1_000_000)), "pixels"),
+    "a program": (lambda: saved(gradient(), "EPS"), "no image"),
+    "negative greys": (lambda: greys(np.float32, -1), "greys from -1 to "),
     "no pixels": (lambda: grey_png(0, 0, b""), "image"),
     "more than is decoded": (lambda: saved(Image.new("1", (20_000, 5_000)), "PNG"), "pixels"),
 }
