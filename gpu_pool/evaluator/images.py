@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def had_or_problem(get: Callable[[Any], Any], doc: Any) -> Any:
         return problem
     except _UNREADABLE as error:
         return ImageProblem(f"the task's code cannot show it: {explain(error)}")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video among the images that a document shows."""
+
+    file: Any
+    """Its path, {"bytes", "path"}, or bytes."""
 
 
 class UndecodedImage(dict[str, Any]):
@@ -202,6 +211,8 @@ def described(value: Any) -> Any:
             return {"path": path, **described(data)}
         case ImageProblem():
             return {"problem": str(value)}
+        case Video():
+            return {"video": described(value.file)}
         case dict():
             return {name: described(item) for name, item in value.items()}
         case Image.Image():

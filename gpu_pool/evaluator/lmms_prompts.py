@@ -14,8 +14,7 @@ from typing import Any
 from lmms_eval.api.task import ConfigurableMessagesTask
 
 from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.images import ImageProblem, UndecodedImage
-from gpu_pool.evaluator.media_prompts import Video
+from gpu_pool.evaluator.images import ImageProblem, UndecodedImage, Video
 from gpu_pool.evaluator.typed_content import PLACEHOLDERS
 from gpu_pool.records import TEXT_ONLY, Modality
 

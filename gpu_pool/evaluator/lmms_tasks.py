@@ -17,7 +17,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.tasks._index import Entry, Kind
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from gpu_pool.records import TEXT_ONLY, Modality
 
@@ -158,9 +158,13 @@ def _bootstrap_stderr(f: Callable[[Sequence[Any]], float], xs: Sequence[Any], it
 
 def _typed_visual(typed: Callable[[Any], dict[str, Any]]) -> Any:
     def visual_to_content(cls: type, visual: Any) -> dict[str, Any]:
-        """lmms-eval's, but a sound's samples or file are no video."""
-        if isinstance(visual, dict) and "array" in visual:
-            return {"type": "audio", "url": visual}
+        """lmms-eval's, but a sound's samples or file are no video, and a file in the data set is not looked for where
+        it once was."""
+        if isinstance(visual, dict) and not isinstance(visual, Image.Image):
+            if "array" in visual:
+                return {"type": "audio", "url": visual}
+            if visual.get("bytes") is not None:
+                return {"type": visual.get("type", "video"), "url": visual}
         return typed(visual)
 
     return classmethod(visual_to_content)

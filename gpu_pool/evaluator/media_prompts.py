@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.evaluator.api_prompts import TextPrompts
-from gpu_pool.evaluator.images import ImageProblem, described, image_file, shown_in
+from gpu_pool.evaluator.images import ImageProblem, Video, described, image_file, shown_in
 from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.evaluator.sounds import media_file
@@ -23,14 +22,6 @@ FILE_COST = 256
 """Tokens that an image or a sound counts as: what a small one takes in most families of models."""
 _KINDS = ("visual", "audio", "video")
 _NOTHING: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video among the images that a document shows."""
-
-    file: Any
-    """Its path, {"bytes", "path"}, or bytes."""
 
 
 class Shown(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import hashlib
 import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -17,6 +18,8 @@ from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.harness import combine, harness_of
 from gpu_pool.evaluator.harness_lm_eval import TaskError
 from gpu_pool.evaluator.images import ImageProblem
+from gpu_pool.evaluator.media_prompts import forget_media
+from gpu_pool.evaluator.sounds import UndecodedVideo, media_file
 from gpu_pool.evaluator.task_index import LMMS_EVAL_ROOT
 from gpu_pool.records import Evaluation
 
@@ -126,6 +129,19 @@ def test_an_error_of_a_task_s_text_is_the_task_s(library: TaskLibrary, with_temp
         prompts_of(library, {"doc_to_text": say}, with_template)
 
 
+@pytest.mark.parametrize("with_template", [True, False])
+def test_a_video_in_a_data_set_is_its_bytes_and_leaves_memory(library: TaskLibrary, with_template: bool) -> None:
+    def show(doc: Any) -> Any:
+        return [UndecodedVideo({"bytes": b"frames", "path": "gone.mp4"})]
+
+    instances = prompts_of(library, {"doc_to_visual": show}, with_template)
+    [video] = instances[0].args[2]["visual"]
+    assert media_file(video.file, "video", ()) == b"frames"
+    forget_media(instances)
+    digest = hashlib.sha256(b"frames").hexdigest()
+    assert instances[0].args[2]["visual"] == [{"video": {"path": "gone.mp4", "sha256": digest, "bytes": 6}}]
+
+
 def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: bool) -> list[Any]:
     """Of mme with a part of its code changed."""
     task = library.load(["mme"])["tasks"]["mme"]
@@ -133,6 +149,6 @@ def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: boo
         setattr(task.task.config, name, code)
     harness = harness_of(task)
     evaluation = Evaluation(model="m", tasks=("mme",), limit=2)
-    harness.configure_task("mme", task, evaluation, False, modalities={"text", "image"})
+    harness.configure_task("mme", task, evaluation, False, modalities={"text", "image", "video"})
     template = (lambda turns: str(turns)) if with_template else None
     return list(itertools.chain.from_iterable(harness.build_instances(task, evaluation, template, itertools.repeat(2))))
