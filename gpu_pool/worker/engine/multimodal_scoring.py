@@ -19,7 +19,7 @@ from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 from gpu_pool.worker.engine.padding import pad_right
-from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
+from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate, seen_after
 from gpu_pool.worker.engine.rows import Answer
 from gpu_pool.worker.engine.token_scores import TokenScores
 
@@ -155,18 +155,19 @@ def shared_logits(
     """Logits after prompts of equal kind and length [prompts, vocabulary], and after each token of what is read then.
 
     `reads` are equally many for each prompt, in the order of the prompts, and padded on the right; their logits are
-    [reads, longest, vocabulary]. Neither masks nor positions are given: without padding before it, a token's position
-    is the number of those before it, or what the model has kept of its own counting of images.
+    [reads, longest, vocabulary]. Neither masks of padding nor positions are given: without padding before it, a token's
+    position is the number of those before it, or what the model has kept of its own counting of images.
     """
     inputs = collate(prompts, loaded.device, loaded.model.dtype)
     output = loaded.model(**inputs, **loaded.last_logits, use_cache=True)
     first = output.logits[:, -1]
     if not reads:
         return first, None
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(len(reads) // len(prompts))
+    cache, times = output.past_key_values, len(reads) // len(prompts)
+    cache.batch_repeat_interleave(times)
     ids = pad_right(reads, loaded.device)
-    return first, loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    seen = {name: tensor.repeat_interleave(times, 0) for name, tensor in seen_after(inputs, ids.shape[1]).items()}
+    return first, loaded.model(input_ids=ids, **seen, past_key_values=cache, use_cache=True).logits
 
 
 @torch.inference_mode()

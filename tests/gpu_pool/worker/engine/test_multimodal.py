@@ -19,7 +19,7 @@ from gpu_pool.worker.engine.company import Company
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.multimodal_checks import MediaFacts
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "gemma3")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "smolvlm", "gemma3", "mllama")
 SIZES = ((30, 40), (90, 50), (28, 28), (64, 64), (100, 30))
 CONTINUATIONS = (" Paris", " the city of it", "Z", " the city", " the capital")
 
