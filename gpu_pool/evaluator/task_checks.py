@@ -220,7 +220,7 @@ def _modality_reason(needs: TaskNeeds, modalities: Set[Modality]) -> str | None:
     if needs.modality is None or needs.modality in modalities:
         return None
     taken = " and ".join(_TAKEN[kind] for kind in ("text", "image", "audio") if kind in modalities)
-    told = "its config.json, or no processor_config.json"
+    told = "its config.json, or no processor_config.json, or no torchvision for a family that needs it"
     return f"it {_SHOWN[needs.modality]}, and the model reads {taken} only ({told})"
 
 
