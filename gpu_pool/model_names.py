@@ -265,15 +265,25 @@ MEANINGLESS: dict[str, str] = {
     "conv_mode": "prompts are made by the checkpoint's own chat template",
     "conv_template": "prompts are made by the checkpoint's own chat template",
     "customized_config": "the checkpoint's configuration is used as it is",
+    "device": "the pool places models",
     "device_map": "the pool places models",
     "low_cpu_mem_usage": "weights are always read without a second copy",
+    "mm_spatial_pool_mode": "the checkpoint's class pools images in its own way",
+    "mm_spatial_pool_stride": "the checkpoint's class pools images in its own way",
     "model_name": "the checkpoint's configuration says which model it is",
     "tie_weights": "the checkpoint's configuration says whether weights are tied",
+    "token_strategy": "each frame of a video has a placeholder of its own",
     "truncate_context": "prompts with images are not cut",
     "use_cache": "keys and values are always kept",
     "use_custom_video_loader": "videos are read in one way",
     "video_decode_backend": "videos are read in one way",
 }
 """lmms-eval's arguments that are accepted, and mean nothing here -> why."""
-MEANINGLESS_VALUES = {"device_map": ("", "auto", "cuda")}
+MEANINGLESS_VALUES: dict[str, tuple[object, ...]] = {
+    "device": ("cuda", "cuda:0"),
+    "device_map": ("", "auto", "cuda", "cuda:0"),
+    "mm_spatial_pool_mode": ("bilinear",),
+    "mm_spatial_pool_stride": (2,),
+    "token_strategy": ("single",),
+}
 """Of one of these, the values that are accepted; others ask for what is not done here."""

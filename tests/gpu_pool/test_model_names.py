@@ -157,6 +157,10 @@ def test_documented_arguments_have_our_names() -> None:
         "max_pixels": 1605632,
         "conv_template": "vicuna_v1",
         "use_cache": True,
+        "device": "cuda:0",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+        "token_strategy": "single",
     }
     expected = ModelArgs(
         pretrained="org/name", dtype="float16", interleave=False, image_max_side=448, max_pixels=1605632
@@ -169,6 +173,11 @@ def test_documented_arguments_have_our_names() -> None:
     ("key", "value", "says"),
     [
         ("device_map", "cuda:1", "num_gpus"),
+        ("device", "cpu", "beside `model_args`"),
+        ("batch_size", 8, "beside `model_args`"),
+        ("mm_spatial_pool_stride", 4, "as the checkpoint's class does"),
+        ("token_strategy", "multiple", "each frame"),
+        ("reasoning_prompt", "Think.", "post_prompt"),
         ("use_flash_attn", "yes", "true or false"),
         ("torch_dtype", "float32", "another value"),
         ("system_prompt", "Be brief.", "system_instruction"),
