@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,15 @@ IMAGE_TEXT_TYPES = frozenset(
 )
 """Model types that transformers' AutoModelForImageTextToText loads and that continue text with images in it."""
 
+_TORCHVISION_TYPES = frozenset(
+    {
+        *("cohere2_vision", "gemma4_unified", "inkling2", "inkling_mm_model", "kimi_k25", "lfm2_vl", "llama4"),
+        *("minicpm_ocr", "minimax_m3_vl", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "perception_lm"),
+        *("step3p7", "unlimited_ocr"),
+    }
+)
+"""Of these, the types whose images transformers processes with torchvision only; without it they read text."""
+
 AUDIO_TEXT_TYPES = frozenset(
     {
         *("gemma3n", "glmasr", "granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen2_audio"),
@@ -52,6 +62,9 @@ SPEECH_TYPES = frozenset({"whisper"})
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where a checkpoint says how images and sounds are processed."""
+
+_WITH_TALKER = frozenset({"qwen2_5_omni", "qwen3_omni_moe"})
+"""Model types of checkpoints of which a part speaks, and another, that transformers can load alone, writes."""
 
 ENCODER_DECODER_TYPES = frozenset(
     {
@@ -128,6 +141,10 @@ def check_config(config: Mapping[str, Any], field: str) -> None:
         raise InvalidRequest(
             field, f"{name} is not served: in transformers its decoder lets tokens see those that follow them"
         )
+    if config.get("model_type") in _WITH_TALKER:
+        raise InvalidRequest(
+            field, f"{name} has a talker beside its thinker: give a checkpoint of the thinker alone (thinker_config)"
+        )
     if config.get("model_type") in AUDIO_TEXT_TYPES | SPEECH_TYPES:
         if architectures and not any(a.endswith(_CONDITIONAL_SUFFIX) for a in architectures):
             raise InvalidRequest(field, f"{name} writes no text (such as WhisperForConditionalGeneration)")
@@ -161,7 +178,7 @@ def modalities(config: Mapping[str, Any]) -> frozenset[Modality]:
     if kind in SPEECH_TYPES:
         return frozenset({"audio"})
     taken: set[Modality] = {"text"}
-    if reads_images(config):
+    if reads_images(config) and not (kind in _TORCHVISION_TYPES and find_spec("torchvision") is None):
         taken |= {"image", "video"}
     if kind in AUDIO_TEXT_TYPES:
         taken.add("audio")

@@ -14,6 +14,7 @@ from typing import Any
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.fleet import EvaluatorChild, WorkerChild
+from gpu_pool.judge_keys import judge_keys
 from gpu_pool.merge import staging_folder
 from gpu_pool.merges import MergerChild
 from gpu_pool.offspring import hidden
@@ -38,7 +39,10 @@ class LocalProcesses:
         self._visible_device = visible_device
         self._sockets = _socket_folder(settings.data_dir)
         self._secrets = {endpoint.key_env for endpoint in settings.endpoints.values() if endpoint.key_env}
-        """Variables of the environment that hold keys of endpoints: each is for the process that asks it alone."""
+        """Variables of the environment that hold keys of endpoints: each is for the process that asks it alone. And
+        those of judges, unless they are allowed."""
+        if not settings.allow_judges:
+            self._secrets |= judge_keys(os.environ)
         self._warden = Warden(settings.data_dir, self._secrets)
 
     async def start(self) -> None:
@@ -66,6 +70,7 @@ class LocalProcesses:
             include_paths=tuple(str(path) for path in settings.include_paths),
             dataset_roots=settings.dataset_roots,
             allow_code_execution=settings.allow_code_execution,
+            allow_judges=settings.allow_judges,
             allow_remote_code=settings.allow_remote_code,
             cache_max_bytes=settings.cache_max_bytes,
             runs_jobs=runs_jobs,

@@ -44,6 +44,7 @@ class EvaluatorStart(Record, frozen=True, kw_only=True):
     dataset_roots: dict[str, str] = {}
     """Hub data set -> local files; the syntax is in `gpu_pool.evaluator.dataset_roots`."""
     allow_code_execution: bool = False
+    allow_judges: bool = False
     allow_remote_code: bool = False
     cache_max_bytes: int = DEFAULT_CACHE_MAX_BYTES
     """Of the response cache's file."""

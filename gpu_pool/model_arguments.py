@@ -27,6 +27,12 @@ _OWN_FIELDS = {
     "max_new_tokens": "give `max_gen_toks` in `gen_kwargs` beside `model_args`",
     "temperature": "give `temperature` in `gen_kwargs` beside `model_args`",
     "system_prompt": "give `system_instruction` beside `model_args`",
+    "reasoning_prompt": "what follows each question is the task's: write it into one of your own (post_prompt)",
+    **dict.fromkeys(
+        ("mm_spatial_pool_mode", "mm_spatial_pool_stride"),
+        "images are pooled as the checkpoint's class does; leave it out",
+    ),
+    "token_strategy": "each frame of a video has a placeholder of its own; leave it out",
     "chat_template": "the checkpoint has it; `apply_chat_template` beside `model_args` chooses one by its name",
     "backend": "the checkpoint says whether it is an encoder-decoder; leave it out",
     **dict.fromkeys(

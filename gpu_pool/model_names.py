@@ -17,8 +17,8 @@ class ModelName(NamedTuple):
 
     name: str
     runs_on: RunsOn
-    """Our engine; an endpoint that the operator lists; lm-eval's class for a `package` that is not installed here, or
-    cannot be; or nothing here."""
+    """Our engine, some families with a `package` that may be missing; an endpoint that the operator lists; lm-eval's
+    class for a `package` that is not installed here, or cannot be; or nothing here."""
     pretrained: str | None = None
     """Of those that our engine runs, the checkpoint where the request names none; None: it must name one."""
     kind: Literal["chat", "completions"] | None = None
@@ -56,11 +56,9 @@ _ENGINE: dict[str, str | None] = {
     "llava_vid": "llava-hf/llava-1.5-7b-hf",
     "mistral3_vl": "mistralai/Ministral-3-8B-Base-2512",
     "plm": "facebook/Perception-LM-8B",
-    "qwen2_5_omni": "Qwen/Qwen2.5-Omni-7B",
     "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
     "qwen3_5": "Qwen/Qwen3.5-4B",
-    "qwen3_omni": "Qwen/Qwen3-Omni-30B-A3B-Instruct",
     "qwen3_vl": "Qwen/Qwen3-VL-4B-Instruct",
     "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
     "videollama3": None,
@@ -94,6 +92,9 @@ _NOTES = {
     "videollama3": "the reference's default DAMO-NLP-SG/VideoLLaMA3-7B has code of its own; name one in transformers' "
     "format, such as lkhl/VideoLLaMA3-2B-Image-HF",
 }
+
+_NEEDS = dict.fromkeys(("lfm2_5_vl", "llama4_scout", "plm"), "torchvision")
+"""What transformers needs to read images for some families beside what is required here."""
 
 _API: dict[str, Literal["chat", "completions"]] = {
     "async_openai": "chat",
@@ -137,11 +138,17 @@ _NOTHING: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         "its checkpoints need code of their own to hear, which transformers has no class for",
-        ("qwen2_5_omni", "qwen3_omni"),
+        ("qwen2_audio",),
         (
             *("aero", "aero_realtime_vllm", "baichuan_omni", "kimi_audio", "minicpm_o", "ola", "omnivinci"),
             *("uni_moe_2_omni", "vita", "whisper_tt"),
         ),
+    ),
+    (
+        "its checkpoints hold a talker beside the thinker that reads, sees and hears, and are not loaded in part here; "
+        "a checkpoint of the thinker alone runs as hf",
+        ("hf", "qwen2_audio", "qwen2_5_vl"),
+        ("qwen2_5_omni", "qwen3_omni"),
     ),
     (
         "its family is not among those that are asked with sounds here",
@@ -204,7 +211,14 @@ _ALIASES = {
 
 
 def _names() -> dict[str, ModelName]:
-    table = [ModelName(name, "engine", default, note=_NOTES.get(name)) for name, default in _ENGINE.items()]
+    table = [
+        ModelName(
+            name, "engine", default, package=_NEEDS.get(name), nearest=("hf", "qwen2_5_vl"), note=_NOTES.get(name)
+        )
+        if name in _NEEDS
+        else ModelName(name, "engine", default, note=_NOTES.get(name))
+        for name, default in _ENGINE.items()
+    ]
     table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
     table += [ModelName(name, "api", kind=kind) for name, kind in _API.items()]
     table += [ModelName(name, "package", package=package, nearest=("hf",)) for name, package in _PACKAGES.items()]
@@ -251,15 +265,25 @@ MEANINGLESS: dict[str, str] = {
     "conv_mode": "prompts are made by the checkpoint's own chat template",
     "conv_template": "prompts are made by the checkpoint's own chat template",
     "customized_config": "the checkpoint's configuration is used as it is",
+    "device": "the pool places models",
     "device_map": "the pool places models",
     "low_cpu_mem_usage": "weights are always read without a second copy",
+    "mm_spatial_pool_mode": "the checkpoint's class pools images in its own way",
+    "mm_spatial_pool_stride": "the checkpoint's class pools images in its own way",
     "model_name": "the checkpoint's configuration says which model it is",
     "tie_weights": "the checkpoint's configuration says whether weights are tied",
+    "token_strategy": "each frame of a video has a placeholder of its own",
     "truncate_context": "prompts with images are not cut",
     "use_cache": "keys and values are always kept",
     "use_custom_video_loader": "videos are read in one way",
     "video_decode_backend": "videos are read in one way",
 }
 """lmms-eval's arguments that are accepted, and mean nothing here -> why."""
-MEANINGLESS_VALUES = {"device_map": ("", "auto", "cuda")}
+MEANINGLESS_VALUES: dict[str, tuple[object, ...]] = {
+    "device": ("cuda", "cuda:0"),
+    "device_map": ("", "auto", "cuda", "cuda:0"),
+    "mm_spatial_pool_mode": ("bilinear",),
+    "mm_spatial_pool_stride": (2,),
+    "token_strategy": ("single",),
+}
 """Of one of these, the values that are accepted; others ask for what is not done here."""

@@ -46,6 +46,10 @@ def why_not(name: ModelName, kinds: Collection[str] = ()) -> str | None:
         return f"the operator of this server lists no {name.kind} endpoint (setting endpoints)"
     if name.package is None:
         return name.reason
+    if name.runs_on == "engine":
+        if find_spec(name.package) is not None:
+            return None
+        return f"transformers reads its images by the package {name.package} alone, which is not installed"
     there = "is not installed" if find_spec(name.package) is None else "is not driven by evalpool"
     return (
         f"it runs by the package {name.package}, which {there}; its own server speaks OpenAI's protocol, and the "

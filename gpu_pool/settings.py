@@ -51,6 +51,9 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     """Folders under which a request's `output_dir` may lie, beside the data folder's own."""
     allow_code_execution: bool = False
     """Run tasks that execute code written by the model."""
+    allow_judges: bool = False
+    """Run tasks of lmms-eval whose scoring asks a judge over the network, with the keys that the server's environment
+    holds for it: every request may spend them. Otherwise no process finds such a key."""
     allow_remote_code: bool = False
     """Run code that comes with a checkpoint (`trust_remote_code`)."""
     max_attempts: Annotated[int, Meta(ge=1)] = 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,11 @@ CLIP: dict[str, Any] = {
 }
 SIGLIP = CLIP | {"model_type": "siglip_vision_model"}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+IDEFICS_IMAGES: dict[str, Any] = {
+    "size": {"longest_edge": 56},
+    "max_image_size": {"longest_edge": 28},
+    "do_image_splitting": True,
+}
 QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "start": "<|vision_start|>", "end": "<|vision_end|>"}
 
 TEMPLATE = (
@@ -50,6 +57,8 @@ def make(family: str) -> tuple[Any, Any]:
         "qwen3_vl": _qwen3_vl,
         "llava": _llava,
         "idefics3": _idefics3,
+        "smolvlm": _smolvlm,
+        "mllama": _mllama,
         "gemma3": _gemma3,
         "llava_next": _llava_next,
         "paligemma": _paligemma,
@@ -165,23 +174,53 @@ def _paligemma() -> tuple[Any, Any]:
 
 
 def _idefics3() -> tuple[Any, Any]:
+    model, tokenizer = _of_idefics("idefics3")
+    images = transformers.Idefics3ImageProcessorPil(**IDEFICS_IMAGES)
+    template = TEMPLATE.format(image="<image>")
+    return model, transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    model, tokenizer = _of_idefics("smolvlm")
+    images = transformers.SmolVLMImageProcessorPil(**IDEFICS_IMAGES)
+    options = {"processor_class": "SmolVLMProcessor", "image_seq_len": 4}
+    return model, _Parts(tokenizer, images, TEMPLATE.format(image="<image>"), options)
+
+
+def _of_idefics(model_type: str) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     named = {"image": "<image>", "fake": "<fake_token_around_image>", "global": "<global-img>"}
     rows = {f"row{i}{j}": f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)}
     tokenizer = _tokenizer(**named, **rows, end="<end_of_utterance>")
     vision = {name: CLIP[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     config = AutoConfig.for_model(
-        "idefics3",
+        model_type,
         text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), **_ids(tokenizer)},
         vision_config=vision | {"num_attention_heads": 4, "image_size": 28, "patch_size": 7},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    images = transformers.Idefics3ImageProcessorPil(
-        size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True
+    return _model(config), tokenizer
+
+
+def _mllama() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image="<|image|>", python="<|python_tag|>")
+    vision = {"hidden_size": 32, "attention_heads": 4, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"intermediate_size": 64, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "mllama",
+        text_config=TEXT
+        | {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "cross_attention_layers": [1], **_ids(tokenizer)},
+        vision_config=vision | {"intermediate_layers_indices": [0], "vision_output_dim": 64},
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
     )
-    template = TEMPLATE.format(image="<image>")
-    return _model(config), transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    model = _model(config)
+    for name, weight in model.named_parameters():
+        if "gate" in name and weight.numel() == 1:
+            torch.nn.init.ones_(weight)  # closed at first: no image would be seen
+    images = transformers.MllamaImageProcessorPil(size={"height": 28, "width": 28})
+    return model, transformers.MllamaProcessor(images, tokenizer, chat_template=TEMPLATE.format(image="<|image|>"))
 
 
 def _gemma3() -> tuple[Any, Any]:
@@ -211,14 +250,19 @@ def _gemma3() -> tuple[Any, Any]:
 class _Parts:
     """A processor whose own class cannot be made without torchvision: what its checkpoint consists of."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, chat_template: str) -> None:
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, chat_template: str, options: dict[str, Any] | None = None
+    ) -> None:
+        """`options` are what its processor_config.json says, if it has one."""
         tokenizer.chat_template = chat_template
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.tokenizer, self.image_processor, self.options = tokenizer, image_processor, options
 
     def save_pretrained(self, folder: str) -> None:
         """As the hub's checkpoints of such models have it."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        if self.options is not None:
+            Path(folder, "processor_config.json").write_text(json.dumps(self.options))
 
 
 def main(family: str, folder: str) -> None:

@@ -45,9 +45,16 @@ class TaskLibrary:
     """Everything that `tasks` of a request may name. One a process: it redirects `datasets.load_dataset`."""
 
     def __init__(
-        self, data_dir: Path, include_paths: Sequence[str], dataset_roots: dict[str, str], allow_code: bool
+        self,
+        data_dir: Path,
+        include_paths: Sequence[str],
+        dataset_roots: dict[str, str],
+        allow_code: bool,
+        *,
+        allow_judges: bool = False,
     ) -> None:
-        """`include_paths` are folders of task YAML, the later ones winning; `allow_code`: run code of the model's."""
+        """`include_paths` are folders of task YAML, the later ones winning; `allow_code`: run code of the model's;
+        `allow_judges`: let scoring ask other models over the network."""
         self._cache_dir = data_dir / "cache"
         self._roots = DatasetRoots(dataset_roots, self._cache_dir / "datasets")
         self._roots.install()
@@ -55,7 +62,7 @@ class TaskLibrary:
         self._factory = LazyTaskFactory()
         self._checkers: dict[Library, TaskChecker] = {
             "lm": TaskChecker(self._roots, allow_code),
-            "lmms": TaskChecker(self._roots, allow_code, lmms_task_needs),
+            "lmms": TaskChecker(self._roots, allow_code, lmms_task_needs, allow_judges=allow_judges),
         }
         self._indexes: dict[Path, RootIndex] = {}
         self._lmms_entries = self._index_of_lmms_eval()

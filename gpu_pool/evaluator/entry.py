@@ -55,7 +55,13 @@ def _log_to_stderr() -> None:
 def _serve(loop: EvaluatorLoop, start: EvaluatorStart) -> None:
     from gpu_pool.evaluator.catalogue import TaskLibrary
 
-    library = TaskLibrary(Path(start.data_dir), start.include_paths, start.dataset_roots, start.allow_code_execution)
+    library = TaskLibrary(
+        Path(start.data_dir),
+        start.include_paths,
+        start.dataset_roots,
+        start.allow_code_execution,
+        allow_judges=start.allow_judges,
+    )
     open_job = _prepare_for_jobs(start, library) if start.runs_jobs else None
     settle_memory()
     loop.serve(library, open_job)

@@ -54,11 +54,14 @@ class TaskChecker:
         roots: DatasetRoots,
         allow_code: bool,
         needs_of: Callable[[str, dict[str, Any]], TaskNeeds] = task_needs,
+        *,
+        allow_judges: bool = False,
     ) -> None:
         """`needs_of` reads the configurations of one library's tasks."""
         self._read_needs = needs_of
         self._roots = roots
         self._allow_code = allow_code
+        self._allow_judges = allow_judges
         self._hub = HubData()
         self._configs: dict[Path, dict[str, Any]] = {}
         self._needs: dict[tuple[str, str], TaskNeeds | str] = {}
@@ -170,6 +173,8 @@ class TaskChecker:
             return f"it asks for log-likelihoods: {model.no_scores}"
         if needs.runs_code and not self._allow_code:
             return "it runs code written by the model, which the operator has not allowed (allow_code_execution)"
+        if needs.asks_judge and not self._allow_judges:
+            return "its scoring asks a judge over the network, which the operator has not allowed (allow_judges)"
         if needs.missing_modules:
             return f"it needs Python libraries that are not installed: {', '.join(needs.missing_modules)}"
         if needs.options_problem:
@@ -215,7 +220,7 @@ def _modality_reason(needs: TaskNeeds, modalities: Set[Modality]) -> str | None:
     if needs.modality is None or needs.modality in modalities:
         return None
     taken = " and ".join(_TAKEN[kind] for kind in ("text", "image", "audio") if kind in modalities)
-    told = "its config.json, or no processor_config.json"
+    told = "its config.json, or no processor_config.json, or no torchvision for a family that needs it"
     return f"it {_SHOWN[needs.modality]}, and the model reads {taken} only ({told})"
 
 

@@ -18,6 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from gpu_pool.evaluator.failures import OptionsError
 from gpu_pool.evaluator.generation_options import generation_options
+from gpu_pool.evaluator.judges import asks_judge
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.package_files import function_file, is_file, module_file, parsed
 from gpu_pool.evaluator.task_modality import lm_eval_modality, lmms_eval_modality
@@ -48,6 +49,8 @@ class TaskNeeds:
     scores: bool
     """Whether it asks for log-likelihoods, as far as its YAML says."""
     runs_code: bool
+    asks_judge: bool
+    """Whether its scoring asks a model or a service over the network; looked for in lmms-eval's tasks only."""
     missing_modules: tuple[str, ...]
     """Python libraries that its code imports and that are not installed."""
     dataset: str | None
@@ -81,6 +84,7 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         output_type=config.get("output_type"),
         scores="class" not in config and config.get("output_type", "generate_until") != "generate_until",
         runs_code=_runs_code(config, sources),
+        asks_judge=False,
         missing_modules=tuple(sorted(set(_missing(modules, whole_file="class" in config)))),
         dataset=None if config.get("custom_dataset") else config.get("dataset_path") or attributes.get("DATASET_PATH"),
         config=config.get("dataset_name") or attributes.get("DATASET_NAME"),
@@ -107,6 +111,7 @@ def lmms_task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         output_type=output_type,
         scores=output_type != "generate_until",
         runs_code=any(not _LMMS_RUNS_CODE.isdisjoint(path.parts) for path in modules),
+        asks_judge=asks_judge(config),
         missing_modules=tuple(sorted(set(_missing(modules, whole_file=False)))),
         dataset=config.get("dataset_path"),
         config=config.get("dataset_name"),

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from gpu_pool import models
+from gpu_pool.checkpoints import AUDIO_TEXT_TYPES, IMAGE_TEXT_TYPES, SPEECH_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.model_arguments import decode, known_arguments
 from gpu_pool.model_names import FLAGS, MEANINGLESS, MEANINGLESS_VALUES, MODEL_NAMES, RENAMED, SAME_WEIGHTS
@@ -44,6 +46,55 @@ def test_every_name_runs_or_says_why_not_and_what_does() -> None:
             assert all(MODEL_NAMES[near].runs_on in ("engine", "api") for near in name.nearest), name
         else:
             assert name.runs_on in ("engine", "api")
+
+
+MODEL_TYPES = {
+    "aria": "aria",
+    "async_hf_model": "qwen2_5_vl",
+    "fuyu": "fuyu",
+    "gemma3": "gemma3",
+    "gemma4": "gemma4",
+    "glm4v": "glm46v",
+    "huggingface": "qwen2_5_vl",
+    "idefics2": "idefics2",
+    "instructblip": "instructblip",
+    "internvl3": "internvl",
+    "internvl3_5": "internvl",
+    "internvl_hf": "internvl",
+    "lfm2_5_vl": "lfm2_vl",
+    "llama4_scout": "llama4",
+    "llama_vision": "mllama",
+    "llava": "llava",
+    "llava_hf": "llava",
+    "llava_onevision": "llava_onevision",
+    "llava_vid": "llava",
+    "mistral3_vl": "mistral3",
+    "plm": "perception_lm",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_audio": "qwen2_audio",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_vl": "qwen3_vl",
+    "video_llava": "video_llava",
+    "whisper": "whisper",
+}
+"""`model_type` in the config.json of each default checkpoint."""
+
+
+def test_default_checkpoints_are_of_types_that_are_served() -> None:
+    names = {name.name for name in MODEL_NAMES.values() if name.runs_on == "engine" and name.pretrained}
+    assert names - {"async_hf"} == MODEL_TYPES.keys()
+    for model_type in MODEL_TYPES.values():
+        check_config({"model_type": model_type, "architectures": ["XForConditionalGeneration"]}, "model")
+        assert model_type in IMAGE_TEXT_TYPES | AUDIO_TEXT_TYPES | SPEECH_TYPES
+
+
+@pytest.mark.parametrize("model", ["llama4_scout", "lfm2_5_vl", "plm"])
+def test_a_missing_package_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    assert "torchvision alone, which is not installed" in refused(model).problem
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    assert why_not(MODEL_NAMES[model]) is None
 
 
 def test_default_checkpoints_are_none_that_transformers_cannot_load() -> None:
@@ -106,6 +157,10 @@ def test_documented_arguments_have_our_names() -> None:
         "max_pixels": 1605632,
         "conv_template": "vicuna_v1",
         "use_cache": True,
+        "device": "cuda:0",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+        "token_strategy": "single",
     }
     expected = ModelArgs(
         pretrained="org/name", dtype="float16", interleave=False, image_max_side=448, max_pixels=1605632
@@ -118,6 +173,11 @@ def test_documented_arguments_have_our_names() -> None:
     ("key", "value", "says"),
     [
         ("device_map", "cuda:1", "num_gpus"),
+        ("device", "cpu", "beside `model_args`"),
+        ("batch_size", 8, "beside `model_args`"),
+        ("mm_spatial_pool_stride", 4, "as the checkpoint's class does"),
+        ("token_strategy", "multiple", "each frame"),
+        ("reasoning_prompt", "Think.", "post_prompt"),
         ("use_flash_attn", "yes", "true or false"),
         ("torch_dtype", "float32", "another value"),
         ("system_prompt", "Be brief.", "system_instruction"),

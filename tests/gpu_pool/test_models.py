@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gpu_pool import checkpoints
 from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.models import modalities, model_kinds, resolve_hub_revision, resolve_model
@@ -240,6 +241,29 @@ def test_language_models_are_accepted(config: dict[str, Any]) -> None:
 def test_other_models_are_refused(config: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         check_config(config, "model")
+
+
+def test_types_that_need_torchvision_are_those_without_another_image_processor() -> None:
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as NAMES
+
+    needs = {kind for kind in IMAGE_TEXT_TYPES if kind in NAMES and set(NAMES[kind]) == {"torchvision"}}
+    assert needs == checkpoints._TORCHVISION_TYPES
+
+
+def test_images_need_torchvision_in_some_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "vision_config": {}}
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    assert checkpoints.modalities(config) == {"text"}
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: name)
+    assert checkpoints.modalities(config) == {"text", "image", "video"}
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_checkpoints_with_a_talker_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match="checkpoint of the thinker alone"):
+        check_config(
+            {"model_type": kind, "thinker_config": {}, "architectures": ["QForConditionalGeneration"]}, "model"
+        )
 
 
 def test_image_text_types_are_those_that_transformers_loads_and_that_continue_text() -> None:

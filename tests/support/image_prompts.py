@@ -140,4 +140,6 @@ class Asked:
                 values = {"input_ids": list(more), "attention_mask": [1] * len(more)}
                 added = torch.tensor([values.get(name, [of_more.get(name, 0)] * len(more))], dtype=tensor.dtype)
                 inputs[name] = torch.cat([tensor, added], dim=1)
+            if name == "cross_attention_mask":  # what is written sees what the prompt's end sees
+                inputs[name] = torch.cat([tensor, *[tensor[:, -1:]] * len(more)], dim=1)
         return self.loaded.model(**inputs).logits[0]

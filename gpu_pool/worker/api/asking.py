@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -20,6 +20,9 @@ LONGEST_WISH_SECONDS = 600.0
 """For which an endpoint may ask: who has to wait longer is told so at once."""
 MAX_SAID = 300
 """Characters of what an endpoint says that become part of an error."""
+SHORTEST_SECRET = 8
+"""Characters of a key from which on answers are searched for it: shorter ones are words such as EMPTY, which servers
+that need no key are given, and which an answer may hold by itself."""
 FOR_NOW = frozenset({408, 409, 425, 429})
 """Statuses after which another try may succeed, beside all from 500."""
 
@@ -44,7 +47,7 @@ class Asker:
         """Requests that are on their way, or pause between tries."""
 
     async def ask(self, body: dict[str, Any], timeout_s: float, max_retries: int) -> Any:
-        """The answer's JSON.
+        """The answer's JSON, without the key where the endpoint repeats it.
 
         Raises:
             AskingFailed: there is none, after all tries.
@@ -89,7 +92,7 @@ class Asker:
         except (TimeoutError, httpx.TimeoutException):
             return AskingFailed(f"the endpoint did not answer within {timeout_s:g} s"), 0.0
         except httpx.HTTPError as error:
-            said = _without(key, str(error)) or type(error).__name__
+            said = _without(str(error), key) or type(error).__name__
             return AskingFailed(f"the endpoint could not be asked: {said}"), 0.0
         return _understood(reply, key)
 
@@ -102,12 +105,14 @@ def _understood(reply: httpx.Response, key: str | None) -> tuple[Any, float | No
     status = reply.status_code
     if reply.is_success:
         try:
-            return reply.json(), None
+            answer = reply.json()
         except ValueError:
             return AskingFailed("the endpoint's answer is no JSON"), None
+        is_secret = key is not None and len(key) >= SHORTEST_SECRET
+        return _without(answer, key) if is_secret else answer, None
     if reply.is_redirect:
         return AskingFailed(f"the endpoint answers {status}: it is elsewhere, and redirects are not followed"), None
-    said = " ".join(_without(key, _error_message(reply)).split())[:MAX_SAID]
+    said = " ".join(_without(_error_message(reply), key).split())[:MAX_SAID]
     failure = AskingFailed(f"the endpoint answers {status}" + (f": {said}" if said else ""))
     if status not in FOR_NOW and status < 500:
         return failure, None
@@ -160,6 +165,15 @@ def read_key(endpoint: Endpoint) -> str | None:
     return key
 
 
-def _without(key: str | None, said: str) -> str:
-    """What somebody else says, who may repeat what was sent."""
-    return said if key is None else said.replace(key, "[key]")
+def _without(said: Any, key: str | None) -> Any:
+    """What somebody else says who may repeat what was sent, in text or decoded JSON: decoded, since JSON can write the
+    same characters in many ways."""
+    match said:
+        case str() if key is not None:
+            return said.replace(key, "[key]")
+        case list():
+            return [_without(one, key) for one in cast("list[Any]", said)]
+        case dict():
+            return {_without(name, key): _without(value, key) for name, value in cast("dict[str, Any]", said).items()}
+        case _:
+            return said

@@ -17,9 +17,10 @@ from gpu_pool.chunk_messages import MediaLoglikelihoodChunk
 from gpu_pool.worker.engine.batching import run_batches
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.company import Company
+from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 from gpu_pool.worker.engine.padding import pad_right
-from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate
+from gpu_pool.worker.engine.prompt_inputs import PromptInputs, collate, seen_after
 from gpu_pool.worker.engine.rows import Answer
 from gpu_pool.worker.engine.token_scores import TokenScores
 
@@ -73,18 +74,30 @@ def score(
     for window in chunk.windows(unread, should_stop):
         questions: list[_Question] = []
         for number, inputs in window.items():
-            question = _Question(inputs)
-            for request in requests.get(number, ()):
-                length = len(inputs) + len(continuations[request])
-                if length > loaded.max_length:
-                    errors[request] = f"prompt and continuation have {length} tokens, of which {loaded.max_length} fit"
-                else:
-                    question.asked.append((request, continuations[request]))
-            if question.asked:
-                questions.append(question)
+            asking = [(request, continuations[request]) for request in requests.get(number, ())]
+            if not asking:
+                continue
+            try:
+                questions.append(_Question(_that_fits(loaded, inputs, asking), asking))
+            except MediaError as error:
+                errors |= dict.fromkeys((request for request, _ in asking), str(error))
         answers |= _score_window(loaded, questions, asked, should_stop)
     errors |= {request: unread[number] for request, number in enumerate(asked.prompt_of) if number in unread}
     return answers, errors
+
+
+def _that_fits(loaded: LoadedModel, inputs: PromptInputs, asking: list[tuple[int, Tokens]]) -> PromptInputs:
+    """The prompt without what is too much at its beginning, the same for all its continuations, whose last tokens are
+    not read.
+
+    Raises:
+        MediaError: an image stands there, or a continuation leaves no room for a prompt.
+    """
+    longest = max(len(tokens) for _, tokens in asking)
+    room = loaded.max_length - longest + 1
+    if room <= 0:
+        raise MediaError(f"a continuation has {longest} tokens, and {loaded.max_length} fit with its prompt")
+    return inputs.last(room)
 
 
 def _score_window(
@@ -155,18 +168,19 @@ def shared_logits(
     """Logits after prompts of equal kind and length [prompts, vocabulary], and after each token of what is read then.
 
     `reads` are equally many for each prompt, in the order of the prompts, and padded on the right; their logits are
-    [reads, longest, vocabulary]. Neither masks nor positions are given: without padding before it, a token's position
-    is the number of those before it, or what the model has kept of its own counting of images.
+    [reads, longest, vocabulary]. Neither masks of padding nor positions are given: without padding before it, a token's
+    position is the number of those before it, or what the model has kept of its own counting of images.
     """
     inputs = collate(prompts, loaded.device, loaded.model.dtype)
     output = loaded.model(**inputs, **loaded.last_logits, use_cache=True)
     first = output.logits[:, -1]
     if not reads:
         return first, None
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(len(reads) // len(prompts))
+    cache, times = output.past_key_values, len(reads) // len(prompts)
+    cache.batch_repeat_interleave(times)
     ids = pad_right(reads, loaded.device)
-    return first, loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    seen = {name: tensor.repeat_interleave(times, 0) for name, tensor in seen_after(inputs, ids.shape[1]).items()}
+    return first, loaded.model(input_ids=ids, **seen, past_key_values=cache, use_cache=True).logits
 
 
 @torch.inference_mode()

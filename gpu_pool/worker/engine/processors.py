@@ -87,3 +87,7 @@ class _Halves:
         return super().check_argument_for_proper_class(  # pyright: ignore[reportAttributeAccessIssue]
             argument_name, argument
         )
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """As most processors have it; some families' own asks the part for video, whatever is shown (SmolVLM)."""
+        return transformers.ProcessorMixin.apply_chat_template(self, *args, **kwargs)  # pyright: ignore

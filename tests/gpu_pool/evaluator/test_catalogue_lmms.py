@@ -98,6 +98,18 @@ def test_code_of_the_models_needs_leave(library: TaskLibrary) -> None:
     assert "allow_code_execution" in reason(library, "auxsolidmath_easy", modalities=SEES)
 
 
+@pytest.mark.parametrize("name", ["llava_in_the_wild", "mmvet", "hallusion_bench_image", "mathvista_testmini_cot"])
+def test_judges_need_leave(library: TaskLibrary, data_dir: Path, roots: dict[str, str], name: str) -> None:
+    assert "asks a judge over the network" in reason(library, name, modalities=SEES)
+    allowed = TaskLibrary(data_dir, (), roots, False, allow_judges=True)
+    assert "judge" not in reason(allowed, name, modalities=SEES)  # its data is not here
+
+
+@pytest.mark.parametrize("name", ["mmstar", "chartqa", "mathvision_test", "voicebench_ifeval"])
+def test_what_only_lies_beside_a_judge_needs_none(library: TaskLibrary, name: str) -> None:
+    assert "judge" not in reason(library, name, modalities=SEES | {"audio"})
+
+
 def test_data_that_cannot_be_reached_is_named(library: TaskLibrary) -> None:
     assert "setting `dataset_roots`" in reason(library, "realworldqa", modalities=SEES)
 

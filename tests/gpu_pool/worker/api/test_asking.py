@@ -107,6 +107,31 @@ async def test_a_refused_key_is_not_repeated(server: FakeOpenAI, key_file: Path)
     assert "401: Incorrect API key provided: Bearer [key]" in await refused(endpoint(server, key_file))
 
 
+async def test_an_answer_that_repeats_the_key_loses_it(server: FakeOpenAI, key_file: Path) -> None:
+    server.chat = lambda body: f"you sent {KEY}"
+    answer = await ask(endpoint(server, key_file))
+    assert answer["choices"][0]["message"]["content"] == "you sent [key]"
+
+
+async def test_an_error_with_status_200_loses_the_key(server: FakeOpenAI, key_file: Path) -> None:
+    server.failures.append(Failure(200, f"invalid key {KEY}"))
+    assert await ask(endpoint(server, key_file)) == {"error": {"message": "invalid key [key]"}}
+
+
+async def test_the_key_is_found_however_json_writes_it(server: FakeOpenAI, key_file: Path) -> None:
+    server.key = 'sk-"quoted"\\and/slashed'
+    key_file.write_text(server.key)
+    server.chat = lambda body: f"you sent {server.key}"
+    assert (await ask(endpoint(server, key_file)))["choices"][0]["message"]["content"] == "you sent [key]"
+
+
+async def test_a_word_that_stands_for_no_key_stays_in_answers(server: FakeOpenAI, key_file: Path) -> None:
+    server.key = "EMPTY"
+    key_file.write_text(server.key)
+    server.chat = lambda body: "the box is EMPTY"
+    assert (await ask(endpoint(server, key_file)))["choices"][0]["message"]["content"] == "the box is EMPTY"
+
+
 async def test_the_key_is_read_anew_each_time(server: FakeOpenAI, key_file: Path) -> None:
     await ask(endpoint(server, key_file))
     server.key = "sk-the-next-one"

@@ -20,7 +20,7 @@ from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.multimodal_checks import MediaFacts
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "gemma3")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "smolvlm", "gemma3", "mllama")
 SIZES = ((30, 40), (90, 50), (28, 28), (64, 64), (100, 30))
 CONTINUATIONS = (" Paris", " the city of it", "Z", " the city", " the capital")
 
@@ -125,9 +125,23 @@ def test_prompts_that_do_not_fit_are_cut_before_their_images(tiny_vlm: Callable[
     assert list(texts) == [0]
     assert list(errors) == [1]
     assert "cannot be cut" in errors[1]
-    _, errors = asked.score(tokens_of(loaded)[:1])
-    assert list(errors) == [0, 1]
-    assert "of which 60 fit" in errors[0]
+    answers, errors = asked.score(tokens_of(loaded)[:1])
+    assert list(answers) == [0]
+    assert list(errors) == [1]
+    assert "cannot be cut" in errors[1]
+
+
+def test_the_last_token_of_a_choice_takes_no_room(tiny_vlm: Callable[[str], Path]) -> None:
+    loaded = load_fresh(tiny_vlm("llava"), dtype="float32")
+    asked = Asked.of(loaded, [noise(28, 28), "What?"])
+    (choice, *_) = [tokens for tokens in tokens_of(loaded) if len(tokens) > 1]
+    scored = {}
+    for spare in (0, -1):
+        needed = asked.inputs(0)["input_ids"].shape[1] + len(choice) - 1
+        short = load_fresh(tiny_vlm("llava"), dtype="float32", max_length=needed + spare)
+        scored[spare], _ = Asked(short, asked.prompts, asked.files).score([choice])
+    assert scored[0][0][0] == pytest.approx(asked.plain_score(0, choice), rel=1e-5)
+    assert scored[-1][0][0] != pytest.approx(scored[0][0][0], rel=1e-5)  # a token of text before the image is cut
 
 
 def test_equal_answers_whatever_the_pixel_limits_of_others(tiny_vlm: Callable[[str], Path]) -> None:
