@@ -71,6 +71,11 @@ class TaskCount(BaseModel):
     errored: int
 
 
+class EngineRouteInfo(BaseModel):
+    route: str
+    reason: str
+
+
 class ProgressInfo(BaseModel):
     phase: Phase
     done: int
@@ -79,6 +84,7 @@ class ProgressInfo(BaseModel):
     errored: int
     tasks: dict[str, TaskCount]
     workers: dict[str, int]
+    routes: list[EngineRouteInfo]
     eta_seconds: float | None
 
 
@@ -113,6 +119,8 @@ class JobInfo(BaseModel):
     tags: list[str]
     kind: Literal["evaluation", "merge"]
     merged_path: str | None
+    waits_for: str | None
+    expected_start: datetime | None
 
 
 class JobPage(BaseModel):

@@ -160,7 +160,9 @@ def test_a_rank_that_cannot_load_is_reported(trouble, reason, checkpoint, tmp_pa
     (folder / "config.json").write_text(json.dumps(config))
     process = spawn_worker(worker_start(tmp_path, folder, trust_remote_code=True, tensor_parallel=2))
     error = f"{folder} cannot be served: {reason}"
-    assert process.receive() == LoadFailed(error=error, out_of_memory="out of memory" in reason)
+    failed = process.receive()
+    assert isinstance(failed, LoadFailed)
+    assert (failed.error, failed.out_of_memory) == (error, "out of memory" in reason)
     assert process.exit_code() == 1
 
 
