@@ -34,9 +34,7 @@ def test_what_a_processor_looks_for(tokenizer: Any, family: str, expected: str |
     assert image_placeholder(family, tokenizer) == expected
 
 
-@pytest.mark.parametrize(
-    ("family", "expected"), [("gemma3", "<boi>"), ("gemma3n", "<img>"), ("cohere2_vision", "<img>")]
-)
+@pytest.mark.parametrize(("family", "expected"), [("gemma3", "<boi>"), ("gemma3n", "<img>"), ("internvl", "<img>")])
 def test_prompts_without_a_chat_template(tokenizer: Any, tmp_path: Path, family: str, expected: str) -> None:
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(MODEL / "processor_config.json", tmp_path)

@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from gpu_pool.worker.engine.media import LargestSize, MediaError, decode_image
+
+
+@pytest.fixture(autouse=True)
+def pillow_as_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval, which evaluators import and other tests in this process may have, lets Pillow show half a file."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
