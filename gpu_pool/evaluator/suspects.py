@@ -60,8 +60,8 @@ class Suspect:
         """Whether so many workers were lost on them that it is certain that one of them is the cause."""
         if not self.is_alone:
             return self.deaths >= MOST_DEATHS
-        alone = ((self.deaths, MOST_DEATHS_ALONE), (self.soon_kills, MOST_SOON_KILLS_ALONE))
-        return any(count >= most for count, most in (*alone, (self.kills, MOST_KILLS_ALONE)))
+        is_killing = self.soon_kills >= MOST_SOON_KILLS_ALONE or self.kills >= MOST_KILLS_ALONE
+        return self.deaths >= MOST_DEATHS_ALONE or is_killing
 
     @property
     def kind(self) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fake_children
 import pytest
@@ -27,6 +28,24 @@ async def none(*_: object) -> None:
     """No process is started, and nobody hears."""
 
 
+def fleet_of(
+    settings: PoolSettings,
+    leases: Leases,
+    put: Callable[[tuple[type[ev.Event], dict[str, object]]], object],
+    evaluator: Callable[..., Any] = none,
+    worker: Callable[..., Any] = none,
+) -> Fleet:
+    """It starts processes by these functions, and its events, each with its fields, are `put`."""
+    return Fleet(
+        settings,
+        leases,
+        Processes(evaluator=evaluator, worker=worker, address=str),
+        put=lambda event, **fields: put((event, fields)),
+        hear=none,
+        background=asyncio.ensure_future,
+    )
+
+
 @pytest.mark.parametrize("out_of_memory", [True, False])
 @pytest.mark.parametrize("stranger", [True, False])
 async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
@@ -41,14 +60,7 @@ async def test_a_model_that_lacks_memory_beside_others_is_no_mistake_of_its_job(
     settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
     leases = Leases(settings, Inventory(None))
     happened: list[tuple[type[ev.Event], dict[str, object]]] = []
-    fleet = Fleet(
-        settings,
-        leases,
-        Processes(evaluator=none, worker=none, address=str),
-        put=lambda event, **fields: happened.append((event, fields)),
-        hear=none,
-        background=asyncio.ensure_future,
-    )
+    fleet = fleet_of(settings, leases, happened.append)
     assert await leases.take("worker", [gpu_uuid(1)]) is None
     fake_nvml.write(gpu_line(), gpu_line(), f"proc {int(stranger)} {2**22 + 77} 2048")
     await fleet._on_worker_message("worker", LoadFailed(error="no room", out_of_memory=out_of_memory))
@@ -66,14 +78,7 @@ async def test_why_an_evaluator_ends_is_in_its_log_and_in_what_becomes_of_its_jo
         start = EvaluatorStart(evaluator_id=evaluator_id, data_dir=str(tmp_path), log_path=str(log))
         return await spawn(evaluator_id, fake_children.breaks_at_its_first_job, start, decode_from_evaluator)
 
-    fleet = Fleet(
-        settings,
-        Leases(settings, Inventory(visible_devices="")),
-        Processes(evaluator=start, worker=none, address=str),
-        put=lambda event, **fields: happened.put_nowait((event, fields)),
-        hear=none,
-        background=asyncio.ensure_future,
-    )
+    fleet = fleet_of(settings, Leases(settings, Inventory(visible_devices="")), happened.put_nowait, evaluator=start)
     await fleet.start_evaluator("e")
     async with asyncio.timeout(120):
         assert await happened.get() == (ev.EvaluatorIsReady, {"evaluator_id": "e"})
@@ -101,14 +106,7 @@ async def test_a_worker_that_is_stopped_while_it_loads_is_found_and_one_that_loa
     async def start(worker_id: str, *_: object) -> WorkerChild:
         return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
 
-    fleet = Fleet(
-        settings,
-        leases,
-        Processes(evaluator=none, worker=start, address=str),
-        put=lambda event, **fields: happened.put_nowait((event, fields)),
-        hear=none,
-        background=asyncio.ensure_future,
-    )
+    fleet = fleet_of(settings, leases, happened.put_nowait, worker=start)
     [slot] = leases.slots("cpu")
     model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
     await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
@@ -143,8 +141,7 @@ async def test_what_is_late_is_not_kept(tmp_path: Path) -> None:
     """Nobody disarms what was awaited for a job that has ended."""
     settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1, drop_timeout_s=0.001)
     leases = Leases(settings, Inventory(visible_devices=""))
-    processes = Processes(evaluator=none, worker=none, address=str)
-    fleet = Fleet(settings, leases, processes, put=none, hear=none, background=asyncio.ensure_future)
+    fleet = fleet_of(settings, leases, none)
     fleet.detach(ev.Detach(job_id="j", evaluator_id="e", worker_id="w", at_once=False))
     assert fleet._timers
     async with asyncio.timeout(60):

@@ -18,7 +18,7 @@ from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_generation import continue_prompts
 from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.prompts import Prompt
-from gpu_pool.worker.engine.routes import Route, tree_boundary
+from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _choose_way(
     try:
         chooser = make_chooser(loaded.base_model, options)
         along = _along_tree(loaded, prompts, options)
-        if len(along) < len(prompts) and (boundary := tree_boundary(loaded)) is not None:
+        if len(along) < len(prompts) and (boundary := loaded.tree_boundary) is not None:
             plainly = boundary.reason
     except CannotChoose as error:
         plainly = str(error)

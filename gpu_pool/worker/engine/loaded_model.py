@@ -18,7 +18,7 @@ import torch
 from gpu_pool.checkpoints import SPEECH_TYPES
 from gpu_pool.chunk_messages import MediaPrompt
 from gpu_pool.worker.engine.adapters import has_virtual_tokens, unwrapped
-from gpu_pool.worker.engine.announcing import announce
+from gpu_pool.worker.engine.announcing import announce_if_long
 from gpu_pool.worker.engine.blocks import Tokens
 from gpu_pool.worker.engine.company import Company, generated_logits, probe_company, probed_window
 from gpu_pool.worker.engine.configs import text_config
@@ -34,15 +34,13 @@ from gpu_pool.worker.engine.preparation import Files
 from gpu_pool.worker.engine.processing import PromptProcessor
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 from gpu_pool.worker.engine.rope import rope_boundary
-from gpu_pool.worker.engine.routes import Route, choose_route, tree_boundary
+from gpu_pool.worker.engine.routes import Boundary, Route, choose_route, tree_boundary
 from gpu_pool.worker.engine.token_tree import GRID, Room
 
 logger = logging.getLogger(__name__)
 
 _PROBE = (3, 4, 5, 6)
 """Tokens to try a model with."""
-_LONG = 1024
-"""Tokens of which the log says that they are tried: it may take minutes on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +119,14 @@ class LoadedModel:
         """Memory of a token's keys and values along the token tree; 0 where nothing is computed along it."""
         return measure_token_bytes(self.model) if self.route[0] is Route.TREE else 0
 
+    @cached_property
+    def tree_boundary(self) -> Boundary | None:
+        """The longest sequences that go along the token tree, where that bounds them: found once, asked for each."""
+        return tree_boundary(self)
+
     def goes_along_tree(self, longest: int) -> bool:
-        """Whether sequences of at most `longest` tokens are computed along the token tree (see `tree_boundary`)."""
-        boundary = tree_boundary(self)
+        """Whether sequences of at most `longest` tokens are computed along the token tree."""
+        boundary = self.tree_boundary
         return self.route[0] is Route.TREE and (boundary is None or longest <= boundary.length)
 
     @property
@@ -174,8 +177,7 @@ class LoadedModel:
         """As `probe_company`; beyond the window where batches within `limit` are."""
         longest = rope_boundary(self) or self.max_length
         window = probed_window(self.text_config, longest, self.limits.planned[limit])
-        if window > _LONG:
-            announce(f"trying whether sequences beyond the window of {window} tokens may share batches")
+        announce_if_long(window, f"trying whether sequences beyond the window of {window} tokens may share batches")
         return probe_company(self.model, logits, window)
 
     @cached_property

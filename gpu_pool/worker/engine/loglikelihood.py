@@ -13,7 +13,7 @@ from gpu_pool.worker.engine import plain_scoring, tree_scoring
 from gpu_pool.worker.engine.cpu_layers import layers_for
 from gpu_pool.worker.engine.encoder_decoder_scoring import score_pairs
 from gpu_pool.worker.engine.loaded_model import LoadedModel
-from gpu_pool.worker.engine.routes import Route, tree_boundary
+from gpu_pool.worker.engine.routes import Route
 from gpu_pool.worker.engine.rows import Answer, Row, plan_rows
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -56,7 +56,7 @@ def _score(loaded: LoadedModel, chunk: LoglikelihoodChunk, should_stop: Callable
     answers = tree_scoring.score_rows(loaded, along, chunk.batch_size, should_stop, **options) if along else {}
     others = [index for index in range(len(pairs)) if index not in answers]
     plainly = ""
-    if others and loaded.route[0] is Route.TREE and (boundary := tree_boundary(loaded)) is not None:
+    if others and loaded.route[0] is Route.TREE and (boundary := loaded.tree_boundary) is not None:
         plainly = boundary.reason
         loaded.tell_plain("some log-likelihoods", plainly)
     score_plainly = partial(_score_plainly, loaded, chunk.batch_size, should_stop, chunk.deterministic)

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpu_pool.worker.engine.announcing import announce
+from gpu_pool.worker.engine.announcing import announce_if_long
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.rope import rope_boundary, stays_changed
 from gpu_pool.worker.engine.self_check import check_sequences, compare_trees, unchecked_window
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from gpu_pool.worker.engine.loaded_model import LoadedModel
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-_LONG = 1024
-"""Tokens of which the log says that they are compared: it may take minutes on a CPU."""
 
 
 class Route(enum.StrEnum):
@@ -53,8 +51,7 @@ def choose_route(loaded: LoadedModel) -> tuple[Route, str]:
     if reason := next(_obstacles(loaded), None):
         return Route.PLAIN, reason
     longest = max(map(len, check_sequences(loaded)))
-    if longest > _LONG:
-        announce(f"checking the tree route on sequences of up to {longest} tokens")
+    announce_if_long(longest, f"checking the tree route on sequences of up to {longest} tokens")
     try:
         found = compare_trees(loaded)
     except Cancelled:

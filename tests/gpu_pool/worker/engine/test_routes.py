@@ -13,7 +13,7 @@ from chunks import generating, scoring
 from engine_probes import fresh, never, watched
 
 from gpu_pool.worker.computing import compute
-from gpu_pool.worker.engine import attention, routes, self_check
+from gpu_pool.worker.engine import announcing, attention, self_check
 from gpu_pool.worker.engine.cancellation import Cancelled
 from gpu_pool.worker.engine.generation import generate
 from gpu_pool.worker.engine.loaded_model import LoadedModel
@@ -118,7 +118,7 @@ def test_a_window_that_is_too_wide_to_check(checkpoint, load, monkeypatch):
 
 
 def test_the_self_check_says_that_it_takes_long(checkpoint, load, monkeypatch, capfd):
-    monkeypatch.setattr(routes, "_LONG", 64)
+    monkeypatch.setattr(announcing, "LONG", 64)
     for name, told in (("llama", ""), ("mistral", "engine: checking the tree route on sequences of up to 76 tokens\n")):
         loaded = load(checkpoint(name))
         capfd.readouterr()
