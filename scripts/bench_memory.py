@@ -1,13 +1,13 @@
 """Memory of the worker and the evaluator over a long job: flat, or does something grow with its documents?
 
-    python scripts/bench_memory.py [--documents 10000] [--images 5000] [--json]
+    python scripts/bench_memory.py [--documents 10000] [--images 5000] [--every 1.0] [--json]
 
 Two jobs, each with a real server of its own with one CPU worker, without the response cache: multiple choice of
 --documents made-up questions on a random Llama of two layers, and --images handwritten digits on the vision-language
 model of tests/data, of which each is another picture (no two files are alike).
 
-A process's memory is its private part and its share of what others use, too (Pss of /proc/PID/smaps_rollup), once a
-second while the job runs: the mean of those looks that fall into each tenth of its requests.
+A process's memory is its private part and its share of what others use, too (Pss of /proc/PID/smaps_rollup), every
+second (--every) while the job runs: the mean of those looks that fall into each tenth of its requests.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from server.client import EvalClient
 SMALL = ROOT / "tests" / "data" / "tiny-vlm-digits"
 CHOICES = 4
 WORDS = ("the", "of", "a", "model", "question", "answer", "paper", "river", "evening", "letter", "stone", "garden")
-LOOK_SECONDS = 1.0
 PARTS = 10
 
 Json = dict[str, Any]
@@ -49,11 +49,12 @@ def main() -> int:
             model = folder / "model"
             subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", model], check=True)
             write_questions(folder / "text", arguments.documents)
-            rows += watch(folder / "text", model, "questions", CHOICES * arguments.documents, {})
+            rows += watch(folder / "text", model, "questions", CHOICES * arguments.documents, arguments.every, {})
         if arguments.images:
             (folder / "seen").mkdir()
             write_digits(folder / "seen", arguments.images)
-            rows += watch(folder / "seen", SMALL, "digits", arguments.images, {"apply_chat_template": True})
+            chat = {"apply_chat_template": True}
+            rows += watch(folder / "seen", SMALL, "digits", arguments.images, arguments.every, chat)
     print_report("Memory over a job, MiB", describe_machine(), rows, {}, as_json=arguments.json)
     return 0
 
@@ -78,8 +79,11 @@ def write_questions(folder: Path, number: int) -> None:
     (folder / "questions.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
 
 
-def watch(folder: Path, model: Path, task: str, requests: int, more: Json) -> Iterator[Json]:
-    """A row for each kind of process: its memory in each tenth of the job, which has so many requests."""
+def watch(folder: Path, model: Path, task: str, requests: int, seconds: float, more: Json) -> Iterator[Json]:
+    """A row for each kind of process: its memory in each tenth of the job, which has so many requests.
+
+    Raises RuntimeError when the job fails, or ends before a look at both kinds.
+    """
     looks: dict[str, list[tuple[float, float]]] = {"worker": [], "evaluator": []}
     with (
         running_server(folder, "--include-path", folder, "--cpu-workers", 1) as url,
@@ -92,16 +96,22 @@ def watch(folder: Path, model: Path, task: str, requests: int, more: Json) -> It
             progress = job["progress"]
             if job["status"] != "running" or not progress or not progress["done"]:
                 return
-            share = progress["done"] / requests
-            [worker] = client.workers()["workers"]
-            looks["worker"].append((share, memory_mib(worker["pid"])))
             log = folder / "data" / "jobs" / submitted["job_id"] / "job.log"
-            looks["evaluator"].append((share, memory_mib(process_that_writes(log))))
+            processes = {
+                "worker": [worker["pid"] for worker in client.workers()["workers"]],
+                "evaluator": processes_that_write(log),
+            }
+            for kind, pids in processes.items():
+                for pid in pids:
+                    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since: so has the job
+                        looks[kind].append((progress["done"] / requests, memory_mib(pid)))
 
-        job = client.wait_for_job(submitted["job_id"], poll_interval=LOOK_SECONDS, verbose=False, on_progress=look)
+        job = client.wait_for_job(submitted["job_id"], poll_interval=seconds, verbose=False, on_progress=look)
         if job["status"] != "completed":
             raise RuntimeError(f"the job is {job['status']}: {job['error']}")
     for kind, seen in looks.items():
+        if not seen:
+            raise RuntimeError(f"the job ended before a look at its {kind}: ask for more documents, or look more often")
         found: Json = {"job": task, "process": kind}
         for part in range(PARTS):
             some = [mib for share, mib in seen if part <= share * PARTS < part + 1]
@@ -116,21 +126,21 @@ def memory_mib(pid: int) -> float:
     return int(found[1]) / 1024
 
 
-def process_that_writes(log: Path) -> int:
-    """Whose standard error this file is."""
+def processes_that_write(log: Path) -> list[int]:
+    """Whose standard error this file is: one, or none where it has ended."""
+    found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # not ours, or gone
             if (folder / "fd" / "2").readlink() == log.resolve():
-                return int(folder.name)
-        except OSError:  # not ours, or gone
-            continue
-    raise RuntimeError(f"nobody writes {log}")
+                found.append(int(folder.name))
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=10_000, help="of text; 0: not this job")
     parser.add_argument("--images", type=int, default=5_000, help="0: not this job")
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="between two looks (default 1)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     return parser.parse_args()
 

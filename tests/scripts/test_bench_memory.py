@@ -33,7 +33,7 @@ def test_memory_of_a_process_grows_with_what_it_holds() -> None:
 
 @pytest.mark.slow
 def test_all_of_it() -> None:
-    few = ["--documents", "400", "--images", "0"]
+    few = ["--documents", "1000", "--images", "0", "--every", "0.1"]
     command = [sys.executable, str(ROOT / "scripts" / "bench_memory.py"), "--json", *few]
     ran = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=ROOT)
     rows = json.loads(ran.stdout)["rows"]
