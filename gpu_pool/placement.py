@@ -94,10 +94,10 @@ def find_plan(demand: Demand, ledger: Ledger, apart: Iterable[str] = (), *, name
     plan that is BUSY may be without slots unless it is to `name_busy` ones: which jobs had better end first takes a
     while to find out, where many ask and none will wait for it.
     """
-    avoided = {
-        slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots
-    } | ledger.slots.promised.keys()
-    suited = [slot for slot in ledger.slots.suited(demand) if slot.id not in avoided]
+    apart_slots = {slot_id for worker_id in apart for slot_id in ledger.workers[worker_id].slots}
+    promised, suited = ledger.slots.promised, ledger.slots.suited(demand)
+    if promised or apart_slots:
+        suited = [slot for slot in suited if slot.id not in promised and slot.id not in apart_slots]
     if len(suited) < demand.gpus:
         return None
     if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
@@ -144,8 +144,13 @@ def _all_busy(demand: Demand, suited: list[Slot], ledger: Ledger) -> bool:
     """Whether it is certain that jobs have to end before there are enough slots."""
     if ledger.max_workers_per_gpu > 1 or ledger.max_gpus is not None:
         return False
-    busy = {worker_id for worker_id, worker in ledger.workers.items() if readiness_of(worker, ledger) is Readiness.BUSY}
-    return sum(busy.isdisjoint(ledger.slots.holders.get(slot.id, ())) for slot in suited) < demand.gpus
+    free = sum(not any(_is_busy(name, ledger) for name in ledger.slots.holders.get(slot.id, ())) for slot in suited)
+    return free < demand.gpus
+
+
+def _is_busy(worker_id: str, ledger: Ledger) -> bool:
+    worker = ledger.workers.get(worker_id)
+    return worker is not None and readiness_of(worker, ledger) is Readiness.BUSY
 
 
 def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:
