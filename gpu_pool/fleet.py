@@ -15,11 +15,12 @@ from gpu_pool import events as ev
 from gpu_pool import messages as msg
 from gpu_pool.leases import Leases
 from gpu_pool.post_mortem import PostMortem
+from gpu_pool.process_table import is_stopped
 from gpu_pool.records import ModelSpec, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child
-from gpu_pool.watchdog import Watchdog, is_stopped
+from gpu_pool.watchdog import Watchdog
 
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h
 
@@ -46,13 +47,34 @@ class ProcessTable:
         return True
 
     def _parent_and_session(self, pid: int) -> tuple[int, int] | None:
-        try:
-            stat = (self._proc / str(pid) / "stat").read_text(errors="replace")
-        except OSError:
-            return None
-        # proc(5): pid (name) state ppid pgrp session …; the name may hold anything, parentheses too
-        _, parent, _, session, *_ = stat.rpartition(")")[2].split()
-        return int(parent), int(session)
+        found = _stat(self._proc / str(pid))
+        return None if found is None else (found.parent, found.session)
+
+
+class _Stat(NamedTuple):
+    state: str
+    parent: int
+    session: int
+
+
+def _stat(folder: Path) -> _Stat | None:
+    """What the kernel says of a process; None when it is gone."""
+    try:
+        stat = (folder / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # proc(5): pid (name) state ppid pgrp session …; the name may hold anything, parentheses too
+    state, parent, _, session, *_ = stat.rpartition(")")[2].split()
+    return _Stat(state, int(parent), int(session))
+
+
+def is_stopped(leader: int) -> bool:
+    """Whether somebody has stopped (SIGSTOP) the process that leads this session, or another one in it, like a rank.
+
+    Those do nothing until they are continued, nor do others that wait for them.
+    """
+    found = (_stat(folder) for folder in Path("/proc").glob("[0-9]*"))
+    return any(stat is not None and stat.session == leader and stat.state in ("T", "t") for stat in found)
 
 
 def _in_pid_namespace(proc: Path) -> bool:

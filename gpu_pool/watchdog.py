@@ -1,17 +1,17 @@
 """Finds a process that hangs or is stopped: it is asked whether it lives, and killed when it owes the answer for long.
 
-A thread answers that does nothing but take the server's messages, whatever the others load or compute. Of workers that
-have loaded more is expected, see `stalls`.
+A thread answers that does nothing but take the server's messages, whatever the others load or compute; it says nothing
+while one of a worker's ranks is stopped. Of workers that have loaded more is expected, see `stalls`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Any
 
 from gpu_pool.messages import Ping
+from gpu_pool.process_table import is_stopped
 from gpu_pool.supervisor import Child
 
 QUESTIONS = 4
@@ -51,12 +51,3 @@ class Watchdog:
         logger.error("%s has not answered for %g s and is killed", self._child.name, self._limit_s)
         why = f"it did not answer for {self._limit_s:g} s (unresponsive_s) and was killed"
         self._child.kill(why, from_outside=is_stopped(self._child.pid))
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether somebody has stopped the process (SIGSTOP), which then does nothing until it is continued."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] in ("T", "t")

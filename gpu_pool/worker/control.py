@@ -26,6 +26,7 @@ from gpu_pool.messages import (
     decode_to_worker,
     encode,
 )
+from gpu_pool.process_table import is_stopped
 
 
 class Control:
@@ -79,7 +80,8 @@ class Control:
                 case DropJob(job_id=job_id):
                     self.drop(job_id)
                 case Ping():
-                    self.send(Alive())
+                    if not is_stopped(os.getpid()):  # a rank of it, that is
+                        self.send(Alive())
                 case Shutdown():
                     end_process(0)
                 case _:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from gpu_pool.process_table import ProcessTable
+from gpu_pool.process_table import ProcessTable, is_stopped
 
 PARENT = """
 import subprocess, sys
@@ -53,6 +55,27 @@ def test_an_orphan_is_still_in_its_worker_s_session() -> None:
         process.kill()
         process.wait()
         assert table.leader_of(group_leader, {process.pid}) == process.pid
+
+
+def test_a_worker_is_stopped_when_any_process_of_its_session_is() -> None:
+    with worker() as (process, children):
+        assert not is_stopped(process.pid)
+        for pid in (process.pid, children[0]):
+            os.kill(pid, signal.SIGSTOP)
+            wait_for_stop(pid)
+            assert is_stopped(process.pid)
+            os.kill(pid, signal.SIGCONT)
+            while is_stopped(process.pid):
+                pass
+        os.kill(children[2], signal.SIGSTOP)  # the one in a session of its own
+        wait_for_stop(children[2])
+        assert not is_stopped(process.pid)
+        os.kill(children[2], signal.SIGCONT)
+
+
+def wait_for_stop(pid: int) -> None:
+    while "(stopped)" not in Path(f"/proc/{pid}/status").read_text():
+        pass
 
 
 def test_which_numbers_exist_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from chunks import generating, scoring
 from worker_process import ENDLESS, SCORE, WorkerProcess, worker_start
 
 from gpu_pool.chunk_messages import ChunkFailed, LoglikelihoodDone
-from gpu_pool.messages import DropJob, Dropped, LoadFailed, Shutdown, WorkerReady
+from gpu_pool.messages import Alive, DropJob, Dropped, LoadFailed, Ping, Shutdown, WorkerReady, WorkerStart
+from gpu_pool.process_table import is_stopped
 from gpu_pool.worker.chunk_queue import Chunk
 from gpu_pool.worker.computing import compute
 from gpu_pool.worker.engine.loading import load_model
@@ -143,6 +145,16 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+def worker_with_trouble(trouble: str, checkpoint: Any, tmp_path: Path) -> WorkerStart:
+    """A worker whose other rank runs the code `trouble` while it loads."""
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    (folder / "own.py").write_text(REMOTE_MODULE.format(trouble=trouble))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return worker_start(tmp_path, folder, trust_remote_code=True, tensor_parallel=2)
+
+
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
@@ -153,17 +165,32 @@ class OwnModel(LlamaForCausalLM):
     ids=["raises", "has no memory", "killed"],
 )
 def test_a_rank_that_cannot_load_is_reported(trouble, reason, checkpoint, tmp_path, spawn_worker):
-    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
-    (folder / "own.py").write_text(REMOTE_MODULE.format(trouble=trouble))
-    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(config))
-    process = spawn_worker(worker_start(tmp_path, folder, trust_remote_code=True, tensor_parallel=2))
+    process = spawn_worker(worker_with_trouble(trouble, checkpoint, tmp_path))
+    folder = process.start.spec.args.pretrained
     error = f"{folder} cannot be served: {reason}"
     failed = process.receive()
     assert isinstance(failed, LoadFailed)
     assert (failed.error, failed.out_of_memory) == (error, "out of memory" in reason)
     assert process.exit_code() == 1
+
+
+def test_a_worker_with_a_rank_that_is_stopped_while_it_loads_does_not_say_that_it_lives(
+    checkpoint, tmp_path, spawn_worker
+):
+    said = tmp_path / "said"
+    os.mkfifo(said)
+    trouble = f"open({str(said)!r}, 'w').write('now'); os.kill(os.getpid(), signal.SIGSTOP)"
+    process = spawn_worker(worker_with_trouble(trouble, checkpoint, tmp_path))
+    assert said.read_text() == "now"
+    while not is_stopped(process.process.pid):
+        pass
+    process.tell(Ping())
+    process.tell(DropJob(job_id="job"))
+    assert process.receive() == Dropped(job_id="job")
+    os.killpg(process.process.pid, signal.SIGCONT)
+    assert isinstance(process.receive(), WorkerReady)
+    process.tell(Ping())
+    assert process.receive() == Alive()
 
 
 @pytest.mark.parametrize(
