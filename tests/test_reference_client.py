@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
+from digits import write_digits
 from evalpool_server import Server, run_server
 
 QUESTIONS = [("What colour is snow?", ["white", "black"], 0), ("How many legs has a cat?", ["two", "four"], 1)]
@@ -49,23 +50,24 @@ def reference(reference_client_file: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
-    """A server that knows one local task."""
+    """A server that knows a local task of text, and those of digits."""
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.jsonl"
     rows = ({"question": question, "choices": choices, "gold": gold} for question, choices, gold in QUESTIONS * 4)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "local_choice.yaml").write_text(TASK.format(data=data))
+    write_digits(folder)
     with run_server(folder / "data", "--include-path", folder, "--cpu-workers", 1) as running:
         yield running
 
 
-def check_completed(job: dict[str, Any]) -> None:
+def check_completed(job: dict[str, Any], task: str = "local_choice", metric: str = "acc,none") -> None:
     """The reference's nine keys, its result shape, and files that hold what it says."""
     assert set(job) >= NINE_KEYS
     assert (job["status"], job["error"], job["position_in_queue"]) == ("completed", None, None)
     [files] = job["result"].values()
     results = json.loads(Path(files["results"]).read_text())
-    assert 0 <= results["results"]["local_choice"]["acc,none"] <= 1
+    assert 0 <= results["results"][task][metric] <= 1
     [samples] = files["samples"]
     assert Path(samples).name.endswith(".jsonl")
     assert len(Path(samples).read_text().splitlines()) == job["request"]["limit"]
@@ -94,6 +96,23 @@ def test_the_blocking_client(reference: ModuleType, server: Server, tiny_model: 
             client.cancel_job(submitted["job_id"])
         with pytest.raises(httpx.HTTPStatusError, match="404"):
             client.get_job("no-such-job")
+
+
+def test_a_model_that_reads_images_by_its_name_there(
+    reference: ModuleType, server: Server, tiny_vlm: Callable[[str], Path]
+) -> None:
+    """With the arguments that its own model class takes by default."""
+    where = {"pretrained": str(tiny_vlm("qwen2_5_vl")), "max_pixels": 1_605_632, "min_pixels": 256 * 28 * 28}
+    with reference.EvalClient(server.url) as client:
+        assert "qwen2_5_vl" in client.list_models()
+        submitted = client.evaluate(
+            model="qwen2_5_vl",
+            tasks=["digits"],
+            model_args={**where, "device_map": "auto", "attn_implementation": "sdpa"},
+            batch_size=2,
+            limit=5,
+        )
+        check_completed(client.wait_for_job(submitted["job_id"], **WAIT), "digits", "exact_match,digit")
 
 
 async def test_the_async_client(reference: ModuleType, server: Server, tiny_model: Path) -> None:

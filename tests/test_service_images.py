@@ -109,11 +109,27 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
     write_blank(tasks)
     write_damaged(tasks)
     write_folder(tasks)
+    write_mixed(tasks)
     text = {"doc_to_image": None, "doc_to_text": "Is {{digit}} a digit?", "doc_to_choice": ["yes", "no"]}
     write_task(tasks, "text_only", tasks / "blank.parquet", CHOICE | text | {"doc_to_target": 0})
     arguments = ("--include-path", tasks, "--cpu-workers", 2)
     with run_server(folder / "data", *arguments) as server, Service(server) as service:
         yield service
+
+
+QUESTIONS_OF_ALL_LENGTHS = (QUESTION, QUESTION + " Say only its name, as short as you can, and nothing else." * 6)
+
+
+def write_mixed(folder: Path) -> None:
+    """Digits in pictures of four sizes, after questions of two lengths."""
+    pairs = held_out(40)
+    sizes = ((32, 32), (64, 32), (20, 48), (150, 90))
+    files = [image_bytes(image.resize(sizes[place % len(sizes)])) for place, (image, _) in enumerate(pairs)]
+    questions = [QUESTIONS_OF_ALL_LENGTHS[place // len(sizes) % 2] for place in range(len(pairs))]
+    data = folder / "mixed.parquet"
+    write_documents(data, files, [digit for _, digit in pairs], questions)
+    write_task(folder, "mixed", data, GENERATION)
+    write_task(folder, "mixed_choice", data, CHOICE)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +222,21 @@ def test_a_job_fails_once_and_says_why_its_processor_cannot_be_loaded(box: Servi
 def test_a_model_that_reads_images_is_asked_tasks_of_text(box: Service) -> None:
     job = box.finished(box.submit(MODEL, "text_only", limit=20, **CHAT))
     assert job["metrics"]["text_only"]["acc,none"] >= 0
+
+
+def test_images_of_all_sizes_after_questions_of_all_lengths(box: Service) -> None:
+    """In one batch or each alone, on one worker or two: the same answers."""
+    together, alone = (
+        box.finished(
+            box.submit(MODEL, "mixed", "mixed_choice", batch_size=size, num_gpus=workers, use_cache=False, **CHAT)
+        )
+        for size, workers in ((16, 2), (1, 1))
+    )
+    for one, other in zip(samples_of(box, together, "mixed"), samples_of(box, alone, "mixed"), strict=True):
+        assert one["resps"] == other["resps"]
+    for one, other in zip(*(samples_of(box, job, "mixed_choice") for job in (together, alone)), strict=True):
+        assert likelihoods(one) == pytest.approx(likelihoods(other), rel=1e-5, abs=1e-5)
+    assert len({str(one["resps"]) for one in samples_of(box, alone, "mixed")}) > 3
 
 
 def samples_of(box: Service, job: Json, task: str) -> list[Json]:
