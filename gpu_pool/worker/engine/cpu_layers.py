@@ -38,7 +38,9 @@ _TERMS = 192
 _MANY_ROWS = 256
 """From which on the usual call's own layout costs little beside the product."""
 _BLOCK = 64
-"""Rows are computed in a multiple of it; what is left over is filled up to one of 20 sizes."""
+"""More rows than _MANY_ROWS are computed in a multiple of it, and what is left over apart."""
+_TRIES = 8
+"""Of either way to compute a product, by turns: neighbours on the machine slow some of them down."""
 _MEASURED_OUTPUTS = 2048
 """Of a weight, at most: more take as long each."""
 
@@ -138,15 +140,22 @@ def _by_rows(few: Linear, many: Linear, input: torch.Tensor) -> torch.Tensor:
 
 
 def _in_few_sizes(linear: Linear, input: torch.Tensor) -> torch.Tensor:
-    """The same as `linear`, which sees a multiple of _BLOCK rows, or up to _BLOCK: 1 to 8, 10, 12, 14, 16, 20, 24 …"""
+    """The same as `linear`, which sees a number of rows of which there are few (`_size`), or a multiple of _BLOCK."""
     rows = input.reshape(-1, input.shape[-1])
-    left_over = len(rows) % _BLOCK
-    missing = -left_over % (1 << max(0, left_over.bit_length() - 3))
-    if left_over == 0 or left_over + missing == len(rows):
+    whole = len(rows) // _BLOCK * _BLOCK if len(rows) > _MANY_ROWS else 0
+    left_over = len(rows) - whole
+    missing = _size(left_over) - left_over
+    if left_over == 0 or whole + missing == 0:
         return linear(input)
-    *whole, last = rows.tensor_split((len(rows) - left_over,)) if len(rows) > _BLOCK else (rows,)
-    parts = [*map(linear, whole), linear(nn.functional.pad(last, (0, 0, 0, missing)))[:left_over]]
-    return (torch.cat(parts) if whole else parts[0]).view(*input.shape[:-1], -1)
+    last = linear(nn.functional.pad(rows[whole:], (0, 0, 0, missing)))[:left_over]
+    result = torch.cat((linear(rows[:whole]), last)) if whole else last
+    return result.view(*input.shape[:-1], -1)
+
+
+def _size(rows: int) -> int:
+    """The next one of 1 to 8, 10, 12, 14, 16, 20, 24 … 64, 72, 80 … 128, 144, 160 … 256."""
+    step = 1 << max(0, rows.bit_length() - (3 if rows <= _BLOCK else 4))
+    return -(-rows // step) * step
 
 
 def _apply_slices(copies: Sequence[torch.Tensor], bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
@@ -183,7 +192,8 @@ def _measure(outputs: int, terms: int) -> _Usual:
     ways = (partial(nn.functional.linear, weight=weight), partial(_apply_slices, _slices(weight), None))
     best: list[bool] = []
     for rows in (few, many):
-        usual, slices = (min(_cpu_seconds(way, rows) for _ in range(3)) for way in ways)
+        tries = [[_cpu_seconds(way, rows) for way in ways] for _ in range(_TRIES)]
+        usual, slices = map(min, zip(*tries, strict=True))
         best.append(usual <= slices)
     return _Usual(*best)
 
