@@ -61,6 +61,8 @@ def make(family: str) -> tuple[Any, Any]:
         "mllama": _mllama,
         "gemma3": _gemma3,
         "llava_next": _llava_next,
+        "llava_onevision": _llava_onevision,
+        "internvl": _internvl,
         "paligemma": _paligemma,
     }[family]()
 
@@ -154,6 +156,48 @@ def _of_llava(model_type: str, images: Any, make_processor: Any, **fields: Any) 
         chat_template=TEMPLATE.format(image="<image>"),
     )
     return _model(config), processor
+
+
+def _llava_onevision() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image="<image>", video="<video>")
+    shapes = {"image_grid_pinpoints": [[28, 28], [28, 56], [56, 28], [56, 56]]}
+    config = AutoConfig.for_model(
+        "llava_onevision",
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer), **_ids(tokenizer)},
+        vision_config=SIGLIP,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        **shapes,
+    )
+    images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, **shapes)
+    options = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4}
+    options |= {"vision_feature_select_strategy": "full"}
+    return _model(config), _Parts(tokenizer, images, TEMPLATE.format(image="<image>"), options)
+
+
+def _internvl() -> tuple[Any, Any]:
+    named = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    named |= {"video_token": "<video>"}
+    tokenizer = _tokenizer(**named)
+    tokenizer.init_kwargs["extra_special_tokens"] = named
+    tokenizer._set_model_specific_special_tokens(named)
+    config = AutoConfig.for_model(
+        "internvl",
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer), **_ids(tokenizer)},
+        vision_config=CLIP | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    images = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    options = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    return _model(config), _Parts(tokenizer, images, TEMPLATE.format(image="<IMG_CONTEXT>"), options)
 
 
 def _paligemma() -> tuple[Any, Any]:

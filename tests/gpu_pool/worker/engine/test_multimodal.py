@@ -20,7 +20,10 @@ from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.media import MediaError
 from gpu_pool.worker.engine.multimodal_checks import MediaFacts
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "idefics3", "smolvlm", "gemma3", "mllama")
+FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl"),
+    *("idefics3", "smolvlm", "gemma3", "mllama"),
+)
 SIZES = ((30, 40), (90, 50), (28, 28), (64, 64), (100, 30))
 CONTINUATIONS = (" Paris", " the city of it", "Z", " the city", " the capital")
 
