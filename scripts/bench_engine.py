@@ -1,7 +1,7 @@
 """Our engine beside lm-eval's HF backend at its own best batch size: the same model, documents and process, in turns.
 
     python scripts/bench_engine.py [--dtype float32] [--threads 1] [--rounds 3] [--workloads goals shapes "deep tree" …]
-                                   [--selection long] [--generate-batch [16]] [--json]
+                                   [--selection long] [--generate-batch [16]] [--profile] [--json]
 
 For each workload: documents per CPU second of both (tokenising included) and their ratio, tokens through the layers and
 positions through the head for each document, the largest difference of a log-probability relative to max(1, |logp|),
@@ -16,6 +16,8 @@ batch size 1, the largest, and the root mean square of all. Both are counted wit
 is: by itself it rounds log-probabilities to the model's dtype, so coarsely that the layers' differences are lost in it.
 And what log-probabilities of either side, the backend's as it is, differ by from those in fp32: rounding errors that
 have nothing to do with each other make two answers differ by more than either is wrong.
+
+With --profile, a last run of ours is profiled: what its time is spent on, by kinds of operators (engine_profile.py).
 
 With --generate-batch, transformers' own continuous batching answers some of the prompts to be continued in the same
 turns. Its ratio is its CPU time beside ours on just these prompts; its texts are compared with lm-eval's.
@@ -42,6 +44,7 @@ import msgspec
 import torch
 import transformers
 from engine_limit import FORMULA, Costs, measure_peaks, work_of
+from engine_profile import profiled
 from engine_shapes import SHAPES
 from engine_sides import STOP_STRINGS_NOTE, GenerateBatch, HuggingFace, Meter, Ours, Stock, ask, documents_of
 from engine_workloads import WORKLOADS, Library, Workload, document_of, part_of
@@ -73,6 +76,8 @@ class Bench:
     """Whether deterministic requests are measured, too."""
     generate_batch_prompts: int
     """At most, for transformers' continuous batching."""
+    profile: bool
+    """Whether to tell what ours spends its time on."""
 
     def run(self, workload: Workload, library: Library) -> Row:
         """One workload's line of the table."""
@@ -97,6 +102,9 @@ class Bench:
             notes = self._half_precision(self.exact, few, theirs, _by_key(many, found))
         if self.deterministic:
             notes["deterministic costs"] = self._deterministic_cost(few)
+        if self.profile:
+            shares = profiled(lambda: self.ours.answer(many))
+            notes |= {f"ours, % in {kind}": share for kind, share in shares.items()}
         return {
             "workload": workload.name,
             "HF batch": size,
@@ -261,6 +269,7 @@ def main() -> int:
         arguments.share,
         arguments.deterministic,
         arguments.generate_batch,
+        arguments.profile,
     )
     peaks = measure_peaks(loaded.model.dtype)
     facts = {
@@ -317,6 +326,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PROMPTS",
         help="also transformers' continuous batching, on so many prompts at most (16): it is slow on a CPU",
     )
+    parser.add_argument("--profile", action="store_true", help="also what ours spends its time on")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 

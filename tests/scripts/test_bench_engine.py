@@ -27,7 +27,7 @@ def bench(model: Path, *options: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_each_kind_of_workload(tiny_model: Path, benchmark_data: Path) -> None:
-    options = ["--max-length", 2048, "--deterministic", "--generate-batch", 2]
+    options = ["--max-length", 2048, "--deterministic", "--profile", "--generate-batch", 2]
     report = bench(tiny_model, *options, "--workloads", *WORKLOADS)
     assert report["facts"]["memory bandwidth, GB/s"] > 0
     rows = report["rows"]
@@ -36,6 +36,8 @@ def test_each_kind_of_workload(tiny_model: Path, benchmark_data: Path) -> None:
         assert row["ratio"] > 0
         assert row["ours % of limit"] > 0
         assert row["deterministic costs"] > 0
+        assert sum(share for name, share in row.items() if name.startswith("ours, % in")) == pytest.approx(100)
+        assert row["ours, % in matrix products"] > row["ours, % in attention"] > 0
         assert row["ours tokens"] <= row["HF tokens"]
         assert row.get("max Δ logp", 0.0) <= 1e-5
         assert row.get("picks differ", "0").startswith("0")
