@@ -105,6 +105,8 @@ class Ledger:
         """Of these, when they were known to be gone."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
+        self.unreachable: set[str] = set()
+        """Live workers that a job could not reach: they are given to no job any more, and end with those they have."""
         self.slots = SlotBook()
         self.replicas: dict[str, list[str]] = {}
         """Replica key -> live workers that have or load that model."""
@@ -230,6 +232,7 @@ class Ledger:
         self.loading_since.pop(worker_id, None)
         self.shared_since.pop(worker_id, None)
         self.killed.discard(worker_id)
+        self.unreachable.discard(worker_id)
         alike = self.replicas[worker.spec.replica_key]
         alike.remove(worker_id)
         if not alike:
@@ -295,6 +298,7 @@ class Ledger:
             assert not run.workers or run.working_since is not None or run.interrupted is not None, "its clock stands"
             for worker_id in run.workers:
                 assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
+        assert self.unreachable <= self.workers.keys(), "a worker that is gone is not reached"
         for worker in self.workers.values():
             for job_id in worker.jobs:
                 assert worker.id in self.running[job_id].workers, "a worker and its job disagree"
