@@ -154,12 +154,13 @@ def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Pa
     ]
 
 
-def test_a_worker_that_cannot_be_reached_is_replaced(box: Service, tiny_model: Path):
+@pytest.mark.parametrize("removed", ["sockets", "folder"])
+def test_a_worker_that_cannot_be_reached_is_replaced(box: Service, tiny_model: Path, removed: str):
     box.finished(box.submit(tiny_model, "quick_choice", limit=1))
     sockets = box.server.data_dir / "run"
     before = box.worker_pids()
-    for path in sockets.iterdir():
-        path.unlink()
+    for path in [sockets] if removed == "folder" else sockets.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     job_id = box.submit(tiny_model, "quick_choice", limit=2)
     job = box.finished(job_id)
     assert (job["attempt"], job["progress"]["done"], job["progress"]["errored"]) == (1, 4, 0)
