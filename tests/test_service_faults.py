@@ -170,6 +170,7 @@ def test_a_worker_that_cannot_be_reached_is_replaced(box: Service, tiny_model: P
     assert worker_id in before
     path = sockets.resolve() / f"{worker_id}.sock"
     assert why == f"FileNotFoundError: [Errno 2] No such file or directory ({path})"
+    assert {path.stem for path in sockets.iterdir()} == box.worker_pids().keys()
 
 
 def test_an_evaluator_and_a_desk_that_stop_are_killed_and_replaced(box: Service, tiny_model: Path):
