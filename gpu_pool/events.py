@@ -302,6 +302,8 @@ class RefreshModel(Record, frozen=True, kw_only=True):
 
     job_id: str
     cause: str
+    ran_s: float
+    """As in the demand that the job is submitted with again."""
 
 
 Action = (

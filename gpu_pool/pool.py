@@ -102,7 +102,12 @@ class Pool:
         )
         self._jobs = LiveJobs(self._store, await self._store.counts())
         self._runner = Runner(
-            self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
+            self.settings,
+            self._jobs,
+            self._leases,
+            processes,
+            self.job_dir,
+            lambda job, ran_s: self._intake.take_up(job, ran_s),
         )
         self._merges = Merges(self.settings, self._store, self._jobs, self._processes.merger, self.job_dir)
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)

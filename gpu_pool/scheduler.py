@@ -130,7 +130,8 @@ class Scheduler:
     def _refresh(self, run: Running) -> None:
         """Have a job begin with what its model's files hold now: its scores are all of one content."""
         when = f"while it paused for job {run.paused_for}" if run.paused_for else "before or while they were loaded"
-        self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
+        cause = f"the model's files changed {when}"
+        self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=cause, ran_s=run.ran(self.ledger.now)))
 
     def _release_all(self, run: Running) -> None:
         for worker_id in list(run.workers):
