@@ -255,7 +255,9 @@ class Pool:
     @property
     def trouble(self) -> str | None:
         """What keeps the pool from its work and will pass, in words."""
-        return self._store.trouble and f"the job database cannot be used: {self._store.trouble}"
+        if self._store.trouble:
+            return f"the job database cannot be used: {self._store.trouble}"
+        return None if self.settings.max_gpus == 0 else self._leases.driver_trouble
 
     def queue_position(self, job_id: str) -> int | None:
         """How many queued jobs are ahead; None when the job is not queued."""

@@ -104,6 +104,30 @@ def test_a_job_that_needs_more_gpus_than_may_be_held_is_told_so() -> None:
     )
 
 
+def test_who_holds_the_gpus_that_are_counted_against_the_cap_is_said() -> None:
+    box = box_of(2, max_gpus=1)
+    worker = run_on(box, "j", "a")
+    box.submit("k", spec=GPU["b"], slot_id="GPU-1")
+    [k] = explain(box.ledger, {"j": 42.0}, 10)
+    assert k.reason == (
+        "The only GPU that would do is free. "
+        f"No more than 1 GPU may be held (setting max_gpus): GPU 0 by {worker} (job j, about 42 s left)."
+    )
+
+
+def test_what_is_wrong_with_gpus_that_are_held_is_said() -> None:
+    box = box_of(2)
+    workers = [run_on(box, "i", "a"), run_on(box, "j", "b")]
+    box.submit("k", spec=GPU["c"])
+    box.see(dict.fromkeys(("GPU-0", "GPU-1"), "No GPU can be used: Driver Not Loaded (NVML error 9)."))
+    [k] = explain(box.ledger, {}, 10)
+    assert k.reason == (
+        "0 of the 2 GPUs that would do are free. "
+        f"Held: GPU 0 by {workers[0]} (job i); GPU 1 by {workers[1]} (job j). "
+        "Of those held: GPU 0, GPU 1: No GPU can be used: Driver Not Loaded (NVML error 9)."
+    )
+
+
 def test_an_evaluator_that_starts_is_waited_for_a_moment() -> None:
     box = Box(slots=0, gpus=1, evaluators=1)
     (evaluator,) = box.ledger.evaluators
