@@ -148,6 +148,9 @@ def _holders(slot: Slot, ledger: Ledger, seconds_left: Mapping[str, float]) -> s
 def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) -> str:
     worker = ledger.holder(worker_id)
     if worker_id in ledger.reclaiming:
+        rest_s = ledger.gone_since[worker_id] - ledger.now
+        if rest_s > 0:
+            return f"killed as those before it; what it held rests for {math.ceil(rest_s)} s"
         return "gone, its memory is not back yet"
     if worker.state is WorkerState.STOPPING:
         return "ending"

@@ -102,7 +102,7 @@ class Ledger:
         self.leaving: set[str] = set()
         """Live workers that were asked to end, and those that are gone and their memory is not back yet."""
         self.gone_since: dict[str, float] = {}
-        """Of these, when they were known to be gone."""
+        """Of these, when they were known to be gone, or will have rested: since when their memory is awaited."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
         self.unreachable: set[str] = set()
@@ -242,6 +242,10 @@ class Ledger:
         if not reclaim:
             self.return_slots(worker_id)
         return worker
+
+    def let_rest(self, worker_id: str, rest_s: float) -> None:
+        """What a worker held that is gone now is looked at again in so many seconds."""
+        self.gone_since[worker_id] = self.now + rest_s
 
     def return_slots(self, worker_id: str) -> None:
         """What a worker that is gone held is free."""

@@ -254,6 +254,7 @@ class Scheduler:
                 self._count_failed_start(run, event.cause)
             else:
                 self._count_loss(run, event.cause)
+        self.ledger.let_rest(worker.id, rest_s)
         self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots, rest_s=rest_s))
 
     def _on_unreachable(self, event: ev.WorkerUnreachable) -> None:
