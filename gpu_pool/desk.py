@@ -128,6 +128,7 @@ class Desk:
                 msg.JobProgress()
                 | msg.WorkerDetached()
                 | msg.AwaitingWorker()
+                | msg.WorkerUnreachable()
                 | msg.TaskDone()
                 | msg.JobDone()
                 | msg.JobFailed()

@@ -124,6 +124,14 @@ class WorkerDied(Event, frozen=True, kw_only=True):
     """As of an evaluator."""
 
 
+class WorkerUnreachable(Event, frozen=True, kw_only=True):
+    """The job's connection to a worker failed, and the worker's process has not turned out to be dead."""
+
+    worker_id: str
+    job_id: str
+    cause: str
+
+
 class WorkerDroppedJob(Event, frozen=True, kw_only=True):
     """A worker computes nothing of the job any more."""
 
@@ -294,6 +302,8 @@ class RefreshModel(Record, frozen=True, kw_only=True):
 
     job_id: str
     cause: str
+    ran_s: float
+    """As in the demand that the job is submitted with again."""
 
 
 Action = (

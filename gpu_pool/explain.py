@@ -97,9 +97,11 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
         said = [f"The only {noun} that would do is {'free' if free else 'not free'}."]
     else:
         said = [f"{len(free)} of the {len(suited)} {noun}s that would do are free."]
-    held = [_holders(slot, ledger, seconds_left) for slot in suited if ledger.slots.holders.get(slot.id)]
+    held = [slot for slot in suited if ledger.slots.holders.get(slot.id)]
     if held:
-        said.append(f"Held: {'; '.join(held)}.")
+        said.append(f"Held: {'; '.join(_holders(slot, ledger, seconds_left) for slot in held)}.")
+    if wrong := _wrong_with(held, ledger):
+        said.append(f"Of those held: {wrong}.")
     if refused := {
         ledger.slots.refused[slot.id]
         for slot in suited
@@ -112,8 +114,19 @@ def _situation(demand: Demand, ledger: Ledger, seconds_left: Mapping[str, float]
     cap = ledger.max_gpus if demand.spec.device == "cuda" else None
     if cap is not None and ledger.slots.gpus_held() + demand.gpus > cap:
         most = "1 GPU" if cap == 1 else f"{cap} GPUs"
-        said.append(f"No more than {most} may be held (setting max_gpus).")
+        gpus = [slot for slot in ledger.slots.values() if slot.device == "cuda" and slot not in suited]
+        others = [_holders(slot, ledger, seconds_left) for slot in gpus if ledger.slots.holders.get(slot.id)]
+        said.append(f"No more than {most} may be held (setting max_gpus){': ' if others else ''}{'; '.join(others)}.")
     return " ".join(said)
+
+
+def _wrong_with(held: Iterable[Slot], ledger: Ledger) -> str:
+    """What the last look had against these slots, which counts once nobody holds them: a driver that is gone, say."""
+    names: dict[str, list[str]] = {}
+    for slot in held:
+        if slot.id in ledger.slots.unusable and slot.id not in ledger.slots.refused and ledger.slots.usable(slot.id):
+            names.setdefault(_why(slot, ledger), []).append(_name(slot))
+    return "; ".join(f"{', '.join(some)}: {why}" for why, some in names.items())
 
 
 def _kept_reason(demand: Demand, ledger: Ledger) -> str:
@@ -135,6 +148,9 @@ def _holders(slot: Slot, ledger: Ledger, seconds_left: Mapping[str, float]) -> s
 def _doing(worker_id: str, ledger: Ledger, seconds_left: Mapping[str, float]) -> str:
     worker = ledger.holder(worker_id)
     if worker_id in ledger.reclaiming:
+        rest_s = ledger.gone_since[worker_id] - ledger.now
+        if rest_s > 0:
+            return f"killed as those before it; what it held rests for {math.ceil(rest_s)} s"
         return "gone, its memory is not back yet"
     if worker.state is WorkerState.STOPPING:
         return "ending"

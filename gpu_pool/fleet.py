@@ -25,6 +25,10 @@ from gpu_pool.watchdog import Watchdog
 MAX_RESTART_PAUSE_SECONDS = 30.0
 """Evaluators that die before they are ready are started again ever more slowly, up to this."""
 
+DYING_SECONDS = 10.0
+"""How long a worker whose connections have failed may take to turn out to be dead: giving back memory of GPUs, and
+clearing away what it had started, take a while."""
+
 logger = logging.getLogger(__name__)
 
 EvaluatorChild = Child[msg.FromEvaluator]
@@ -47,10 +51,11 @@ class Deadline(NamedTuple):
     """Something that is awaited of a worker for a limited time."""
 
     worker_id: str
-    awaited: Literal["its model", "letting go", "last answers"]
-    """Of these, a worker that is late with the first two is killed; last answers are computed by others."""
+    awaited: Literal["its model", "letting go", "last answers", "its end"]
+    """Of these, a worker that is late with the first two is killed; last answers are computed by others; one that does
+    not end cannot be reached by the job."""
     job_id: str | None = None
-    """The job that it is to let go of, or to answer."""
+    """The job that it is to let go of, or to answer, or that has lost its connection to it."""
 
 
 class Put(Protocol):
@@ -186,7 +191,8 @@ class Fleet:
         """Let an evaluator use a worker."""
         job_id, worker_id = action.job_id, action.worker_id
         address = self._processes.address(worker_id)
-        self._disarm(Deadline(worker_id, "last answers", job_id))  # of an earlier use
+        for of_an_earlier_use in ("last answers", "its end"):
+            self._disarm(Deadline(worker_id, of_an_earlier_use, job_id))
         self.tell(action.evaluator_id, msg.AttachWorker(job_id=job_id, worker_id=worker_id, address=address))
 
     def detach(self, action: ev.Detach) -> None:
@@ -248,6 +254,8 @@ class Fleet:
                 self._put(ev.WorkerGivenBack, job_id=job_id, worker_id=worker_id)
             case msg.AwaitingWorker(worker_id=worker_id):
                 self._look_for_stall(worker_id)
+            case msg.WorkerUnreachable(job_id=job_id, worker_id=worker_id, error=error):
+                self._await_end(worker_id, job_id, error)
             case msg.Alive():
                 self._watchdogs[evaluator_id].alive()
             case msg.EvaluatorFailed(error=error):
@@ -284,6 +292,13 @@ class Fleet:
                 self._put(ev.WorkerDroppedJob, worker_id=worker_id, job_id=job_id)
             case _:
                 assert_never(message)
+
+    def _await_end(self, worker_id: str, job_id: str, error: str) -> None:
+        """A connection to this worker failed: mostly since it is dying, and how it ended is known in a moment."""
+        if worker_id in self.workers:
+            what = {"worker_id": worker_id, "job_id": job_id, "cause": error}
+            deadline = Deadline(worker_id, "its end", job_id)
+            self._arm(deadline, DYING_SECONDS, lambda: self._put(ev.WorkerUnreachable, **what))
 
     def _look_for_stall(self, worker_id: str) -> None:
         """An evaluator waits for this worker in silence: kill it if it hangs."""

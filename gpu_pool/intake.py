@@ -107,23 +107,24 @@ class Intake:
             raise KeyReused(earlier.id)
         return self._jobs.get(earlier.id) or await self._store.get(earlier.id)
 
-    def take_up(self, job: Job) -> None:
-        """Find the content of a queued job's model in the background, then let the scheduler have the job."""
-        self._runner.background(self._identify(job))
+    def take_up(self, job: Job, ran_s: float = 0.0) -> None:
+        """Find the content of a queued job's model in the background, then let the scheduler have the job, which has
+        had a worker for `ran_s` seconds."""
+        self._runner.background(self._identify(job, ran_s=ran_s))
 
-    async def _identify(self, *jobs: Job) -> None:
+    async def _identify(self, *jobs: Job, ran_s: float = 0.0) -> None:
         """Find the content of the model that these jobs name, merged first, and let the scheduler have them."""
         settling = Settling(local_files(jobs[0]), self._patience_s, lambda: any(job.id in self._jobs for job in jobs))
         self._settling.update((job.id, settling) for job in jobs)
         try:
-            await self._identify_settled(jobs, settling)
+            await self._identify_settled(jobs, settling, ran_s)
         except (ShuttingDown, NobodyWaits, DatabaseUnavailable):
             return  # the server ends, and the next start takes up what there is; or the jobs have ended
         finally:
             for job in jobs:
                 self._settling.pop(job.id, None)
 
-    async def _identify_settled(self, jobs: Sequence[Job], settling: Settling) -> None:
+    async def _identify_settled(self, jobs: Sequence[Job], settling: Settling, ran_s: float) -> None:
         try:
             api = self._admission.api_model(jobs[0].evaluation)
             merged = None if _resolved(jobs[0]) else await self._merged(jobs)
@@ -139,7 +140,7 @@ class Intake:
         for job in jobs:
             await self._note_model(job, args, digest)
         sizes: dict[str, ReplicaSize | None] = {}
-        demand = partial(self._demand, args=args, digest=digest, sizes=sizes, api=api, settling=settling)
+        demand = partial(self._demand, args=args, digest=digest, sizes=sizes, api=api, settling=settling, ran_s=ran_s)
         waiting = [job for job in jobs if self._admission.awaits_driver(job.evaluation)]
         for job in jobs:
             if job not in waiting:
@@ -216,6 +217,7 @@ class Intake:
         sizes: dict[str, ReplicaSize | None],
         api: ApiModel | None,
         settling: Settling,
+        ran_s: float,
     ) -> None:
         """Let the scheduler have one of them; `sizes` of the model are kept for the others, by kind of device."""
         is_admitted = job.evaluation.merge is None or job.attempt > 0  # before it was merged nobody knew its size
@@ -246,6 +248,7 @@ class Intake:
             slot_id=place.slot_id,
             priority=job.evaluation.priority,
             timeout_s=job.evaluation.timeout_s,
+            ran_s=ran_s,
             max_retries=job.evaluation.max_retries,
         )
         logger.info("job %s: %s", job.id, plan.describe())

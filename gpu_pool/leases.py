@@ -94,6 +94,11 @@ class Leases:
         """Why no GPU can be used, or which entries of the allow- and deny-lists name none; None: nothing is wrong."""
         return self._watch.reason or "; ".join(self._watch.unknown) or None
 
+    @property
+    def driver_trouble(self) -> str | None:
+        """Why nothing is known of the GPUs now that were there before; None while NVML answers, or none were."""
+        return self._watch.reason if self._watch.known and not self._watch.answers else None
+
     async def look(self) -> tuple[tuple[Slot, str | None], ...]:
         """Every slot that exists now, and why it cannot be used (None: it can, as far as others are concerned)."""
         began = time.monotonic()

@@ -102,9 +102,11 @@ class Ledger:
         self.leaving: set[str] = set()
         """Live workers that were asked to end, and those that are gone and their memory is not back yet."""
         self.gone_since: dict[str, float] = {}
-        """Of these, when they were known to be gone."""
+        """Of these, when they were known to be gone, or will have rested: since when their memory is awaited."""
         self.killed: set[str] = set()
         """Live workers that are being killed: there is no asking them twice."""
+        self.unreachable: set[str] = set()
+        """Live workers that a job could not reach: they are given to no job any more, and end with those they have."""
         self.slots = SlotBook()
         self.replicas: dict[str, list[str]] = {}
         """Replica key -> live workers that have or load that model."""
@@ -230,6 +232,7 @@ class Ledger:
         self.loading_since.pop(worker_id, None)
         self.shared_since.pop(worker_id, None)
         self.killed.discard(worker_id)
+        self.unreachable.discard(worker_id)
         alike = self.replicas[worker.spec.replica_key]
         alike.remove(worker_id)
         if not alike:
@@ -239,6 +242,10 @@ class Ledger:
         if not reclaim:
             self.return_slots(worker_id)
         return worker
+
+    def let_rest(self, worker_id: str, rest_s: float) -> None:
+        """What a worker held that is gone now is looked at again in so many seconds."""
+        self.gone_since[worker_id] = self.now + rest_s
 
     def return_slots(self, worker_id: str) -> None:
         """What a worker that is gone held is free."""
@@ -295,6 +302,7 @@ class Ledger:
             assert not run.workers or run.working_since is not None or run.interrupted is not None, "its clock stands"
             for worker_id in run.workers:
                 assert job_id in self.workers[worker_id].jobs, "a job and its worker disagree"
+        assert self.unreachable <= self.workers.keys(), "a worker that is gone is not reached"
         for worker in self.workers.values():
             for job_id in worker.jobs:
                 assert worker.id in self.running[job_id].workers, "a worker and its job disagree"

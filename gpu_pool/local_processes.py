@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -81,7 +82,7 @@ class LocalProcesses:
         """A worker in these slots, that may take `memory_bytes` of each (0: all). Raises OSError, as above."""
         settings = self._settings
         if spec.api is not None:
-            return await self._api_worker(worker_id, spec.api.endpoint)
+            return self._without_socket_once_gone(await self._api_worker(worker_id, spec.api.endpoint))
         start = msg.WorkerStart(
             worker_id=worker_id,
             spec=spec,
@@ -94,7 +95,17 @@ class LocalProcesses:
             threads=max(1, (os.cpu_count() or 1) // max(1, settings.cpu_workers)),
             allow_remote_code=settings.allow_remote_code,
         )
-        return await self._spawn(worker_id, worker_main, start, msg.decode_from_worker)
+        return self._without_socket_once_gone(await self._spawn(worker_id, worker_main, start, msg.decode_from_worker))
+
+    def _without_socket_once_gone(self, worker: WorkerChild) -> WorkerChild:
+        """It has no time itself to remove its socket, however it ends."""
+
+        def remove(_: object) -> None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.address(worker.name))
+
+        worker.gone.add_done_callback(remove)
+        return worker
 
     async def _api_worker(self, worker_id: str, name: str) -> WorkerChild:
         """What asks an endpoint: the only process that finds its key."""

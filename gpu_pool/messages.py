@@ -258,6 +258,15 @@ class AwaitingWorker(Message, frozen=True, kw_only=True):
     worker_id: str
 
 
+class WorkerUnreachable(Message, frozen=True, kw_only=True):
+    """The job's connection to this worker failed, and nobody has said that the worker's process ended."""
+
+    job_id: str
+    worker_id: str
+    error: str
+    """What happened to the connection."""
+
+
 class Alive(Message, frozen=True, kw_only=True):
     """The answer to Ping."""
 
@@ -275,6 +284,7 @@ FromEvaluator = (
     | JobProgress
     | WorkerDetached
     | AwaitingWorker
+    | WorkerUnreachable
     | TaskDone
     | JobDone
     | JobFailed

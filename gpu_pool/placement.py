@@ -76,7 +76,7 @@ def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) ->
     found: list[Worker] = []
     for worker_id in ledger.replicas.get(demand.spec.replica_key, ()):
         worker = ledger.workers[worker_id]
-        if worker.state is not WorkerState.STOPPING:
+        if worker.state is not WorkerState.STOPPING and worker_id not in ledger.unreachable:
             for slot_id in worker.slots:
                 if slot_id in taken or not demand.accepts(ledger.slots[slot_id]):
                     break

@@ -102,7 +102,12 @@ class Pool:
         )
         self._jobs = LiveJobs(self._store, await self._store.counts())
         self._runner = Runner(
-            self.settings, self._jobs, self._leases, processes, self.job_dir, lambda job: self._intake.take_up(job)
+            self.settings,
+            self._jobs,
+            self._leases,
+            processes,
+            self.job_dir,
+            lambda job, ran_s: self._intake.take_up(job, ran_s),
         )
         self._merges = Merges(self.settings, self._store, self._jobs, self._processes.merger, self.job_dir)
         self._intake = Intake(self.settings, self._store, self._jobs, admission, self._runner, self._merges)
@@ -250,7 +255,9 @@ class Pool:
     @property
     def trouble(self) -> str | None:
         """What keeps the pool from its work and will pass, in words."""
-        return self._store.trouble and f"the job database cannot be used: {self._store.trouble}"
+        if self._store.trouble:
+            return f"the job database cannot be used: {self._store.trouble}"
+        return None if self.settings.max_gpus == 0 else self._leases.driver_trouble
 
     def queue_position(self, job_id: str) -> int | None:
         """How many queued jobs are ahead; None when the job is not queued."""

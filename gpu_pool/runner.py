@@ -35,8 +35,9 @@ class Runner:
         leases: Leases,
         processes: Processes,
         job_dir: Callable[[str], Path],
-        refresh: Callable[[Job], None],
+        refresh: Callable[[Job, float], None],
     ) -> None:
+        """`refresh` takes up a job anew that has had a worker for so many seconds."""
         self.jobs = jobs
         self.fleet = Fleet(settings, leases, processes, self.put, self._on_job_message, self.background)
         self.scheduler = Scheduler(
@@ -212,11 +213,11 @@ class Runner:
             case ev.RequeueJob(job_id=job_id, cause=cause):
                 if job := self.jobs.get(job_id):
                     await self.jobs.requeue(job, cause, uses_retry=True)
-            case ev.RefreshModel(job_id=job_id, cause=cause):
+            case ev.RefreshModel(job_id=job_id, cause=cause, ran_s=ran_s):
                 if job := self.jobs.get(job_id):
                     waiting = await self.jobs.requeue(job, cause)
                     self._given.discard(job_id)  # not before: whoever ends it next, ends one that waits
-                    self._refresh(waiting)
+                    self._refresh(waiting, ran_s)
             case _:
                 assert_never(action)
 

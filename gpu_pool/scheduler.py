@@ -50,9 +50,9 @@ MAX_FAILED_STARTS = 5
 """Workers in a row that may end by themselves while they load before their job fails, or more where it may have more
 attempts; chance ends some, a bad model ends all."""
 MAX_LOSSES = 30
-"""Workers that may die under a job by themselves without any progress in between. Its evaluator needs about
-log2(requests in a chunk) of them to find one request that kills, and reports by itself what it cannot go on from. Those
-that somebody kills are judged by time (see `gpu_pool.losses`)."""
+"""Workers that may die under a job by themselves, or not be reached by it, without any progress in between. Its
+evaluator needs about log2(requests in a chunk) of them to find one request that kills, and reports by itself what it
+cannot go on from. Those that somebody kills are judged by time (see `gpu_pool.losses`)."""
 SPARE_EVALUATORS = 8
 """Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
 SHARING_EVALUATORS = 4
@@ -92,6 +92,7 @@ class Scheduler:
         """Take one event; return what must be done, in order."""
         self.ledger.pass_time(event.now)
         self._handlers[type(event)](self, event)
+        self._stop_unreachable()
         if not isinstance(event, ev.JobProgressed):  # the most frequent one leaves nothing to decide
             self._keep_evaluators()
             self.placer.place()
@@ -129,7 +130,8 @@ class Scheduler:
     def _refresh(self, run: Running) -> None:
         """Have a job begin with what its model's files hold now: its scores are all of one content."""
         when = f"while it paused for job {run.paused_for}" if run.paused_for else "before or while they were loaded"
-        self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=f"the model's files changed {when}"))
+        cause = f"the model's files changed {when}"
+        self._moves.ask(ev.RefreshModel(job_id=run.demand.job_id, cause=cause, ran_s=run.ran(self.ledger.now)))
 
     def _release_all(self, run: Running) -> None:
         for worker_id in list(run.workers):
@@ -252,7 +254,24 @@ class Scheduler:
                 self._count_failed_start(run, event.cause)
             else:
                 self._count_loss(run, event.cause)
+        self.ledger.let_rest(worker.id, rest_s)
         self._moves.ask(ev.ReclaimSlots(worker_id=worker.id, slot_ids=worker.slots, rest_s=rest_s))
+
+    def _on_unreachable(self, event: ev.WorkerUnreachable) -> None:
+        """The worker may be sound, and the job's evaluator or what it sent the cause: other jobs may keep it."""
+        worker = self.ledger.workers.get(event.worker_id)
+        if worker is None or event.job_id not in worker.jobs:
+            return
+        run = self.ledger.running[event.job_id]
+        self.ledger.unreachable.add(worker.id)
+        self.ledger.release(run, worker.id)
+        self._moves.note_loss(run, worker.id, f"cannot be reached: {event.cause}")
+        self._count_loss(run, f"{worker.id} cannot be reached: {event.cause}")
+
+    def _stop_unreachable(self) -> None:
+        for worker_id in sorted(self.ledger.unreachable):
+            if not self.ledger.workers[worker_id].jobs:
+                self._moves.stop(worker_id)
 
     def _count_failed_start(self, run: Running, cause: str) -> None:
         run.failed_starts += 1
@@ -269,7 +288,7 @@ class Scheduler:
     def _count_loss(self, run: Running, cause: str) -> None:
         run.losses += 1
         if run.losses >= MAX_LOSSES:
-            error = f"its worker processes ended {run.losses} times without progress in between; the last: {cause}"
+            error = f"it lost its workers {run.losses} times without progress in between; the last: {cause}"
             self._end(run, "failed", error)
 
     def _count_kill(self, run: Running, cause: str) -> None:
@@ -334,6 +353,7 @@ class Scheduler:
         ev.WorkerLoaded: _on_worker_loaded,
         ev.WorkerLoadFailed: _on_load_failed,
         ev.WorkerDied: _on_worker_died,
+        ev.WorkerUnreachable: _on_unreachable,
         ev.WorkerDroppedJob: _on_dropped,
         ev.WorkerGivenBack: _on_given_back,
         ev.LeaseRefused: _on_lease_refused,

@@ -154,6 +154,25 @@ def test_a_worker_that_stops_is_killed_and_replaced(box: Service, tiny_model: Pa
     ]
 
 
+@pytest.mark.parametrize("removed", ["sockets", "folder"])
+def test_a_worker_that_cannot_be_reached_is_replaced(box: Service, tiny_model: Path, removed: str):
+    box.finished(box.submit(tiny_model, "quick_choice", limit=1))
+    sockets = box.server.data_dir / "run"
+    before = box.worker_pids()
+    for path in [sockets] if removed == "folder" else sockets.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    job_id = box.submit(tiny_model, "quick_choice", limit=2)
+    job = box.finished(job_id)
+    assert (job["attempt"], job["progress"]["done"], job["progress"]["errored"]) == (1, 4, 0)
+    assert not before.keys() & box.worker_pids().keys()
+    [lost] = [event["cause"] for event in box.client.events(job_id)["events"] if event["event"] == "worker_lost"]
+    worker_id, _, why = lost.partition(" cannot be reached: ")
+    assert worker_id in before
+    path = sockets.resolve() / f"{worker_id}.sock"
+    assert why == f"FileNotFoundError: [Errno 2] No such file or directory ({path})"
+    assert {path.stem for path in sockets.iterdir()} == box.worker_pids().keys()
+
+
 def test_an_evaluator_and_a_desk_that_stop_are_killed_and_replaced(box: Service, tiny_model: Path):
     job_id = box.submit(tiny_model, "long_story", limit=100, use_cache=True)
     box.answering(job_id)

@@ -174,7 +174,7 @@ def test_a_driver_that_hangs_stops_nobody(box: GpuBox, nvml: FakeNvml, tiny_mode
     nvml.write(*BOX, "hang nvmlDeviceGetMemoryInfo 5")
     job = box.job_on(tiny_model)
     box.waits(job, "GPU 0: NVML has not answered for 5 s")
-    assert box.client.health()["status"] == "healthy"
+    assert box.client.health()["trouble"] == "NVML has not answered for 5 s."
     assert box.finished(box.job_on(tiny_model, "cpu"))
     nvml.write(*BOX)
     box.finished(job)
@@ -188,11 +188,13 @@ def test_a_driver_that_goes_and_comes_back(box: GpuBox, nvml: FakeNvml, tiny_mod
         waiting = box.job_on(tiny_model, variant=1)
         box.waits(waiting, "Driver Not Loaded (NVML error 9)")
         assert "Driver Not Loaded (NVML error 9)" in box.client.gpus()["problem"]
+        assert "Driver Not Loaded (NVML error 9)" in box.client.health()["trouble"]
         assert box.worker_of(running) == worker
     box.finished(running)
     nvml.write(*BOX)
     box.finished(waiting)
     assert box.client.gpus()["problem"] is None
+    assert box.client.health()["status"] == "healthy"
 
 
 def test_a_model_that_needs_two_gpus(box: GpuBox, nvml: FakeNvml, tiny_model: Path, tmp_path: Path):

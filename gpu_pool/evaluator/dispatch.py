@@ -46,10 +46,12 @@ class Dispatcher:
         deterministic: bool = False,
         api: ApiModel | None = None,
         on_route: Callable[[EngineRoute], None] = lambda _: None,
+        on_unreachable: Callable[[str, str], None] = lambda _, __: None,
     ) -> None:
         """The functions are called from the workers' threads: `on_answers(worker_id, units)`; `on_errors(units)`, which
         have an error in the place of an answer; `on_failure(error)` when the job cannot go on; `on_silence(worker_id)`
-        while a worker owes answers and says nothing; `on_route(route)` when a worker has said how it computes.
+        while a worker owes answers and says nothing; `on_route(route)` when a worker has said how it computes;
+        `on_unreachable(worker_id, error)` when the connection to one failed, whose end is not known.
 
         Requests to an endpoint (`api`) go one by one, as many at once as it may be asked.
 
@@ -64,6 +66,7 @@ class Dispatcher:
         self.on_answers = on_answers
         self.on_failure = on_failure
         self.on_silence = on_silence
+        self.on_unreachable = on_unreachable
         self._on_route = on_route
         self._on_errors = on_errors
         self.paces = paces or Paces()
@@ -93,7 +96,7 @@ class Dispatcher:
             self._changed.notify_all()
 
     def attach(self, worker_id: str, address: str) -> None:
-        """Use this worker from now on."""
+        """Use this worker from now on. Raises OSError when there are no descriptors left for its connection."""
         with self._changed:
             if self._closed:
                 return

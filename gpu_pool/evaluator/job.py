@@ -32,7 +32,7 @@ from gpu_pool.evaluator.requests import RequestBuilder, TaskRequests, Unit
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.evaluator.shared_answers import SharedAnswers
 from gpu_pool.fingerprint import memo_path
-from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone
+from gpu_pool.messages import AwaitingWorker, JobDone, Message, RunJob, TaskDone, WorkerUnreachable
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES, JobResult, Phase
 from gpu_pool.results import ResultFiles, plain_metrics, samples_hash
 
@@ -78,6 +78,7 @@ class JobRun:
             deterministic=job.evaluation.deterministic,
             api=job.model.api,
             on_route=self._progress.routed,
+            on_unreachable=self._on_unreachable,
         )
         self._shared: SharedAnswers | None = None
         if job.evaluation.use_cache and (job.model.api is None or job.model.api.is_cached):
@@ -280,6 +281,9 @@ class JobRun:
 
     def _on_silence(self, worker_id: str) -> None:
         self._send(AwaitingWorker(job_id=self._job.job_id, worker_id=worker_id))
+
+    def _on_unreachable(self, worker_id: str, error: str) -> None:
+        self._send(WorkerUnreachable(job_id=self._job.job_id, worker_id=worker_id, error=error))
 
     def _publish_next(self, tasks: Mapping[str, Any], files: ResultFiles) -> None:
         """Wait for a task's last answer, score it and write its samples."""

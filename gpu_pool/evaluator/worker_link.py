@@ -27,6 +27,7 @@ from gpu_pool.chunk_messages import (
     Welcome,
     decode_from_worker_data,
 )
+from gpu_pool.evaluator.failures import explain
 from gpu_pool.evaluator.prefix_line import Chunk, tokens_bytes, unit_bytes
 from gpu_pool.evaluator.sent_media import SentMedia
 from gpu_pool.evaluator.suspects import Suspect
@@ -69,19 +70,27 @@ class Link(threading.Thread):
         """Whether somebody killed it; known with the cause."""
         self._dispatcher = dispatcher
         self._address = address
+        # descriptors are taken here: an evaluator that has none left ends with its job, and blames no worker
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connection = Connection(os.dup(self._socket.fileno()))
+        except OSError:
+            self._socket.close()
+            raise
         self._chunks = 0
         self._no_media: str | None = None
         """Why it cannot be shown what it should be."""
 
     def run(self) -> None:
         try:
-            self._socket.connect(self._address)
-            with Connection(os.dup(self._socket.fileno())) as connection:
+            with self._connection as connection:
+                self._socket.connect(self._address)
                 self._serve(connection)
         except (OSError, EOFError, msgspec.DecodeError) as error:
             if self.has_died:
                 _log.warning("Worker %s is lost (%r); its requests go elsewhere", self.worker_id, error)
+                if self.cause is None:
+                    self._dispatcher.on_unreachable(self.worker_id, f"{_in_words(error)} ({self._address})")
         except Exception as error:  # a job must end, not wait for a thread that died
             _log.exception("Worker %s cannot be used", self.worker_id)
             self.hung_up = True
@@ -176,6 +185,10 @@ class Link(threading.Thread):
         self.begun.pop(chunk_id, None)
         self._dispatcher.done(self, chunk)
         return chunk
+
+
+def _in_words(error: OSError | EOFError | msgspec.DecodeError) -> str:
+    return "it closed the connection" if isinstance(error, EOFError) else explain(error)
 
 
 def _message(chunk_id: int, units: Sequence[Unit], asked: Dispatcher) -> Message:

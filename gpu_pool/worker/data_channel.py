@@ -6,7 +6,6 @@ One thread runs an asyncio loop that only moves bytes; the chunk queue is where 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import traceback
 from concurrent.futures import Future
@@ -33,6 +32,7 @@ from gpu_pool.worker.chunk_queue import ChunkQueue, Client
 from gpu_pool.worker.control import end_process
 from gpu_pool.worker.engine.media_chunks import MediaChunk
 from gpu_pool.worker.engine.preparation import MissingMedia, Preparation
+from gpu_pool.worker.listening import listen_at
 
 
 class ProtocolError(Exception):
@@ -64,8 +64,7 @@ async def _serve(
     path: str, queue: ChunkQueue, welcome: Welcome, preparation: Preparation, listening: Future[None]
 ) -> None:
     try:
-        server = await asyncio.start_unix_server(partial(_serve_evaluator, queue, welcome, preparation), path)
-        os.chmod(path, 0o600)
+        server = await listen_at(path, partial(_serve_evaluator, queue, welcome, preparation))
     except OSError as error:
         listening.set_exception(error)
         return

@@ -7,6 +7,8 @@ from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
 from gpu_pool.explain import explain
+from gpu_pool.ledger import MEMORY_SECONDS
+from gpu_pool.losses import PATIENT_KILLS
 from gpu_pool.placer import PATIENCE_SECONDS
 
 GPU = {name: spec(name, "cuda") for name in "abcd"}
@@ -101,6 +103,54 @@ def test_a_job_that_needs_more_gpus_than_may_be_held_is_told_so() -> None:
     [large] = explain(box.ledger, {}, 10)
     assert large.reason.endswith(
         "2 of the 2 GPUs that would do are free. No more than 1 GPU may be held (setting max_gpus)."
+    )
+
+
+def test_who_holds_the_gpus_that_are_counted_against_the_cap_is_said() -> None:
+    box = box_of(2, max_gpus=1)
+    worker = run_on(box, "j", "a")
+    box.submit("k", spec=GPU["b"], slot_id="GPU-1")
+    [k] = explain(box.ledger, {"j": 42.0}, 10)
+    assert k.reason == (
+        "The only GPU that would do is free. "
+        f"No more than 1 GPU may be held (setting max_gpus): GPU 0 by {worker} (job j, about 42 s left)."
+    )
+
+
+def test_a_gpu_that_rests_after_many_kills_is_said_to() -> None:
+    box = box_of(1)
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["a"]))
+    reasons: list[str] = []
+    while not (reasons and "rests" in reasons[-1]):
+        box.do(ev.WorkerDied, worker_id=start.worker_id, cause="killed by SIGKILL", from_outside=True)
+        [j] = explain(box.ledger, {}, 10)
+        reasons.append(j.reason)
+        if "rests" not in j.reason:
+            (start,) = box.of(ev.StartWorker, box.do(ev.SlotsReturned, worker_id=start.worker_id))
+    assert len(reasons) == PATIENT_KILLS
+    held, rests = f"Held: GPU 0 by {start.worker_id}", "killed as those before it; what it held rests for 1 s"
+    assert reasons[-1].endswith(f"{held} ({rests}).")
+    for passed, what in ((0.5, rests), (0.5 + MEMORY_SECONDS, "gone, its memory is not back yet")):
+        box.now += passed
+        box.do(ev.Tick)
+        [j] = explain(box.ledger, {}, 10)
+        assert j.reason.endswith(f"{held} ({what}).")
+    box.now += 1.0
+    box.do(ev.Tick)
+    [j] = explain(box.ledger, {}, 10)
+    assert j.reason.endswith("Not usable: GPU 0: its memory should be back by now.")
+
+
+def test_what_is_wrong_with_gpus_that_are_held_is_said() -> None:
+    box = box_of(2)
+    workers = [run_on(box, "i", "a"), run_on(box, "j", "b")]
+    box.submit("k", spec=GPU["c"])
+    box.see(dict.fromkeys(("GPU-0", "GPU-1"), "No GPU can be used: Driver Not Loaded (NVML error 9)."))
+    [k] = explain(box.ledger, {}, 10)
+    assert k.reason == (
+        "0 of the 2 GPUs that would do are free. "
+        f"Held: GPU 0 by {workers[0]} (job i); GPU 1 by {workers[1]} (job j). "
+        "Of those held: GPU 0, GPU 1: No GPU can be used: Driver Not Loaded (NVML error 9)."
     )
 
 

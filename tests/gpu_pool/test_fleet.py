@@ -17,7 +17,14 @@ from gpu_pool import events as ev
 from gpu_pool.fleet import MAX_RESTART_PAUSE_SECONDS, EvaluatorChild, Fleet, Processes, WorkerChild, restart_pause
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
-from gpu_pool.messages import EvaluatorStart, LoadFailed, RunJob, decode_from_evaluator, decode_from_worker
+from gpu_pool.messages import (
+    EvaluatorStart,
+    LoadFailed,
+    RunJob,
+    WorkerUnreachable,
+    decode_from_evaluator,
+    decode_from_worker,
+)
 from gpu_pool.records import Evaluation, ModelArgs, ModelSpec
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import spawn
@@ -127,6 +134,36 @@ async def test_a_worker_that_is_stopped_while_it_loads_is_found_and_one_that_loa
     assert (event, how) == (ev.WorkerDied, {"worker_id": "w", "cause": why, "from_outside": True})
     assert answers == QUESTIONS + 2
     assert not fleet.workers
+
+
+@pytest.mark.parametrize("dies", [True, False])
+async def test_a_worker_whose_connection_failed_is_out_of_reach_unless_it_was_dying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    monkeypatch.setattr("gpu_pool.fleet.DYING_SECONDS", 60.0 if dies else 0.001)
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1)
+    leases = Leases(settings, Inventory(visible_devices=""))
+    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
+
+    async def start(worker_id: str, *_: object) -> WorkerChild:
+        return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
+
+    fleet = fleet_of(settings, leases, happened.put_nowait, worker=start)
+    [slot] = leases.slots("cpu")
+    model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
+    await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
+    report = WorkerUnreachable(job_id="j", worker_id="w", error="it closed the connection")
+    async with asyncio.timeout(120):
+        await fleet._on_evaluator_message("e", report)
+        if not dies:
+            reached = {"job_id": "j", "worker_id": "w", "cause": "it closed the connection"}
+            assert await happened.get() == (ev.WorkerUnreachable, reached)
+        os.kill(fleet.workers["w"].pid, signal.SIGKILL)
+        how = {"worker_id": "w", "cause": "killed by SIGKILL", "from_outside": True}
+        assert await happened.get() == (ev.WorkerDied, how)
+    await fleet._on_evaluator_message("e", report)
+    assert not fleet._timers
+    assert happened.empty()
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,15 @@ async def test_a_hub_id_keeps_the_commit_that_it_was_when_it_was_submitted(tmp_p
         assert box.jobs["j"].model == model
 
 
+async def test_a_job_that_is_taken_up_anew_has_run_for_as_long_as_before(tmp_path: Path, tiny_model: Path) -> None:
+    async with intake_box(tmp_path) as box:
+        await box.add(job := make_evaluation_job("j", tiny_model))
+        box.intake.take_up(job, 7.0)
+        await given(box, "j")
+        event, _ = box.runner._events.get_nowait()
+        assert event.demand.ran_s == 7.0
+
+
 async def given(box: IntakeBox, *job_ids: str) -> None:
     """Return when the scheduler has been given these."""
     while not box.runner._given.issuperset(job_ids):

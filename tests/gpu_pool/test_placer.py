@@ -208,6 +208,18 @@ def test_a_lost_evaluator_gives_a_job_no_more_time() -> None:
     assert box.ledger.ending["j"].error == "it ran for longer than its timeout_s of 10 s"
 
 
+def test_a_model_that_is_overwritten_gives_a_job_no_more_time() -> None:
+    box = box_of(2)
+    run_on(box, "j", "a", timeout_s=10.0)
+    box.now += 6.0
+    (refresh,) = box.of(ev.RefreshModel, box.do(ev.JobEnded, job_id="j", content_changed=True))
+    assert refresh.ran_s == 6.0
+    (start,) = box.of(ev.StartWorker, box.submit("j", spec=GPU["b"], timeout_s=10.0, ran_s=refresh.ran_s))
+    box.now += 3.0
+    changed = box.do(ev.WorkerLoadFailed, worker_id=start.worker_id, error="changed", content_changed=True)
+    assert [refresh.ran_s for refresh in box.of(ev.RefreshModel, changed)] == [9.0]
+
+
 def test_retries_are_the_job_s_own_where_it_says_so() -> None:
     box = box_of(1)
     run_on(box, "j", "a", max_retries=0)

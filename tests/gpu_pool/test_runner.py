@@ -45,7 +45,10 @@ async def store(tmp_path: Path) -> object:
 
 
 def make_runner(
-    settings: PoolSettings, jobs: LiveJobs, leases: Leases, refresh: Callable[[Job], None] = lambda job: None
+    settings: PoolSettings,
+    jobs: LiveJobs,
+    leases: Leases,
+    refresh: Callable[[Job, float], None] = lambda job, ran_s: None,
 ) -> Runner:
     """A runner on a box that cannot start any process."""
     processes = Processes(evaluator=no_process, worker=no_process, address=str)
@@ -129,7 +132,7 @@ async def test_an_evaluator_lives_however_long_the_database_is_locked(store: Sto
     leases = Leases(settings, Inventory(visible_devices=""))
     processes = Processes(evaluator=start, worker=no_process, address=str)
     runner = Runner(
-        settings, LiveJobs(store, {}), leases, processes, lambda job_id: tmp_path / job_id, lambda job: None
+        settings, LiveJobs(store, {}), leases, processes, lambda job_id: tmp_path / job_id, lambda job, ran_s: None
     )
     await runner.jobs.start(await store.add(add_job(runner)))
     with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)) as other:
@@ -187,14 +190,14 @@ async def test_a_job_is_cancelled_while_it_goes_back_for_another_look_at_its_mod
     held: HeldStore, tmp_path: Path
 ) -> None:
     settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
-    looked_at: list[Job] = []
+    looked_at: list[tuple[Job, float]] = []
     leases = Leases(settings, Inventory(visible_devices=""))
-    runner = make_runner(settings, LiveJobs(held, {}), leases, looked_at.append)
+    runner = make_runner(settings, LiveJobs(held, {}), leases, lambda *how: looked_at.append(how))
     held.gate.set()
     job = await runner.jobs.start(await held.add(add_job(runner)))
     runner._given.add("j")
     runner.scheduler.ledger.evaluators["e"] = Evaluator(EvaluatorState.RUNNING, "j")
-    runner.scheduler.ledger.running["j"] = Running(demand=demand_of(job), evaluator_id="e")
+    runner.scheduler.ledger.running["j"] = Running(demand=demand_of(job), evaluator_id="e", seconds=7.0)
     held.hold()
     loop = runner.start()
     runner.put(ev.JobEnded, job_id="j", content_changed=True)
@@ -205,7 +208,7 @@ async def test_a_job_is_cancelled_while_it_goes_back_for_another_look_at_its_mod
     await asyncio.wait_for(cancelling, 30)
     assert (await held.get("j")).state is JobState.CANCELLED
     assert not runner.jobs
-    assert [job.state for job in looked_at] == [JobState.QUEUED]
+    assert [(job.state, ran_s) for job, ran_s in looked_at] == [(JobState.QUEUED, 7.0)]
     assert not loop.done()
     await asyncio.wait_for(runner.stop(), 30)
 

@@ -136,6 +136,12 @@ class LongRun(RuleBasedStateMachine):
     def worker_dies(self, data: st.DataObject) -> None:
         self.apply(ev.WorkerDied, worker_id=self.pick(data, self.box.ledger.workers), cause="killed")
 
+    @precondition(lambda self: self.in_use())
+    @rule(data=st.data())
+    def worker_is_not_reached(self, data: st.DataObject) -> None:
+        job_id, worker_id = data.draw(st.sampled_from(self.in_use()))
+        self.apply(ev.WorkerUnreachable, job_id=job_id, worker_id=worker_id, cause="no such file")
+
     @precondition(lambda self: self.box.ledger.ending)
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
@@ -240,6 +246,11 @@ class LongRun(RuleBasedStateMachine):
             for job_id, run in self.box.ledger.running.items()
             if any(workers[worker].state is WorkerState.BUSY for worker in run.workers)
         ]
+
+    def in_use(self) -> list[tuple[str, str]]:
+        """Running jobs and their loaded workers."""
+        workers = [worker for worker in self.box.ledger.workers.values() if worker.state is WorkerState.BUSY]
+        return sorted((job_id, worker.id) for worker in workers for job_id in worker.jobs)
 
     def returning(self) -> list[tuple[str, str]]:
         running = self.box.ledger.running

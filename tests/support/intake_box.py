@@ -56,7 +56,7 @@ async def intake_box(
     leases = Leases(settings, Inventory(visible_devices=""))
     jobs = LiveJobs(store, dict.fromkeys(JobState, 0))
     processes = Processes(evaluator=never, worker=never, address=str)
-    runner = Runner(settings, jobs, leases, processes, lambda job_id: folder / job_id, lambda job: None)
+    runner = Runner(settings, jobs, leases, processes, lambda job_id: folder / job_id, lambda job, ran_s: None)
     merges = Merges(settings, store, jobs, never, lambda job_id: folder / job_id)
     intake = Intake(
         settings, store, jobs, admission(settings, Desk(never, unresponsive_s=60.0), leases), runner, merges

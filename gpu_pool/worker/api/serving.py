@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import traceback
 from collections.abc import Sequence
 from functools import partial
@@ -55,6 +54,7 @@ from gpu_pool.worker.api.bodies import (
     scoring_body,
 )
 from gpu_pool.worker.engine.media import MediaError, decode_image
+from gpu_pool.worker.listening import listen_at
 
 PULSE_SECONDS = 1.0
 """While requests are on their way, each of which has a limit of its own."""
@@ -84,12 +84,11 @@ async def serve(connection: Connection, start: ApiWorkerStart) -> None:
     control = await Channel[ToWorker].over(connection, decode_to_worker)
     try:
         read_key(start.endpoint)
-    except NoKey as error:
+        service = Service(start)
+        await listen_at(start.socket_path, service.serve_evaluator)
+    except (NoKey, OSError) as error:
         control.send(LoadFailed(error=f"endpoint {start.name} cannot be asked: {error}"))
         return
-    service = Service(start)
-    await asyncio.start_unix_server(service.serve_evaluator, start.socket_path)
-    os.chmod(start.socket_path, 0o600)
     control.send(WorkerReady(memory_bytes=0, description=f"endpoint {start.name}: {start.endpoint.url}"))
     pulse = asyncio.create_task(service.pulse(control))
     async for message in control.messages():

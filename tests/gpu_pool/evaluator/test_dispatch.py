@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import queue
+import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -177,6 +179,65 @@ def test_an_address_nobody_listens_at(
     dispatcher.submit(make_units(1))
     start_worker("b")
     assert set(collect(events, 1)) == {"b"}
+
+
+Reports = queue.Queue[tuple[str, str]]
+
+
+@pytest.fixture
+def reporting(events: Events) -> Iterator[tuple[Dispatcher, Reports]]:
+    """A dispatcher, and what it reports of workers that it cannot reach."""
+    reports: Reports = queue.Queue()
+
+    def report(worker_id: str, error: str) -> None:
+        reports.put((worker_id, error))
+
+    silent_about_answers = (lambda *_: None, lambda _: None, lambda error: events.put((error, [])))
+    with closing(Dispatcher("job", None, *silent_about_answers, on_unreachable=report)) as dispatcher:
+        yield dispatcher, reports
+
+
+def test_a_worker_that_cannot_be_reached_is_reported(reporting: tuple[Dispatcher, Reports], tmp_path: Path) -> None:
+    dispatcher, reports = reporting
+    dispatcher.submit(make_units(1))
+    dispatcher.attach("gone", str(tmp_path / "gone"))
+    why = f"FileNotFoundError: [Errno 2] No such file or directory ({tmp_path / 'gone'})"
+    assert reports.get(timeout=TIMEOUT_S) == ("gone", why)
+    with closing(FakeWorker("a", tmp_path / "a", unanswered)) as worker:
+        dispatcher.attach("a", str(worker.address))
+        assert reports.get(timeout=TIMEOUT_S) == ("a", f"it closed the connection ({worker.address})")
+
+
+def test_a_worker_whose_end_is_known_or_that_is_wanted_elsewhere_is_not_reported(
+    reporting: tuple[Dispatcher, Reports], tmp_path: Path
+) -> None:
+    dispatcher, reports = reporting
+    dispatcher.submit(make_units(2))
+    for cause in ("killed by SIGSEGV", None):
+        with closing(FakeWorker("a", tmp_path / str(cause), silent)) as worker:
+            dispatcher.attach("a", str(worker.address))
+            link = dispatcher._links["a"]
+            dispatcher.detach("a", cause=cause)
+            worker.die()
+            link.join(TIMEOUT_S)
+    assert reports.empty()
+
+
+def test_an_evaluator_without_descriptors_blames_no_worker(
+    reporting: tuple[Dispatcher, Reports], tmp_path: Path
+) -> None:
+    dispatcher, reports = reporting
+    dispatcher.submit(make_units(1))
+    with closing(FakeWorker("a", tmp_path / "a")) as worker:
+        os.close(lowest := os.dup(0))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))  # one is left, and a connection takes two
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                dispatcher.attach("a", str(worker.address))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert reports.empty()
 
 
 def test_requests_that_cannot_be_computed(dispatcher: Dispatcher, events: Events, start_worker: StartWorker) -> None:
