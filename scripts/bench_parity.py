@@ -1,6 +1,6 @@
 """Do evalpool's answers equal those of lm-eval's HF backend? The same checkpoint in fp32, the cache off.
 
-    python scripts/bench_parity.py [--model FOLDER] [--limit 100] [--batch-sizes 1 7 auto] [--workers 1 2]
+    python scripts/bench_parity.py [--model FOLDER] [--limit 100] [--batch-sizes 1 7 auto] [--workers 1 2] [--json]
 
 Prints one row a case, batch size and number of workers: the largest difference of a log-probability and of a score,
 relative to max(1, |value|), and how many texts or greedy flags differ. Exit code 1 when any is above its limit.
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import fetch_real_data
 from local_server import running_server
-from rich.console import Console
-from rich.table import Table
+from machine import describe_machine
+from report import print_report
 
 from server.client import EvalClient
 
@@ -51,6 +51,16 @@ class Difference(NamedTuple):
     @property
     def acceptable(self) -> bool:
         return self.logprob <= TOLERANCE and self.score <= TOLERANCE and self.other == 0 and self.compared > 0
+
+    def columns(self) -> Json:
+        """For the table."""
+        return {
+            "max Δ logp": self.logprob,
+            "max Δ score": self.score,
+            "texts and flags that differ": self.other,
+            "compared": self.compared,
+            "equal": self.acceptable,
+        }
 
 
 def reference_answers(model: Path, config: Path, cases: dict[str, Json], batch_size: int = 1) -> Json:
@@ -121,8 +131,7 @@ def main() -> int:
     model = arguments.model or fetch_real_data.smollm2()
     config = fetch_real_data.benchmarks() / "dataset_roots.toml"
     cases = {name: {**case, "limit": arguments.limit} for name, case in CASES.items()}
-    table = Table("Case", "Batch", "Workers", "Max Δ logp", "Max Δ score", "Texts and flags", "Compared", "Equal")
-    acceptable = True
+    rows: list[Json] = []
     reference = reference_answers(model, config, cases)
     options = ("--config", config, "--cpu-workers", max(arguments.workers))
     with (
@@ -135,12 +144,11 @@ def main() -> int:
                 for workers in arguments.workers:
                     ours = our_answers(client, model, case, batch_size, workers)
                     found = difference(reference[name], ours)
-                    acceptable = acceptable and found.acceptable
-                    numbers = (f"{found.logprob:.1e}", f"{found.score:.1e}", str(found.other), str(found.compared))
                     used = f"{len(ours['workers'])} of {workers}"
-                    table.add_row(name, str(batch_size), used, *numbers, "yes" if found.acceptable else "NO")
-    Console().print(table)
-    return 0 if acceptable else 1
+                    rows.append({"case": name, "batch": batch_size, "workers": used, **found.columns()})
+    facts = {"model": model.name, "documents of each task": arguments.limit, "tolerance": TOLERANCE}
+    print_report("Parity with lm-eval's HF backend, fp32", describe_machine(), rows, facts, as_json=arguments.json)
+    return 0 if all(row["equal"] for row in rows) else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -149,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--batch-sizes", nargs="+", type=_batch_size, default=[1, 7, "auto"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from gpu_pool.worker.engine.attention_steps import Found, Inputs, Step, VarlenCall, group, place, ranges
+from gpu_pool.worker.engine.attention_steps import Found, Inputs, Step, VarlenCall, calls, group, place, ranges
 from gpu_pool.worker.engine.blocks import Block
 from gpu_pool.worker.engine.spans import in_window, spans_by_depth
 from gpu_pool.worker.engine.varlen_kernels import VarlenAttention, varlen_kernel
@@ -113,7 +113,7 @@ class AttentionPlan:
                 whole = [span for span in spans if window is None or span.distance < window]
                 spans = [span for span in spans if window is not None and span.distance >= window]
                 if whole:
-                    yield VarlenCall(whole, causal=False)
+                    yield from calls(whole)
             yield from group(spans, causal=causal, window=window, positions=self.positions)
 
 

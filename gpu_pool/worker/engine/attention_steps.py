@@ -23,6 +23,9 @@ _FILL = 0.75
 """Least share of a padded group that is not padding."""
 _SMALL = 256
 """Tokens of queries, and of keys, below which a span is worth grouping with others."""
+MOST_COPIED = 1 << 15
+"""Keys of spans that are computed together, of which each gets a copy: branches that leave a long sequence at places of
+their own each look at all of it up to there. As many as a large pass has tokens are enough to fill any device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ def group(spans: Iterable[Span], *, causal: bool, window: int | None, positions:
     used = most = 0
     for span in small:
         most = max(most, span.queries)
-        area = (len(members) + 1) * most * (members[0].length if members else span.length)
-        if members and used + span.queries * span.length < _FILL * area:
+        keys = (len(members) + 1) * (members[0].length if members else span.length)
+        if members and (used + span.queries * span.length < _FILL * most * keys or keys > MOST_COPIED):
             steps.append(PaddedGroup(members, causal, window, positions))
             members, used, most = [], 0, span.queries
         members.append(span)
@@ -100,6 +103,18 @@ def group(spans: Iterable[Span], *, causal: bool, window: int | None, positions:
     if members:
         steps.append(PaddedGroup(members, causal, window, positions))
     return steps
+
+
+def calls(spans: Sequence[Span]) -> list[Step]:
+    """Steps over all spans, which see all of their keys, by their lengths: as a rule a single one."""
+    steps: list[Step] = []
+    first = copied = 0
+    for place, span in enumerate(spans):
+        if place > first and copied + span.length > MOST_COPIED:
+            steps.append(VarlenCall(spans[first:place], causal=False))
+            first, copied = place, 0
+        copied += span.length
+    return [*steps, VarlenCall(spans[first:], causal=False)]
 
 
 class PaddedGroup(Step):

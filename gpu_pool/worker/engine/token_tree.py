@@ -59,6 +59,24 @@ class Room(NamedTuple):
     bytes: float
     """Of keys and values that are kept when it has been run."""
 
+    def and_that(self, other: Room) -> Room:
+        """What both take."""
+        return Room(
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.sequences + other.sequences,
+            self.bytes + other.bytes,
+        )
+
+    def holds(self, other: Room) -> bool:
+        """Whether there is so much of everything."""
+        return (
+            other.tokens <= self.tokens
+            and other.positions <= self.positions
+            and other.sequences <= self.sequences
+            and other.bytes <= self.bytes
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -111,8 +129,8 @@ def pack(
     used = Room(0, 0, 0, 0)
     for block in blocks:
         own = cost(block)
-        after = Room(*map(sum, zip(used, own, strict=True)))
-        if batch and (deterministic or any(a > b for a, b in zip(after, room, strict=True))):
+        after = used.and_that(own)
+        if batch and (deterministic or not room.holds(after)):
             yield batch
             batch, after = [], own
         batch.append(block)

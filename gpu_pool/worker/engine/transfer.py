@@ -1,9 +1,10 @@
 # pyright: basic
-"""Moves small arrays from the host to a device, together."""
+"""Moves small arrays from the host to a device, together, and what has become of them back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,3 +23,21 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
         for place, piece in zip(places, pieces, strict=True):
             tensors[place] = piece.view(arrays[place].shape)
     return [tensor for tensor in tensors if tensor is not None]
+
+
+class ToHost:
+    """Copies of tensors of one device on their way to the host, which does other things until it asks for them."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._arrival: torch.cuda.Event | None = None
+        device = tensors[0].device
+        if device.type == "cuda":
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(device))
+
+    def lists(self) -> list[list[Any]]:
+        """Wait for them, and for nothing that the device has been given since."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [copy.tolist() for copy in self._copies]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gpu_pool.worker.engine.block_queue import BlockQueue
@@ -20,9 +21,10 @@ from gpu_pool.worker.engine.rows import Answer, Row
 from gpu_pool.worker.engine.shortage import is_out_of_memory
 from gpu_pool.worker.engine.token_scores import Sums, token_log_probs
 from gpu_pool.worker.engine.token_tree import Layout, Room, plan
+from gpu_pool.worker.engine.transfer import ToHost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen, which would make it three times as slow to make: there is one a token
 class _Target:
     """A token whose probability is asked for after a block's token `index`."""
 
@@ -107,6 +109,7 @@ def _score_once(
                 batch = waiting.next_batch(cost, room, deterministic=deterministic)
                 waiting.run(batch, compute, loaded.limits)
                 held = [block for block in (*held, *batch) if block.users]
+        sums.read()
     except BaseException:
         waiting.let_go()
         release_all(reserved)
@@ -135,17 +138,30 @@ def _find_targets(
 
 
 class _Sums(Sums):
-    """Sums of what was scored in batches of this chunk, and in earlier ones."""
+    """Sums of what was scored in batches of this chunk, and in earlier ones.
+
+    A batch's scores are read when the next one is on its way: a GPU computes while Python adds and plans.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.computed: dict[Block, dict[tuple[int, int], Score]] = {}
         """Of each block: (index, token that follows there)."""
+        self._unread: tuple[Sequence[tuple[Block, _Target]], ToHost] | None = None
 
-    def add(self, block: Block, target: _Target, score: Score) -> None:
-        """What was computed."""
-        self.computed.setdefault(block, {})[target.index, target.token] = score
-        self.include(target.request, *score)
+    def add(self, targets: Sequence[tuple[Block, _Target]], scores: ToHost) -> None:
+        """What a batch computes: log-probabilities of `targets`, and whether they are the most likely tokens."""
+        self.read()
+        self._unread = targets, scores
+
+    def read(self) -> None:
+        """Wait for the batch that was added last."""
+        if self._unread is None:
+            return
+        (targets, scores), self._unread = self._unread, None
+        for (block, target), value, is_greedy in zip(targets, *scores.lists(), strict=True):
+            self.computed.setdefault(block, {})[target.index, target.token] = value, is_greedy
+            self.include(target.request, value, is_greedy)
 
 
 def _score_batch(
@@ -161,8 +177,7 @@ def _score_batch(
     asked = [(wanted[block, target.index], block, target) for block in batch for target in targets.get(block, ())]
     if asked:
         asked.sort(key=lambda place: place[0])
-        rows = torch.tensor([row for row, _, _ in asked], device=logits.device)
-        tokens = torch.tensor([target.token for _, _, target in asked], device=logits.device)
-        values, greedy = token_log_probs(logits, rows, tokens, loaded.softmax_dtype)
-        for (_, block, target), value, is_greedy in zip(asked, values.tolist(), greedy.tolist(), strict=True):
-            sums.add(block, target, (value, is_greedy))
+        rows = np.array([row for row, _, _ in asked])
+        tokens = np.array([target.token for _, _, target in asked])
+        scores = token_log_probs(logits, rows, tokens, loaded.softmax_dtype)
+        sums.add([(block, target) for _, block, target in asked], ToHost(*scores))

@@ -101,7 +101,7 @@ def _auto_class(config: Any) -> Any:
     """transformers' loader for a model of this configuration (lm-eval's `_get_backend`, and its `hf-multimodal`).
 
     Raises:
-        UnsupportedModel: lm-eval would call it an encoder-decoder, but it reads speech and is none.
+        UnsupportedModel: lm-eval would call it an encoder-decoder, but it is none.
     """
     if config.model_type in checkpoints.SPEECH_TYPES:
         return transformers.AutoModelForSpeechSeq2Seq
@@ -111,6 +111,10 @@ def _auto_class(config: Any) -> Any:
         return transformers.AutoModelForMultimodalLM
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
+    if not config.is_encoder_decoder and config.model_type in checkpoints.ENCODER_DECODER_TYPES:
+        raise UnsupportedModel(
+            f"this is the decoder of a {config.model_type} model alone; only with its encoder can it be evaluated"
+        )
     if not config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is a speech model; only models that read text can be evaluated")
     return transformers.AutoModelForSeq2SeqLM

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_trees import distinct, room_for, tokens_alone, trees
 
+from gpu_pool.worker.engine import attention_steps
 from gpu_pool.worker.engine.attention import AttentionPlan, CannotAttend, attending_by, packed_attention
 from gpu_pool.worker.engine.blocks import Block, Tokens
 from gpu_pool.worker.engine.packed import release
@@ -180,6 +181,38 @@ def test_by_lengths_a_depth_is_one_call(window, expected):
     assert calls[0] == (len(rest), True)
     assert len(calls) == expected
     assert not any(causal for _, causal in calls[1:])
+
+
+@pytest.mark.parametrize("room", [100, 10**9])
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_that_are_copied_are_bounded(way, room, monkeypatch):
+    """Thirty branches leave a line at places of their own, in its pass or later: each looks at all before its place."""
+    copied: list[int] = []
+    attend, attend_by_lengths = attention_steps.attend, attend_varlen_plain
+
+    def count_spans(query, key, *args, **kwargs):
+        if not kwargs["causal"]:
+            copied.append(key.shape[0] * key.shape[2])
+        return attend(query, key, *args, **kwargs)
+
+    def count_lengths(query, key, *args, **kwargs):
+        if not kwargs["causal"]:
+            copied.append(len(key))
+        return attend_by_lengths(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(attention_steps, "attend", count_spans)
+    monkeypatch.setattr(attention_steps, "MOST_COPIED", 300)
+    monkeypatch.setitem(WAYS, "by lengths", lambda *_: count_lengths)
+    line = tuple(range(100))
+    comb = distinct([line, *((*line[:place], 200 + place, 7) for place in range(65, 95))])
+    assert_equal_alone(comb, Options(), longest_block=10**9, room=room, way=way)
+    assert max(copied) <= 300
+    if way == "by lengths":
+        assert len(copied) <= 15
+        copied.clear()
+        fork = distinct([line, *((*line[:90], 200 + ray, 7) for ray in range(30))])
+        assert_equal_alone(fork, Options(), longest_block=10**9, room=10**9, way=way)
+        assert copied == [90]
 
 
 @pytest.mark.parametrize("window", [None, 31, 45])

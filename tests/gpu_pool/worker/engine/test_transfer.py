@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_pool.worker.engine.transfer import to_device
+from gpu_pool.worker.engine.transfer import ToHost, to_device
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -30,3 +30,9 @@ def test_arrays_of_several_types_and_shapes(device):
 
 def test_nothing():
     assert to_device([], torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_back_to_the_host(device):
+    values, flags = torch.tensor([0.1, -2.0], dtype=torch.float64, device=device), torch.tensor([True], device=device)
+    assert ToHost(values, flags).lists() == [[0.1, -2.0], [True]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from chunks import scoring
@@ -25,6 +26,8 @@ from gpu_pool.worker.engine.loaded_model import LoadedModel
 from gpu_pool.worker.engine.loglikelihood import score
 from gpu_pool.worker.engine.packed import kept_bytes
 from gpu_pool.worker.engine.rows import Answer
+from gpu_pool.worker.engine.token_scores import token_log_probs
+from gpu_pool.worker.engine.transfer import ToHost
 
 Requests = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -76,6 +79,30 @@ def test_distinct_tokens_are_computed_once(loaded):
         answers(loaded, requests * 5)
     assert passes.read[0] == len(nodes)
     assert sum(passes.read[1:]) < len(nodes) - 80
+
+
+def test_scores_of_a_pass_are_read_when_the_next_one_is_on_its_way(loaded, monkeypatch):
+    events: list[str] = []
+    lists = ToHost.lists
+
+    def read(scores):
+        events.append("read")
+        return lists(scores)
+
+    monkeypatch.setattr(ToHost, "lists", read)
+    hook = loaded.model.register_forward_hook(lambda *_: events.append("pass"))
+    ours = answers(fresh(loaded), few_shot(), batch_size=8)
+    hook.remove()
+    assert events == ["pass", "pass", "read", "pass", "read", "read"]
+    assert_agree(ours, answers(fresh(loaded), few_shot()))
+
+
+def test_scoring_logits_does_not_wait_for_them():
+    """On `meta` there is nothing to wait for: to ask for a number is an error."""
+    rows, tokens = np.array([0, 1, 1, 70, 130]), np.array([5, 6, 7, 8, 9])
+    logits = torch.empty(140, 50, device="meta")
+    values, greedy = token_log_probs(logits, rows, tokens, torch.float32)
+    assert (values.shape, values.dtype, greedy.dtype) == ((5,), torch.float64, torch.bool)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

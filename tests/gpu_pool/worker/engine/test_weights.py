@@ -38,6 +38,13 @@ def test_speech_model_is_refused(copied):
         load_fresh(copied)
 
 
+def test_decoder_without_its_encoder_is_refused(copied):
+    """As BartForCausalLM saves it: lm-eval's HF backend would load it with an encoder of random weights."""
+    change_json(copied / "config.json", model_type="bart", architectures=["BartForCausalLM"], is_encoder_decoder=False)
+    with pytest.raises(UnsupportedModel, match="the decoder of a bart model alone"):
+        load_fresh(copied)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 def test_cuda_without_a_gpu_is_refused(checkpoint):
     with pytest.raises(NoGpuVisible):
