@@ -255,8 +255,10 @@ class Pool:
     @property
     def trouble(self) -> str | None:
         """What keeps the pool from its work and will pass, in words."""
-        if self._store.trouble:
-            return f"the job database cannot be used: {self._store.trouble}"
+        if reason := self._store.trouble:
+            return f"the job database cannot be used: {reason}"
+        if reason := self._jobs.trouble:
+            return reason
         return None if self.settings.max_gpus == 0 else self._leases.driver_trouble
 
     def queue_position(self, job_id: str) -> int | None:
@@ -279,7 +281,7 @@ class Pool:
         return len(self._jobs.queued)
 
     def waiting(self, limit: int) -> list[WaitingView]:
-        """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
+        """Why jobs wait: running ones that cannot go on or lost their workers, and the first `limit` of the queue."""
         return self._reasons.first(limit)
 
     def why_waits(self, job_id: str) -> WaitingView | None:

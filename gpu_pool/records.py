@@ -255,6 +255,8 @@ class Progress(Record, frozen=True, kw_only=True):
     """Requests answered by each worker, by worker id."""
     routes: tuple[EngineRoute, ...] = ()
     """How the workers' engines compute the model: one, unless they disagree."""
+    waits_for: str | None = None
+    """For people: what it cannot go on without, and somebody has to see to."""
 
     @property
     def done(self) -> int:

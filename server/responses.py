@@ -192,7 +192,7 @@ class QueueInfo(Response, frozen=True, kw_only=True):
     running_jobs: list[str]
     cancelled_jobs: int
     waiting: list[WaitingInfo]
-    """Running jobs that have lost their workers, and the first of `queued_jobs`, in their order."""
+    """Running jobs that cannot go on or have lost their workers, and the first of `queued_jobs`, in their order."""
 
 
 class Health(Response, frozen=True, kw_only=True):
