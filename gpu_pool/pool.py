@@ -58,7 +58,7 @@ from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 
 LOOK_SECONDS = 5.0
-"""How often the hardware is looked at while nothing else asks."""
+"""How often the hardware and the database's file are looked at while nothing else asks."""
 TICK_SECONDS = 1.0
 """How often time is looked at: timeouts, idle workers, growth."""
 
@@ -159,6 +159,7 @@ class Pool:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            await self._store.look()
             await self._look_once()
 
     async def _look_once(self) -> None:

@@ -113,6 +113,10 @@ class Store:
         """Why the database cannot be used, while something waits for it."""
         return self._database.trouble
 
+    async def look(self) -> None:
+        """Notice what was done to the database from outside while nothing is written."""
+        await self._database.look()
+
     def give_up(self) -> None:
         """From now on nothing is tried again: the server ends."""
         self._database.give_up()
