@@ -18,7 +18,7 @@ from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
 from gpu_pool.models import is_kind, located_at, modalities, resolve_hub_revision, resolve_model
-from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, Modality, ModelArgs, Record
+from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, Modality, ModelArgs, Record, Slot
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 
@@ -192,8 +192,10 @@ class Admission:
         if not slots:
             why = (self._leases.problem() or "").removeprefix("No GPU can be used: ").rstrip(".")
             return f"this box shows no GPU{why and f': {why}'}; use 'cpu' or leave it out"
-        there = [f"cuda:{slot.index}" if uuid is None else f"{slot.id} (cuda:{slot.index})" for slot in slots]
-        return f"there is no GPU {uuid or index}; this box has {', '.join(there)}"
+        missing = f"there is no GPU {uuid or index}"
+        if any(slot.is_mig and slot.index.partition(":")[0] == index for slot in slots):
+            missing = f"GPU {index} is divided into MIG instances, each of which goes by its UUID"
+        return f"{missing}; this box has {', '.join(_named(slot, by_uuid=uuid is not None) for slot in slots)}"
 
     def check_output_dir(self, output_dir: str | None) -> Path | None:
         """The folder, resolved; raises InvalidRequest when it lies outside the allowed roots."""
@@ -224,6 +226,13 @@ class Admission:
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
             reasons = "; ".join(problem.reason for problem in problems)
             raise InvalidRequest(field, reasons, choices=first.suggestions)
+
+
+def _named(slot: Slot, *, by_uuid: bool) -> str:
+    """What `device` may say to mean this GPU."""
+    if slot.is_mig:
+        return f"{slot.id} (of GPU {slot.index.partition(':')[0]})"
+    return f"{slot.id} (cuda:{slot.index})" if by_uuid else f"cuda:{slot.index}"
 
 
 def _check_no_device(evaluation: Evaluation) -> None:
