@@ -13,12 +13,13 @@ from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.endpoints import slot_id, taken_by
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
+from gpu_pool.hardware import Slot
 from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
 from gpu_pool.model_size import ReplicaSize, replica_size
 from gpu_pool.models import is_kind, located_at, modalities, resolve_hub_revision, resolve_model
-from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, Modality, ModelArgs, Record, Slot
+from gpu_pool.records import ApiModel, CheckpointType, Device, Evaluation, Merge, Modality, ModelArgs, Record
 from gpu_pool.replica_plan import ReplicaPlan, plan_on_cpu, plan_on_gpus, plan_to_wait
 from gpu_pool.settings import PoolSettings
 

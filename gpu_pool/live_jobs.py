@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from gpu_pool.history import Attempt, HistoryEntry
 from gpu_pool.order import Line, rank
-from gpu_pool.records import Attempt, HistoryEntry, Job, JobState, ModelSpec, Progress
+from gpu_pool.records import Job, JobState, ModelSpec, Progress
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent, advance_job
 

@@ -32,6 +32,7 @@ from gpu_pool.errors import (
 from gpu_pool.file_lock import lock_folder
 from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
+from gpu_pool.history import HistoryEntry
 from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
@@ -40,22 +41,12 @@ from gpu_pool.merge import plan_merge
 from gpu_pool.merges import Merges
 from gpu_pool.process_logs import keep_bounded
 from gpu_pool.reasons import Reasons
-from gpu_pool.records import (
-    CheckpointType,
-    Evaluation,
-    GpuView,
-    HistoryEntry,
-    Job,
-    JobState,
-    Merge,
-    QueueView,
-    WaitingView,
-    WorkerView,
-)
+from gpu_pool.records import CheckpointType, Evaluation, Job, JobState, Merge
 from gpu_pool.retention import Retention
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
+from gpu_pool.views import GpuView, QueueView, WaitingView, WorkerView
 
 LOOK_SECONDS = 5.0
 """How often the hardware and the database's file are looked at while nothing else asks."""

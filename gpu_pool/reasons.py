@@ -8,8 +8,8 @@ from gpu_pool.explain import explain
 from gpu_pool.intake import Intake
 from gpu_pool.live_jobs import LiveJobs, waits_for
 from gpu_pool.merges import Merges
-from gpu_pool.records import WaitingView
 from gpu_pool.runner import Runner
+from gpu_pool.views import WaitingView
 
 MOST_EXPLAINED = 1000
 """Waiting jobs whose reasons are told, as each takes those before it into account: some 20 ms on a box with 8

@@ -17,10 +17,11 @@ from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.endpoints import Endpoint
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gpus import Inventory
+from gpu_pool.hardware import Gpu
 from gpu_pool.leases import Leases
 from gpu_pool.messages import TaskProblem
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Gpu, Modality
+from gpu_pool.records import Evaluation, Modality
 from gpu_pool.replica_plan import ReplicaPlan
 from gpu_pool.settings import PoolSettings
 from server.requests import EvaluateRequest

@@ -11,7 +11,8 @@ from gpu_pool import reasons
 from gpu_pool.events import Demand, JobSubmitted
 from gpu_pool.merges import Merges
 from gpu_pool.reasons import Reasons
-from gpu_pool.records import ModelArgs, ModelSpec, Progress, WaitingView
+from gpu_pool.records import ModelArgs, ModelSpec, Progress
+from gpu_pool.views import WaitingView
 
 CPU = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
 
