@@ -13,6 +13,7 @@ from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.endpoints import slot_id, taken_by
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gen_kwargs import parse_gen_kwargs
+from gpu_pool.hardware import Slot
 from gpu_pool.leases import Leases
 from gpu_pool.machine_memory import machine_bytes
 from gpu_pool.merge import CheckpointNotFound, NotMergeable, plan_merge
@@ -192,8 +193,10 @@ class Admission:
         if not slots:
             why = (self._leases.problem() or "").removeprefix("No GPU can be used: ").rstrip(".")
             return f"this box shows no GPU{why and f': {why}'}; use 'cpu' or leave it out"
-        there = [f"cuda:{slot.index}" if uuid is None else f"{slot.id} (cuda:{slot.index})" for slot in slots]
-        return f"there is no GPU {uuid or index}; this box has {', '.join(there)}"
+        missing = f"there is no GPU {uuid or index}"
+        if any(slot.is_mig and slot.index.partition(":")[0] == index for slot in slots):
+            missing = f"GPU {index} is divided into MIG instances, each of which goes by its UUID"
+        return f"{missing}; this box has {', '.join(_named(slot, by_uuid=uuid is not None) for slot in slots)}"
 
     def check_output_dir(self, output_dir: str | None) -> Path | None:
         """The folder, resolved; raises InvalidRequest when it lies outside the allowed roots."""
@@ -224,6 +227,13 @@ class Admission:
             field = f"tasks[{tasks.index(first.task)}]" if first.task in tasks else "tasks"
             reasons = "; ".join(problem.reason for problem in problems)
             raise InvalidRequest(field, reasons, choices=first.suggestions)
+
+
+def _named(slot: Slot, *, by_uuid: bool) -> str:
+    """What `device` may say to mean this GPU."""
+    if slot.is_mig:
+        return f"{slot.id} (of GPU {slot.index.partition(':')[0]})"
+    return f"{slot.id} (cuda:{slot.index})" if by_uuid else f"cuda:{slot.index}"
 
 
 def _check_no_device(evaluation: Evaluation) -> None:

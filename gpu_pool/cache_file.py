@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from gpu_pool.claim_owners import is_alive
+from gpu_pool.file_identity import file_identity
 from gpu_pool.file_lock import alone
 
 Answer = tuple[float, bool] | str
@@ -64,6 +65,8 @@ class CacheFile:
         self.path = path
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
+        """Which file that is."""
         self._impatient: set[Kind] = set()
         """Where the last wait for others was in vain."""
         self._trouble = ""
@@ -116,10 +119,14 @@ class CacheFile:
 
     def _open(self, kind: Kind) -> sqlite3.Connection:
         patience = IMPATIENCE_S if kind in self._impatient else PATIENCE_S
+        if self._connection is not None and file_identity(self.path) != self._opened:
+            _log.warning("The response cache %s was deleted or replaced: going on with what is there", self.path)
+            self._drop_connection()  # what was claimed in the old file may be computed twice
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.path, timeout=patience, isolation_level=None, check_same_thread=False)
             self._connection = connection
+            self._opened = file_identity(self.path)
             with alone(self.path):  # SQLite does not wait for its turn to change the journal of a new file
                 prepare(connection)
         self._connection.execute(f"PRAGMA busy_timeout={int(patience * 1000)}")

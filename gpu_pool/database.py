@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from gpu_pool.engines import READS, database_url, make_engine, sqlite_file, trouble
 from gpu_pool.errors import DatabaseInUse, DatabaseUnavailable, PoolError
 from gpu_pool.migration import upgrade
+from gpu_pool.open_file import FileReplaced, OpenFile
 
 PATIENCE_SECONDS = 10.0
 """A transaction that someone waits for is tried for so long."""
@@ -44,6 +45,7 @@ class Database:
     def __init__(self, engine: sa.Engine, claim: IO[str] | None) -> None:
         self._engine = engine
         self._file = sqlite_file(engine.url)
+        self._open_file = OpenFile(self._file, engine) if self._file else None
         self._claim = claim
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
         self._giving_up = asyncio.Event()
@@ -111,7 +113,8 @@ class Database:
                     if ticket not in self._troubled:
                         logger.error("the database cannot be used and is tried again: %s (%s)", reason, error)
                     self._troubled[ticket] = reason
-                    if self._giving_up.is_set() or (deadline is not None and loop.time() >= deadline):
+                    is_late = deadline is not None and (loop.time() >= deadline or isinstance(error, FileReplaced))
+                    if self._giving_up.is_set() or is_late:  # nobody mends a file while a request waits
                         raise DatabaseUnavailable(reason) from error
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._giving_up.wait(), RETRY_SECONDS)
@@ -125,14 +128,22 @@ class Database:
                 "another session has it; as a rule that is our own last one, until the database server notices that "
                 "its connection is lost"
             )
-        return trouble(error, self._file)
+        return str(error) if isinstance(error, FileReplaced) else trouble(error, self._file)
 
     @property
     def trouble(self) -> str | None:
-        """Why a transaction waits to be tried again; None while none does."""
-        return next(iter(self._troubled.values()), None)
+        """Why a transaction waits to be tried again, or the next one would; None while none does."""
+        return next(iter(self._troubled.values()), self._open_file and self._open_file.trouble)
+
+    async def look(self) -> None:
+        """Notice what has been done to the file, as the next transaction would."""
+        if self._open_file:
+            with contextlib.suppress(FileReplaced):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._open_file.check)
 
     def _write(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
+        if self._open_file:
+            self._open_file.check()
         with self._engine.begin() as connection:
             return work(connection)
 

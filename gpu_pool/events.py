@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from gpu_pool.hardware import Slot
 from gpu_pool.losses import Losses
-from gpu_pool.records import ModelSpec, Record, Slot
+from gpu_pool.records import ModelSpec, Record
 
 
 class Demand(Record, frozen=True, kw_only=True):

@@ -12,10 +12,12 @@ import math
 from collections.abc import Iterable, Mapping
 
 from gpu_pool.events import Demand
+from gpu_pool.hardware import Slot
 from gpu_pool.ledger import Evaluator, Ledger
 from gpu_pool.order import Shape, shape_of
 from gpu_pool.placement import Readiness, readiness_of, replicas_for
-from gpu_pool.records import EvaluatorState, Slot, WaitingView, WorkerState
+from gpu_pool.records import EvaluatorState, WorkerState
+from gpu_pool.views import WaitingView
 
 _GIB = 1 << 30
 _NOUNS = {"api": "endpoint", "cpu": "CPU worker", "cuda": "GPU"}

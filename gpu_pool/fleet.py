@@ -13,10 +13,11 @@ import msgspec
 
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
+from gpu_pool.hardware import Slot
 from gpu_pool.leases import Leases
 from gpu_pool.post_mortem import PostMortem
 from gpu_pool.process_table import is_stopped
-from gpu_pool.records import ModelSpec, Slot
+from gpu_pool.records import ModelSpec
 from gpu_pool.settings import PoolSettings
 from gpu_pool.stalls import Stalls
 from gpu_pool.supervisor import Child

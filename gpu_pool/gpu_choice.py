@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from gpu_pool.errors import PoolError
-from gpu_pool.records import Gpu, Record
+from gpu_pool.hardware import Gpu
+from gpu_pool.records import Record
 
 _NAME = re.compile(r"(\d+(:\d+)?|(GPU|MIG)-[0-9A-Za-z/-]+)")
 

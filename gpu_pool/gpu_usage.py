@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 GIB = 1024**3
 RETURN_TOLERANCE_BYTES = 512 * 1024**2

@@ -8,8 +8,8 @@ import msgspec
 
 from gpu_pool.daemon_thread import in_daemon_thread
 from gpu_pool.gpus import Inventory
+from gpu_pool.hardware import Gpu
 from gpu_pool.known_gpus import KnownGpus
-from gpu_pool.records import Gpu
 
 LOOK_SECONDS = 10.0
 """How long a look at the GPUs may take. NVML may hang for as long as a GPU does, and nothing can end such a call."""

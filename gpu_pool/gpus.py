@@ -12,7 +12,7 @@ import msgspec
 import pynvml as untyped_pynvml
 
 from gpu_pool.gpu_choice import FoundGpu, GpuChoice
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 _T = TypeVar("_T")
 pynvml: Any = untyped_pynvml  # it makes its error classes as it is imported, where no type checker sees them

@@ -24,12 +24,13 @@ from gpu_pool.losses import Losses
 from gpu_pool.merge import NotMergeable
 from gpu_pool.merges import Merges
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import ApiModel, Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec, WaitingView
+from gpu_pool.records import ApiModel, Evaluation, Job, JobState, Merge, ModelArgs, ModelSpec
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.settling import NobodyWaits, Settling, local_files
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
+from gpu_pool.views import WaitingView
 
 _HOW_TO_USE_THE_CPU = "Jobs with device 'cpu' do not wait for it, nor do any with the setting max_gpus = 0."
 MODELS_READ_AT_ONCE = 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 logger = logging.getLogger(__name__)
 

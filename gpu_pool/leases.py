@@ -24,11 +24,12 @@ from gpu_pool.gpu_usage import (
 )
 from gpu_pool.gpu_watch import GpuWatch
 from gpu_pool.gpus import Inventory
+from gpu_pool.hardware import Gpu, Slot
 from gpu_pool.known_gpus import KnownGpus
 from gpu_pool.process_table import ProcessTable
-from gpu_pool.records import Gpu, GpuView, Slot
 from gpu_pool.settings import PoolSettings
 from gpu_pool.unlisted_use import UnlistedUse
+from gpu_pool.views import GpuView
 
 RETURN_POLL_SECONDS = 0.25
 

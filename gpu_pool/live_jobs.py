@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from gpu_pool.history import Attempt, HistoryEntry
 from gpu_pool.order import Line, rank
-from gpu_pool.records import Attempt, HistoryEntry, Job, JobState, ModelSpec, Progress
+from gpu_pool.records import Job, JobState, ModelSpec, Progress
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent, advance_job
 
@@ -57,9 +58,17 @@ class LiveJobs(dict[str, Job]):
     def progressed(self, job_id: str, progress: Progress, ran_s: float | None) -> None:
         """Show progress, made in so many seconds with a worker; it becomes durable when the job ends."""
         if job := self.get(job_id):
+            if progress.waits_for and progress.waits_for != waits_for(job):
+                logger.error("job %s waits: %s", job_id, progress.waits_for)
             self[job_id] = msgspec.structs.replace(job, progress=progress)
             if ran_s is not None and progress.workers:
                 self._rates.setdefault(job_id, (ran_s, progress.done))
+
+    @property
+    def trouble(self) -> str | None:
+        """What the first running job that cannot go on waits for."""
+        reasons = ((job_id, waits_for(self[job_id])) for job_id in self.active)
+        return next((f"job {job_id} waits: {reason}" for job_id, reason in reasons if reason), None)
 
     def eta_seconds(self, job_id: str, ran_s: float | None) -> float | None:
         """Seconds with a worker that a running job still needs, from its rate so far; None while there is no rate.
@@ -159,6 +168,11 @@ class LiveJobs(dict[str, Job]):
         live = self[job.id]  # progress may have arrived meanwhile
         self[job.id] = msgspec.structs.replace(live, state=state, **fields)
         return self[job.id]
+
+
+def waits_for(job: Job) -> str | None:
+    """What a running job cannot go on without, as its process says."""
+    return job.progress.waits_for if job.progress and job.state is JobState.RUNNING else None
 
 
 def _ended(job: Job, outcome: str, cause: str | None) -> Attempt:

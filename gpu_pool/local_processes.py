@@ -15,11 +15,12 @@ from typing import Any
 from gpu_pool import messages as msg
 from gpu_pool.evaluator.entry import evaluator_main
 from gpu_pool.fleet import EvaluatorChild, WorkerChild
+from gpu_pool.hardware import Slot
 from gpu_pool.judge_keys import judge_keys
 from gpu_pool.merge import staging_folder
 from gpu_pool.merges import MergerChild
 from gpu_pool.offspring import hidden
-from gpu_pool.records import Merge, ModelSpec, Slot
+from gpu_pool.records import Merge, ModelSpec
 from gpu_pool.settings import PoolSettings
 from gpu_pool.supervisor import Child, Received, spawn
 from gpu_pool.warden import Warden

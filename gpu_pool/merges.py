@@ -25,11 +25,12 @@ from gpu_pool.losses import Losses
 from gpu_pool.merge import NotMergeable, is_merged, remove_staging
 from gpu_pool.order import Line, rank
 from gpu_pool.post_mortem import PostMortem
-from gpu_pool.records import Job, JobState, Merge, WaitingView
+from gpu_pool.records import Job, JobState, Merge
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
 from gpu_pool.supervisor import Child
 from gpu_pool.transitions import JobEvent
+from gpu_pool.views import WaitingView
 from gpu_pool.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from gpu_pool.events import Demand
+from gpu_pool.hardware import Slot
 from gpu_pool.ledger import Ledger
-from gpu_pool.records import Slot, Worker, WorkerState
+from gpu_pool.records import Worker, WorkerState
 
 
 class Readiness(enum.IntEnum):

@@ -32,6 +32,7 @@ from gpu_pool.errors import (
 from gpu_pool.file_lock import lock_folder
 from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
+from gpu_pool.history import HistoryEntry
 from gpu_pool.intake import Intake
 from gpu_pool.leases import Leases
 from gpu_pool.live_jobs import LiveJobs
@@ -40,25 +41,15 @@ from gpu_pool.merge import plan_merge
 from gpu_pool.merges import Merges
 from gpu_pool.process_logs import keep_bounded
 from gpu_pool.reasons import Reasons
-from gpu_pool.records import (
-    CheckpointType,
-    Evaluation,
-    GpuView,
-    HistoryEntry,
-    Job,
-    JobState,
-    Merge,
-    QueueView,
-    WaitingView,
-    WorkerView,
-)
+from gpu_pool.records import CheckpointType, Evaluation, Job, JobState, Merge
 from gpu_pool.retention import Retention
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
+from gpu_pool.views import GpuView, QueueView, WaitingView, WorkerView
 
 LOOK_SECONDS = 5.0
-"""How often the hardware is looked at while nothing else asks."""
+"""How often the hardware and the database's file are looked at while nothing else asks."""
 TICK_SECONDS = 1.0
 """How often time is looked at: timeouts, idle workers, growth."""
 
@@ -159,6 +150,7 @@ class Pool:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            await self._store.look()
             await self._look_once()
 
     async def _look_once(self) -> None:
@@ -255,8 +247,10 @@ class Pool:
     @property
     def trouble(self) -> str | None:
         """What keeps the pool from its work and will pass, in words."""
-        if self._store.trouble:
-            return f"the job database cannot be used: {self._store.trouble}"
+        if reason := self._store.trouble:
+            return f"the job database cannot be used: {reason}"
+        if reason := self._jobs.trouble:
+            return reason
         return None if self.settings.max_gpus == 0 else self._leases.driver_trouble
 
     def queue_position(self, job_id: str) -> int | None:
@@ -279,7 +273,7 @@ class Pool:
         return len(self._jobs.queued)
 
     def waiting(self, limit: int) -> list[WaitingView]:
-        """Why jobs wait: running ones that lost their workers, and the first `limit` of the queue."""
+        """Why jobs wait: running ones that cannot go on or lost their workers, and the first `limit` of the queue."""
         return self._reasons.first(limit)
 
     def why_waits(self, job_id: str) -> WaitingView | None:

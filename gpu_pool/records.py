@@ -255,6 +255,8 @@ class Progress(Record, frozen=True, kw_only=True):
     """Requests answered by each worker, by worker id."""
     routes: tuple[EngineRoute, ...] = ()
     """How the workers' engines compute the model: one, unless they disagree."""
+    waits_for: str | None = None
+    """For people: what it cannot go on without, and somebody has to see to."""
 
     @property
     def done(self) -> int:
@@ -320,75 +322,6 @@ class Job(Record, frozen=True, kw_only=True):
         return self.work.idempotency_key if isinstance(self.work, Evaluation) else None
 
 
-class Attempt(Record, frozen=True, kw_only=True):
-    """One time that a job's processes were started, as the store keeps it: told first without an end, then with it."""
-
-    number: int
-    """From 1."""
-    started_at: datetime | None
-    ended_at: datetime | None = None
-    outcome: str | None = None
-    """One word: the job's final state, or "requeued"."""
-    cause: str | None = None
-    """For people, why it ended so."""
-
-
-class HistoryEntry(Record, frozen=True, kw_only=True):
-    """One thing that happened to a job, as the store keeps it: written with the change itself."""
-
-    at: datetime
-    event: str
-    """"submitted", "started", "worker_lost", "model_changed", "requeued", or the name of the state that followed."""
-    state: JobState
-    """The state that followed."""
-    attempt: int
-    """The attempt that it was about; 0 before the first."""
-    cause: str | None = None
-    """For people, why."""
-
-
-class Gpu(Record, frozen=True, kw_only=True):
-    """One schedulable GPU (a whole one or a MIG instance), as NVML showed it at the last look."""
-
-    uuid: str
-    index: str
-    """Position in PCI order: "0"; of a MIG instance "0:1"."""
-    name: str
-    total_bytes: int
-    free_bytes: int
-    visible_device: str
-    """What CUDA_VISIBLE_DEVICES must say for it: an integer index, or the MIG uuid."""
-    processes: tuple[tuple[int, int], ...] = ()
-    """(pid, bytes used) of compute processes on it; bytes are 0 where the driver hides them."""
-    utilization_percent: int | None = None
-    temperature_celsius: int | None = None
-    problem: str | None = None
-    """Why it cannot be used (lost, unreadable), or None."""
-    lost: bool = False
-    """It cannot compute any more: what runs on it is lost."""
-    uncorrectable_errors: int = 0
-    """Memory errors that ECC could not correct, since the driver was loaded."""
-
-    @property
-    def is_mig(self) -> bool:
-        """Whether it is a MIG instance: CUDA shows a process no more than one of them."""
-        return ":" in self.index
-
-
-class Slot(Record, frozen=True, kw_only=True):
-    """Room for one worker: a GPU, a share of the CPU, or an endpoint elsewhere."""
-
-    id: str
-    """A GPU's uuid, "cpu:0", or "api:NAME" of an endpoint."""
-    device: Device
-    index: str = ""
-    """Of a GPU, its position in PCI order; what `device: "cuda:N"` names."""
-    memory_bytes: int = 0
-    """Memory that workers of ours may have there, together; 0: not known, and one worker has all of it."""
-    is_mig: bool = False
-    """A MIG instance: CUDA shows a process no more than one, so it cannot be one of several for a replica."""
-
-
 class Worker(Record, frozen=True, kw_only=True):
     """One worker process: a model replica bound to its slots for life."""
 
@@ -401,52 +334,3 @@ class Worker(Record, frozen=True, kw_only=True):
     jobs: frozenset[str] = frozenset()
     idle_since: float = 0.0
     """Monotonic seconds, meaningful while IDLE."""
-
-
-class WorkerView(Record, frozen=True, kw_only=True):
-    """A worker as the operator sees it."""
-
-    worker: Worker
-    pid: int | None
-    description: str | None
-    """Class, parameters, dtype and attention of the loaded model; None while it loads."""
-    memory_bytes: int | None
-
-
-class GpuView(Record, frozen=True, kw_only=True):
-    """A GPU as the operator sees it."""
-
-    gpu: Gpu
-    worker_id: str | None
-    """The first of `worker_ids`."""
-    free: bool
-    reason: str | None
-    """Why it cannot be leased now, or what is wrong although a worker of ours holds it; None: nothing."""
-    worker_ids: tuple[str, ...] = ()
-    """Our workers on it, those that have ended and whose memory is not back yet among them."""
-    strangers: tuple[tuple[int, int], ...] = ()
-    """(pid, bytes used) of processes on it that are not ours."""
-    quarantined: bool = False
-    """It is not used until an operator releases it."""
-
-
-class WaitingView(Record, frozen=True, kw_only=True):
-    """Why one job waits."""
-
-    job_id: str
-    needs: str
-    """What it must get before it can start, as people say it."""
-    reason: str
-    """What there is of that, who holds the rest, what cannot be used and why."""
-    starts_in: float | None
-    """Seconds until it is expected to start; None where nothing is known to estimate it from."""
-
-
-class QueueView(Record, frozen=True, kw_only=True):
-    """Job ids by place, the next and the oldest first, and how many have ended."""
-
-    queued: tuple[str, ...]
-    running: tuple[str, ...]
-    completed: int
-    failed: int
-    cancelled: int

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Collection
 
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.hardware import Gpu
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Gpu, Record
+from gpu_pool.records import Record
 
 _GIB = 1024**3
 _SMALLER = "a smaller dtype (bfloat16), load_in_4bit or a smaller model would fit"

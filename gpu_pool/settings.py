@@ -28,9 +28,10 @@ def evaluators_that_fit(machine_bytes: int) -> int:
 
 
 class PoolSettings(Record, frozen=True, kw_only=True):
-    """Every field may be given on the command line, as EVALPOOL_<FIELD>, or in the TOML file."""
+    """Every field may be given as EVALPOOL_<FIELD>, in the TOML file and, unless it is a table, as a flag."""
 
     data_dir: Path = Path("evalpool-data")
+    """Folder of jobs, results, response cache and logs; one server at a time uses it."""
     database: str | None = None
     """Where jobs are kept: postgresql://user@host/name or sqlite:///FILE; None: `jobs.sqlite` in the data folder."""
     retention_days: Annotated[float, Meta(gt=0)] | None = None
@@ -44,6 +45,7 @@ class PoolSettings(Record, frozen=True, kw_only=True):
     endpoints: dict[str, Endpoint] = {}
     """OpenAI-compatible endpoints that requests may name, with what belongs to each."""
     cpu_workers: Annotated[int, Meta(ge=0)] = default_cpu_workers()
+    """Most workers that compute on the CPU: one for every 8 cores unless given."""
     evaluators: Annotated[int, Meta(ge=0)] = 0
     """Jobs that may run at once (evaluator processes). 0: one more than there may be workers, and 4 more for each GPU
     as far as a quarter of the machine's memory holds them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpu_pool.events import Demand
+from gpu_pool.hardware import Slot
 from gpu_pool.order import Shape, shape_of
-from gpu_pool.records import Slot
 
 
 class SlotBook(dict[str, Slot]):

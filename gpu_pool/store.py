@@ -14,9 +14,10 @@ from sqlalchemy.exc import IntegrityError
 
 from gpu_pool.database import PATIENCE_SECONDS, Database
 from gpu_pool.errors import DatabaseUnavailable, JobNotFound
+from gpu_pool.history import Attempt, HistoryEntry
 from gpu_pool.job_pages import page_of_ids
 from gpu_pool.late_commits import LateCommits, TakeUp
-from gpu_pool.records import Attempt, HistoryEntry, Job, JobResult, JobState, ModelSpec, Progress
+from gpu_pool.records import Job, JobResult, JobState, ModelSpec, Progress
 from gpu_pool.tables import (
     attempts,
     history_entry_from,
@@ -112,6 +113,10 @@ class Store:
     def trouble(self) -> str | None:
         """Why the database cannot be used, while something waits for it."""
         return self._database.trouble
+
+    async def look(self) -> None:
+        """Notice what was done to the database from outside while nothing is written."""
+        await self._database.look()
 
     def give_up(self) -> None:
         """From now on nothing is tried again: the server ends."""

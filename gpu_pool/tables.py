@@ -11,7 +11,8 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine.interfaces import Dialect
 
-from gpu_pool.records import Evaluation, HistoryEntry, Job, JobResult, JobState, Merge, ModelSpec, Progress
+from gpu_pool.history import HistoryEntry
+from gpu_pool.records import Evaluation, Job, JobResult, JobState, Merge, ModelSpec, Progress
 
 
 class _Utc(sa.TypeDecorator[datetime]):

@@ -8,7 +8,7 @@ seen, and one who was seen is forgotten when a worker has computed meanwhile.
 from __future__ import annotations
 
 from gpu_pool.gpu_usage import RETURN_TOLERANCE_BYTES
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 
 class UnlistedUse:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sim_clock import Meter
 
-from gpu_pool.records import Slot
+from gpu_pool.hardware import Slot
 
 
 class Gpus:

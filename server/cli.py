@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import httpx
@@ -43,45 +42,18 @@ Url = Annotated[str, typer.Option(envvar="EVALPOOL_URL", help="Where the server 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 
 
-@app.command()
-def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one (default: 8000).")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Jobs, results, cache, logs (default: evalpool-data).")] = None,
-    database: Annotated[str | None, typer.Option(help="postgresql://… (default: a file in the data folder).")] = None,
-    include_path: Annotated[list[str] | None, typer.Option(help="A folder of your own task YAML.")] = None,
-    cpu_workers: Annotated[int | None, typer.Option(help="Workers on a box without GPUs.")] = None,
-    evaluators: Annotated[int | None, typer.Option(help="Jobs that may run at once; 0: by workers and memory.")] = None,
-    output_root: Annotated[list[str] | None, typer.Option(help="A folder that `output_dir` may lie in.")] = None,
-    allow_code_execution: Annotated[
-        bool | None, typer.Option("--allow-code-execution", help="Run tasks that execute code written by the model.")
-    ] = None,
-    allow_remote_code: Annotated[
-        bool | None, typer.Option("--allow-remote-code", help="Run code that comes with a checkpoint.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default: info).")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with these and more settings.")] = None,
-) -> None:
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context) -> None:
     """Run the server until SIGTERM or Ctrl-C."""
     from gpu_pool.errors import PoolError
-    from server.serve import serve as run
-    from server.settings import SettingsError, load_settings
+    from server.cli_serve import run
+    from server.settings import SettingsError
 
-    flags = {
-        "host": host,
-        "port": port,
-        "data_dir": data_dir,
-        "database": database,
-        "include_paths": include_path or None,
-        "cpu_workers": cpu_workers,
-        "evaluators": evaluators,
-        "output_roots": output_root or None,
-        "allow_code_execution": allow_code_execution,
-        "allow_remote_code": allow_remote_code,
-        "log_level": log_level,
-    }
     try:
-        run(load_settings(flags, config, os.environ))
+        run(context.args, context.command_path)
     except (SettingsError, PoolError, OSError) as error:
         _fail(str(error))
 

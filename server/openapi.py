@@ -16,7 +16,7 @@ from litestar.static_files import create_static_files_router
 from litestar.types import Method
 from litestar.types.internal_types import PathParameterDefinition
 
-from server import requests, responses
+from server import box_responses, requests, responses
 
 STATIC = Path(__file__).parent / "static"
 API_VERSION = "0.1.0"
@@ -41,7 +41,7 @@ is refused as ambiguous.
 def document(app: Litestar) -> dict[str, Any]:
     """The app's OpenAPI document, corrected where Litestar's says something else than the server does."""
     spec = app.openapi_schema.to_schema()
-    bodies = vars(requests) | vars(responses)
+    bodies = vars(requests) | vars(responses) | vars(box_responses)
     structs = [bodies[name] for name in spec["components"]["schemas"]]
     # Litestar's own components lose `additionalProperties: false` and the bounds inside unions
     spec["components"]["schemas"] = msgspec.json.schema_components(structs, ref_template=_REF)[1]

@@ -29,11 +29,13 @@ class Settings(Record, frozen=True, kw_only=True):
 
     pool: PoolSettings = PoolSettings()
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """0: any free port."""
+    """Port to listen on; 0: any free one."""
     max_body_bytes: Annotated[int, Meta(ge=1)] = 1024 * 1024
     """Larger request bodies are refused."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the server says: debug, info, warning or error."""
 
 
 def _field_types() -> dict[str, Any]:
@@ -89,7 +91,13 @@ def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in flags.items() if value is not None}
     for name in given:
         _check_known(name, FIELD_TYPES, name)
-    return {name: _convert(name, value, Path.cwd(), "--" + name.replace("_", "-")) for name, value in given.items()}
+    return {name: _convert(name, value, Path.cwd(), flag_of(name)) for name, value in given.items()}
+
+
+def flag_of(name: str) -> str:
+    """The flag of `evalpool serve` for a setting; one for a list is given several times, each with one of its items."""
+    is_list = get_origin(FIELD_TYPES[name]) is tuple
+    return "--" + (name.removesuffix("s") if is_list else name).replace("_", "-")
 
 
 def _check_known(name: str, known: Mapping[str, Any], where: str) -> None:

@@ -9,25 +9,16 @@ import msgspec
 
 from gpu_pool.cache_upkeep import CacheUse
 from gpu_pool.endpoints import Endpoint
+from gpu_pool.history import HistoryEntry
 from gpu_pool.messages import TaskEntry
 from gpu_pool.model_arguments import known_arguments
 from gpu_pool.model_names import MODEL_NAMES
 from gpu_pool.models import model_kinds, why_not
 from gpu_pool.pool import Pool
-from gpu_pool.records import (
-    GpuView,
-    HistoryEntry,
-    Job,
-    JobState,
-    Merge,
-    ModelSpec,
-    Progress,
-    QueueView,
-    WaitingView,
-    WorkerView,
-)
+from gpu_pool.records import Job, JobState, Merge, ModelSpec, Progress
 from gpu_pool.store import MOST_ENDED
-from server import responses
+from gpu_pool.views import GpuView, QueueView, WaitingView, WorkerView
+from server import box_responses, responses
 
 _STATUS = {
     state: responses.JobStatus.RUNNING if state is JobState.CANCELLING else responses.JobStatus(state.value)
@@ -218,9 +209,9 @@ def model_list(listed: Mapping[str, Endpoint], details: bool) -> responses.Model
     return responses.ModelList(models=model_kinds(), entries=entries, arguments=arguments, endpoints=endpoints)
 
 
-def gpu_list(gpus: list[GpuView], pool: Pool) -> responses.GpuList:
+def gpu_list(gpus: list[GpuView], pool: Pool) -> box_responses.GpuList:
     """Every GPU with its state."""
-    return responses.GpuList(
+    return box_responses.GpuList(
         gpus=[gpu_info(view) for view in gpus],
         held=sum(bool(view.worker_ids) for view in gpus),
         max_gpus=pool.settings.max_gpus,
@@ -228,9 +219,9 @@ def gpu_list(gpus: list[GpuView], pool: Pool) -> responses.GpuList:
     )
 
 
-def gpu_info(view: GpuView) -> responses.GpuInfo:
+def gpu_info(view: GpuView) -> box_responses.GpuInfo:
     """One GPU with its state."""
-    return responses.GpuInfo(
+    return box_responses.GpuInfo(
         uuid=view.gpu.uuid,
         index=view.gpu.index,
         name=view.gpu.name,
@@ -242,17 +233,17 @@ def gpu_info(view: GpuView) -> responses.GpuInfo:
         free=view.free,
         reason=view.reason,
         worker_ids=list(view.worker_ids),
-        foreign_processes=[responses.GpuProcess(pid=pid, used_bytes=size) for pid, size in view.strangers],
+        foreign_processes=[box_responses.GpuProcess(pid=pid, used_bytes=size) for pid, size in view.strangers],
         quarantined=view.quarantined,
         lost=view.gpu.lost,
     )
 
 
-def worker_list(workers: list[WorkerView]) -> responses.WorkerList:
+def worker_list(workers: list[WorkerView]) -> box_responses.WorkerList:
     """Every worker process with the model it holds."""
-    return responses.WorkerList(
+    return box_responses.WorkerList(
         workers=[
-            responses.WorkerInfo(
+            box_responses.WorkerInfo(
                 worker_id=view.worker.id,
                 state=view.worker.state.value,
                 pid=view.pid,
@@ -267,15 +258,15 @@ def worker_list(workers: list[WorkerView]) -> responses.WorkerList:
     )
 
 
-def cache_info(use: CacheUse) -> responses.CacheInfo:
+def cache_info(use: CacheUse) -> box_responses.CacheInfo:
     """The response cache, the models with most bytes first."""
-    return responses.CacheInfo(
+    return box_responses.CacheInfo(
         entries=use.entries,
         bytes=use.file_bytes,
         max_bytes=use.max_bytes,
         hits=use.hits,
         models=[
-            responses.CachedModelInfo(
+            box_responses.CachedModelInfo(
                 fingerprint=model.fingerprint,
                 name=model.name,
                 entries=model.entries,

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PURE_NAMES = (
+    "hardware",
+    "history",
     "records",
+    "views",
     "endpoints",
     "transitions",
     "losses",

@@ -54,7 +54,7 @@ def test_what_there_is_and_what_is_refused(box: GpuBox, nvml: FakeNvml, tiny_mod
     field, problem = box.refused(tiny_model, None, num_gpus=9)
     assert (field, "at most 8" in problem) == ("num_gpus", True)
     field, problem = box.refused(tiny_model, "cuda:9")
-    assert (field, "cuda:6:1" in problem) == ("device", True)
+    assert (field, problem.endswith(f", {mig_uuid(6, 1)} (of GPU 6)")) == ("device", True)
     field, problem = box.refused(tiny_model, gpu_uuid(9))
     assert field == "device"
     assert problem.startswith(f"there is no GPU {gpu_uuid(9)}; this box has {UUIDS[0]} (cuda:0), ")

@@ -18,6 +18,7 @@ from gpu_pool.cache import CachedModel, ResponseCache, cache_path
 from gpu_pool.evaluator.api_prompts import TextPrompts, api_prompts
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.chunking import Paces
+from gpu_pool.evaluator.disk_room import DiskRoom
 from gpu_pool.evaluator.dispatch import Dispatcher
 from gpu_pool.evaluator.errored import Errored
 from gpu_pool.evaluator.failures import ContentChanged, JobError, explain
@@ -64,7 +65,8 @@ class JobRun:
         self._workshop = workshop
         self._send = send
         self._progress = ProgressReporter(job.job_id, send)
-        self._media = MediaFiles(workshop.media_dir)
+        self._room = DiskRoom(self._progress.waits_for)
+        self._media = MediaFiles(workshop.media_dir, self._room)
         batch_size = None if job.evaluation.batch_size == "auto" else job.evaluation.batch_size
         self.dispatcher = Dispatcher(
             job.job_id,
@@ -297,9 +299,9 @@ class JobRun:
         with _blame(name):
             errored = self._requests.pop(name).deliver()
             score = harness_of(task).score_task(name, task, self._evaluation, errored)
-            if score.samples is not None:
-                self._samples[name] = str(files.write_samples(name, score.samples))
-                self._hashes[name] = samples_hash(score.samples)
+            if (samples := score.samples) is not None:
+                self._samples[name] = str(self._room.wait(lambda: files.write_samples(name, samples)))
+                self._hashes[name] = samples_hash(samples)
                 score.samples = None
         harness_of(task).release(task)
         self._scores[name] = score
@@ -339,7 +341,7 @@ class JobRun:
                 {name: self._scores[name].excluded for name in tasks},
             ),
         )
-        path = files.write_results(whole)
+        path = self._room.wait(lambda: files.write_results(whole))
         _log.info("computed: %s", json.dumps(self._computed()))  # scripts/record_trace.py reads it
         _log.info(
             "done: %d requests, %d cached, by workers %s; %s", progress.total, progress.cached, progress.workers, path

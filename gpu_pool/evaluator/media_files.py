@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from gpu_pool.chunk_messages import MediaFile
+from gpu_pool.evaluator.disk_room import DiskRoom
 from gpu_pool.evaluator.images import ImageProblem
 
 
 class MediaFiles:
     """What one job's prompts show."""
 
-    def __init__(self, folder: Path) -> None:
-        """A file without a name in `folder` holds them: it is gone when this process is."""
+    def __init__(self, folder: Path, room: DiskRoom) -> None:
+        """A file without a name in `folder` holds them, when there is room: it is gone when this process is."""
         self._folder = folder
+        self._room = room
         self._lock = threading.Lock()
         self._file: Any = None
         self._places: dict[str, tuple[int, int]] = {}
@@ -35,20 +37,26 @@ class MediaFiles:
         """Keep a file; returns its digest (sha256 hex).
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: it cannot be written, and not because the disk is full.
         """
         digest = hashlib.sha256(data).hexdigest()
         with self._lock:
             if digest not in self._places:
-                if self._file is None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with the job)
-                self._file.seek(self._end)
-                self._file.write(data)
-                self._file.flush()
+                self._room.wait(lambda: self._write(data))
                 self._places[digest] = (self._end, len(data))
                 self._end += len(data)
         return digest
+
+    def _write(self, data: bytes) -> None:
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with the job)
+            self._file.seek(self._end)
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
 
     def add_path(self, path: Path) -> str:
         """Remember a file where it lies; returns its digest. It is read once, a piece at a time, until it changes.

@@ -27,6 +27,7 @@ class ProgressReporter:
         self._workers: Counter[str] = Counter()
         self._routes: dict[EngineRoute, None] = {}
         """In the order in which they were told."""
+        self._waits_for: str | None = None
         self._reported: Progress | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -54,12 +55,18 @@ class ProgressReporter:
                 cached=self._cached,
                 workers=dict(self._workers),
                 routes=tuple(self._routes),
+                waits_for=self._waits_for,
             )
 
     def enter(self, phase: Phase) -> None:
         """The job is in this phase from now on."""
         with self._lock:
             self._phase = phase
+
+    def waits_for(self, what: str | None) -> None:
+        """The job cannot go on without this, which others have to see to; None: it goes on."""
+        with self._lock:
+            self._waits_for = what
 
     def expect(self, tasks: Iterable[str]) -> None:
         """These tasks will be evaluated."""

@@ -12,9 +12,9 @@ from litestar.params import BodyKwarg
 
 from gpu_pool.pool import Pool
 from server import views
+from server.box_responses import CacheInfo, CachePruned
 from server.errors import problems
 from server.requests import PruneRequest
-from server.responses import CacheInfo, CachePruned
 
 _EXAMPLES = [Example(summary="Not used for a month", value={"older_than_days": 30})]
 

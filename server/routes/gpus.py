@@ -8,8 +8,8 @@ from litestar.params import FromPath
 
 from gpu_pool.pool import Pool
 from server import views
+from server.box_responses import GpuInfo, GpuList, WorkerList
 from server.errors import problems
-from server.responses import GpuInfo, GpuList, WorkerList
 
 
 @get("/gpus", tags=["server"], responses=problems(400))

@@ -7,19 +7,20 @@ import sqlite3
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chaos_box import Box
 from conftest import OpenBox
 from kill_points import Point
 from outcomes import Outcome, outcome
-from service import until
-from small_disk import mounted
+from service import Service, until
+from small_disk import full, mounted
 
 from server.client import EvalError
 
 DISK_BYTES = 64 << 20
-BLOCK = b"\0" * (1 << 16)
+OUTPUT_BYTES = 64 << 10
 HELD_SECONDS = 3.0
 """Longer than SQLite waits for a lock by itself in one try."""
 
@@ -34,7 +35,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
     """A tiny one, for results."""
-    with mounted(tmp_path_factory.mktemp("output"), len(BLOCK)) as folder:
+    with mounted(tmp_path_factory.mktemp("output"), OUTPUT_BYTES) as folder:
         yield folder
 
 
@@ -49,30 +50,49 @@ def quiet(box: Box) -> Outcome:
     return box.run()
 
 
-@contextlib.contextmanager
-def full(folder: Path) -> Generator[None]:
-    """Nothing more can be written there meanwhile."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(BLOCK):
-            pass
-    try:
-        yield
-    finally:
-        filler.unlink()
+def without_room(service: Service, job_id: str) -> dict[str, Any]:
+    """The job as it is while it waits for room on a disk."""
+    return service.job_once(job_id, lambda job: "make room" in (job["waits_for"] or ""), "it waits for room")
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
-def test_no_room_for_results(box: Box, output: Path):
-    """The job fails and says why; the next one, with room, completes."""
+def test_no_room_for_results(box: Box, output: Path, quiet: Outcome):
+    """The job waits and says for what, and completes with what it has computed as soon as there is room."""
     box.settle()
+    box.forget()
+    service = box.service
     with full(output):
-        job = box.service.ended(box.submit(output_dir=str(output)))
-        assert job["status"] == "failed"
-        assert f"No space left on device: '{output}/" in job["error"]
-        assert "make room there" in job["error"]
-        assert [path for path in output.rglob("*") if path.is_file()] == [output / "filler"]
-    box.completed(box.submit(output_dir=str(output)))
+        job_id = box.submit(output_dir=str(output))
+        job = without_room(service, job_id)
+        assert job["waits_for"].startswith(f"No space left on device: '{output}/")
+        assert job["status"] == "running"
+        [waiting] = service.client.get_queue_status()["waiting"]
+        assert (waiting["job_id"], waiting["reason"]) == (job_id, job["waits_for"])
+        assert service.client.health()["trouble"] == f"job {job_id} waits: {job['waits_for']}"
+        assert f"job {job_id} waits: No space left on device" in service.log()
+    job = box.completed(job_id)
+    assert (job["attempt"], job["waits_for"]) == (1, None)
+    assert outcome(job) == quiet
+    assert service.client.is_healthy()
+
+
+@pytest.mark.slow
+def test_who_waits_for_room_can_be_cancelled_and_timed_out(box: Box, output: Path):
+    box.settle()
+    before = files_in(output)
+    with full(output):
+        cancelled = box.submit(output_dir=str(output))
+        without_room(box.service, cancelled)
+        box.service.client.cancel_job(cancelled)
+        assert box.ended(cancelled)["status"] == "cancelled"
+        late = box.ended(box.submit(output_dir=str(output), timeout_s=5))
+        assert (late["status"], late["error"]) == ("failed", "it ran for longer than its timeout_s of 5 s")
+        assert "No space left" in (box.data_dir / "jobs" / late["job_id"] / "job.log").read_text()
+    assert files_in(output) == before, "what they had begun to write is gone"
 
 
 @pytest.mark.slow

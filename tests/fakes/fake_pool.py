@@ -21,26 +21,14 @@ from gpu_pool.errors import (
     KeyReused,
     ShuttingDown,
 )
+from gpu_pool.hardware import Gpu
+from gpu_pool.history import HistoryEntry
 from gpu_pool.merge import plan_merge
 from gpu_pool.messages import TaskEntry
 from gpu_pool.pool import Pool
-from gpu_pool.records import (
-    CheckpointType,
-    Evaluation,
-    Gpu,
-    GpuView,
-    HistoryEntry,
-    Job,
-    JobState,
-    ModelArgs,
-    ModelSpec,
-    QueueView,
-    WaitingView,
-    Worker,
-    WorkerState,
-    WorkerView,
-)
+from gpu_pool.records import CheckpointType, Evaluation, Job, JobState, ModelArgs, ModelSpec, Worker, WorkerState
 from gpu_pool.settings import PoolSettings
+from gpu_pool.views import GpuView, QueueView, WaitingView, WorkerView
 
 SPEC = ModelSpec(kind="hf", args=ModelArgs(pretrained="/models/tiny"), fingerprint="ab" * 32)
 TASKS = (

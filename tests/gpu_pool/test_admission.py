@@ -10,19 +10,21 @@ from typing import Any, cast
 import msgspec
 import pynvml
 import pytest
-from fake_nvml import FakeNvml, gpu_line
+from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
 
 from gpu_pool.admission import Admission, Placement
 from gpu_pool.desk import Desk, DeskUnavailable
 from gpu_pool.endpoints import Endpoint
 from gpu_pool.errors import InvalidRequest
 from gpu_pool.gpus import Inventory
+from gpu_pool.hardware import Gpu
 from gpu_pool.leases import Leases
 from gpu_pool.messages import TaskProblem
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Evaluation, Gpu, Modality
+from gpu_pool.records import Evaluation, Modality
 from gpu_pool.replica_plan import ReplicaPlan
 from gpu_pool.settings import PoolSettings
+from server.requests import EvaluateRequest
 
 
 class Gpus(Inventory):
@@ -105,6 +107,27 @@ async def test_a_job_from_before_whose_model_is_too_large_for_what_is_left_waits
 )
 async def test_where_a_job_may_run(tmp_path: Path, gpus: int, fields: dict[str, object], expected: Placement) -> None:
     assert (await box(tmp_path, gpus)).place(evaluation(**fields)) == expected
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:9", gpu_uuid(9)])
+async def test_what_is_said_to_be_there_can_be_asked_for(
+    tmp_path: Path, fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    fake_nvml.install_here(monkeypatch)
+    fake_nvml.write(gpu_line(mig=True), gpu_line(), "mig 0 0 20480 0", "mig 0 1 40960 0")
+    settings = PoolSettings(data_dir=tmp_path)
+    leases = Leases(settings, Inventory.open({}))
+    await leases.look()
+    admission = Admission(settings, cast(Desk, OneTask()), leases)
+    with pytest.raises(InvalidRequest) as refused:
+        admission.place(evaluation(device=device))
+    what, _, there = refused.value.problem.partition("; this box has ")
+    names = [name.partition(" ")[0] for name in there.split(", ")]
+    assert names == [mig_uuid(0, 0), mig_uuid(0, 1), gpu_uuid(1) if device == gpu_uuid(9) else "cuda:1"]
+    assert ("divided into MIG instances" in what) == (device == "cuda:0")
+    for name in names:
+        request = {"model": "hf", "model_args": {"pretrained": "/m"}, "tasks": ["arc_easy"], "device": name}
+        assert admission.place(evaluation(device=msgspec.convert(request, EvaluateRequest).device)).device == "cuda"
 
 
 async def test_jobs_wait_for_a_driver_that_has_never_answered(

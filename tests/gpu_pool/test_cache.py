@@ -341,6 +341,32 @@ def test_at_its_end_a_job_waits_once_more_to_end_its_claims(path: Path, monkeypa
             assert other.lookup([b"a"]) == {b"a": "text"}, "and to keep what could not be written before"
 
 
+def test_whose_file_is_deleted_goes_on_in_the_one_that_others_use(path: Path, tmp_path: Path) -> None:
+    with (
+        closing(ResponseCache(path)) as one,
+        closing(ResponseCache(path)) as other,
+        closing(ResponseCache(path)) as idle,
+    ):
+        one.store({b"old": "x"})
+        for cache in (one, other, idle):
+            assert cache.lookup([b"old"]) == {b"old": "x"}
+        assert one.reserve([b"a"]).elsewhere == set()
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        assert other.reserve([b"a", b"b"]) == ({}, set())  # claims went with the file
+        assert one.reserve([b"b"]).elsewhere == {b"b"}
+        one.store({b"a": "y"})
+        assert idle.lookup([b"old", b"a"]) == {b"a": "y"}  # the last one to let the old file go takes nothing with it
+        idle.store({b"c": "z"})
+        assert cache_use(path, 1 << 30).entries == 2
+        assert other.lookup([b"a", b"c"]) == {b"a": "y", b"c": "z"}
+
+        path.rename(tmp_path / "away")
+        assert one.lookup([b"a"]) == {}
+        one.store({b"a": "new"})
+        assert other.lookup([b"a"]) == {b"a": "new"}
+
+
 def test_a_full_disk_costs_the_cache_not_the_job(path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=fake_children.fill_small_disk, args=(path, 400_000))
     process.start()

@@ -6,7 +6,7 @@ import pytest
 
 from gpu_pool.errors import PoolError
 from gpu_pool.gpu_choice import FoundGpu, GpuChoice
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 
 def found(index: str, uuid: str, parent: str | None = None) -> FoundGpu:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_pool.gpu_usage import GIB, Lease, could_be, room_bytes, why_busy, why_no_room, why_not_back
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 
 def gpu(**changes: object) -> Gpu:

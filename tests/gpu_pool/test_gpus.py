@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid, mig_uuid
 
-from gpu_pool.records import Gpu
+from gpu_pool.hardware import Gpu
 
 GIB = 1024**3
 MIB = 1024**2

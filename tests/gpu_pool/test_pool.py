@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from gpu_pool.errors import PoolError
+from gpu_pool.history import Attempt
 from gpu_pool.pool import Pool
-from gpu_pool.records import Attempt, Evaluation, Job, JobState, QueueView
+from gpu_pool.records import Evaluation, Job, JobState
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store
+from gpu_pool.views import QueueView
 
 
 async def test_a_folder_of_tasks_must_exist(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from gpu_pool import reasons
 from gpu_pool.events import Demand, JobSubmitted
 from gpu_pool.merges import Merges
 from gpu_pool.reasons import Reasons
-from gpu_pool.records import ModelArgs, ModelSpec, WaitingView
+from gpu_pool.records import ModelArgs, ModelSpec, Progress
+from gpu_pool.views import WaitingView
 
 CPU = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
 
@@ -37,6 +38,15 @@ async def test_one_job_is_told_what_the_queue_tells(tmp_path: Path) -> None:
         assert made.of("nobody's") is None
         running = await box.jobs.start(box.jobs["unknown to the scheduler"])
         assert made.of(running.id) is None
+        box.jobs.progressed(running.id, Progress(waits_for="No space left on device: '/out/a'"), 1.0)
+        held_up = made.of(running.id)
+        assert held_up == WaitingView(
+            job_id=running.id, needs="room on a disk", reason="No space left on device: '/out/a'", starts_in=None
+        )
+        assert made.first(10)[0] == held_up
+        assert box.jobs.trouble == f"job {running.id} waits: No space left on device: '/out/a'"
+        box.jobs.progressed(running.id, Progress(), 1.0)
+        assert (made.of(running.id), box.jobs.trouble) == (None, None)
 
 
 async def test_who_asks_often_or_stands_far_behind_costs_little(

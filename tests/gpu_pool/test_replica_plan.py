@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.hardware import Gpu
 from gpu_pool.model_size import ReplicaSize
-from gpu_pool.records import Gpu
 from gpu_pool.replica_plan import ReplicaPlan, fewest_gpus, plan_on_cpu, plan_on_gpus, plan_to_wait
 
 GIB = 1024**3

@@ -19,11 +19,12 @@ from gpu_pool.database import Database
 from gpu_pool.errors import ShuttingDown
 from gpu_pool.fleet import EvaluatorChild, Processes
 from gpu_pool.gpus import Inventory
+from gpu_pool.hardware import Slot
 from gpu_pool.leases import Leases
 from gpu_pool.ledger import Evaluator, Running
 from gpu_pool.live_jobs import LiveJobs
 from gpu_pool.messages import decode_from_evaluator
-from gpu_pool.records import Evaluation, EvaluatorState, Job, JobState, ModelArgs, ModelSpec, Slot
+from gpu_pool.records import Evaluation, EvaluatorState, Job, JobState, ModelArgs, ModelSpec
 from gpu_pool.runner import Runner
 from gpu_pool.settings import PoolSettings
 from gpu_pool.store import Store

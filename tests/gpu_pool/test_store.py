@@ -16,19 +16,9 @@ from databases import NOON, execute, explain, make_job, query
 from sqlalchemy.exc import IntegrityError
 
 from gpu_pool.errors import InvalidRequest, JobNotFound
+from gpu_pool.history import Attempt
 from gpu_pool.job_pages import _page
-from gpu_pool.records import (
-    Attempt,
-    Evaluation,
-    Job,
-    JobResult,
-    JobState,
-    ModelArgs,
-    ModelSpec,
-    Phase,
-    Progress,
-    TaskProgress,
-)
+from gpu_pool.records import Evaluation, Job, JobResult, JobState, ModelArgs, ModelSpec, Phase, Progress, TaskProgress
 from gpu_pool.store import MOST_ENDED, Store
 
 FULL = 2  # of PRAGMA synchronous

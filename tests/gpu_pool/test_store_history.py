@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from databases import NOON, connection, execute, make_job, query
 
 from gpu_pool.database import Database
+from gpu_pool.history import HistoryEntry
 from gpu_pool.live_jobs import LiveJobs
-from gpu_pool.records import HistoryEntry, JobState
+from gpu_pool.records import JobState
 from gpu_pool.store import Store
 from gpu_pool.transitions import JobEvent
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 from fake_pool import FakePool
@@ -18,9 +20,10 @@ from rich.console import Console
 
 from gpu_pool.cache import CachedModel, ResponseCache, cache_path
 from gpu_pool.records import JobResult, JobState, Phase, Progress, TaskProgress
-from server import cli
+from server import cli, cli_serve
 from server.cli_view import JobBars
 from server.client import EvalClient
+from server.settings import FIELD_TYPES, Settings, flag_of
 
 ROOT = Path(__file__).parents[2]
 COMMAND_SECONDS = 120.0  # each takes about one on a quiet machine
@@ -208,12 +211,46 @@ def test_no_server() -> None:
     assert ran.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [("--port", "65536"), ("--config", "/nowhere.toml"), ("--cpu-workers", "-1")])
+@pytest.mark.parametrize(
+    "flags", [("--port", "65536"), ("--config", "/nowhere.toml"), ("--cpu-workers", "-1"), ("--idle-worker-s", "-1")]
+)
 def test_serve_refuses_bad_settings(flags: tuple[str, str]) -> None:
     ran = evalpool("serve", *flags)
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: ")
     assert ran.stderr.count("\n") == 1
+
+
+def test_each_setting_but_tables_has_a_flag_with_its_meaning() -> None:
+    ran = evalpool("serve", "--help")
+    assert ran.returncode == 0, ran.stderr
+    shown = ran.stdout.replace("\n", " ")
+    for name, type_ in FIELD_TYPES.items():
+        assert (f"{flag_of(name)} " in shown) == (get_origin(type_) is not dict), name
+    assert "--allow-gpu " in shown
+    assert "Most GPUs that workers hold at once" in shown
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "evalpool.toml"
+    config.write_text("idle_worker_s = 7\nmax_workers_per_gpu = 3\nallow_judges = true\nallow_gpus = ['0']\n")
+    served: list[Settings] = []
+    monkeypatch.setattr(cli_serve, "serve", served.append)
+    monkeypatch.chdir(tmp_path)
+    text = "--idle-worker-s 5 --no-allow-judges --deny-gpu 3 --deny-gpu GPU-4 --gpu-lock-dir locks --allow-remote-code"
+    cli_serve.run([*text.split(), "--log-level", "debug", "--config", str(config)], "evalpool serve")
+    [settings] = served
+    pool = settings.pool
+    assert (settings.log_level, pool.idle_worker_s, pool.max_workers_per_gpu) == ("debug", 5.0, 3)
+    assert (pool.allow_judges, pool.allow_remote_code, pool.yield_to_foreign) == (False, True, False)
+    assert (pool.allow_gpus, pool.deny_gpus, pool.gpu_lock_dir) == (("0",), ("3", "GPU-4"), tmp_path / "locks")
+
+
+def test_the_readme_lists_settings_that_there_are() -> None:
+    table = (ROOT / "README.md").read_text().partition("| setting | default |")[2].partition("\n\n")[0]
+    names = [name for row in table.splitlines()[2:] for name in re.findall("`([a-z_]+)`", row.split("|")[1])]
+    assert len(names) > 15
+    assert set(names) <= FIELD_TYPES.keys()
 
 
 def test_values_of_model_args() -> None:

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterable
 
 from gpu_pool import events as ev
-from gpu_pool.records import ModelArgs, ModelSpec, Slot
+from gpu_pool.hardware import Slot
+from gpu_pool.records import ModelArgs, ModelSpec
 from gpu_pool.scheduler import Scheduler
 
 

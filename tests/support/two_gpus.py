@@ -16,8 +16,8 @@ from gpu_pool.gpu_locks import GpuLock, default_folder
 from gpu_pool.gpus import Inventory
 from gpu_pool.leases import Leases
 from gpu_pool.process_table import ProcessTable
-from gpu_pool.records import GpuView
 from gpu_pool.settings import PoolSettings
+from gpu_pool.views import GpuView
 
 GIB = 1024**3
 UUID = [gpu_uuid(n) for n in range(2)]

@@ -13,6 +13,7 @@ from digits import CHOICE, GENERATION, MODEL, held_out, image_bytes, write_docum
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator import images
 from gpu_pool.evaluator.catalogue import TaskLibrary
+from gpu_pool.evaluator.disk_room import DiskRoom
 from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.media_prompts import MediaPrompts
 from gpu_pool.evaluator.prompts import PromptEncoder
@@ -28,7 +29,7 @@ Build = Callable[..., TaskRequests]
 
 @pytest.fixture
 def files(tmp_path: Path) -> Generator[MediaFiles]:
-    files = MediaFiles(tmp_path)
+    files = MediaFiles(tmp_path, DiskRoom(lambda what: None))
     yield files
     files.close()
 

@@ -14,6 +14,7 @@ from digits import image_bytes
 from PIL import Image
 
 from gpu_pool.evaluator import images
+from gpu_pool.evaluator.disk_room import DiskRoom
 from gpu_pool.evaluator.images import ImageProblem, UndecodedImage, described, image_file, shown_in
 from gpu_pool.evaluator.media_files import MediaFiles
 
@@ -29,7 +30,7 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Generator[MediaFiles]:
-    files = MediaFiles(tmp_path / "new")
+    files = MediaFiles(tmp_path / "new", DiskRoom(lambda what: None))
     yield files
     files.close()
 

@@ -12,6 +12,7 @@ import pytest
 from sounds import RATE, tone, wav
 
 from gpu_pool.chunk_messages import MediaFile, MediaPrompt
+from gpu_pool.evaluator.disk_room import DiskRoom
 from gpu_pool.evaluator.images import ImageProblem, described
 from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.media_prompts import stand_in
@@ -35,7 +36,7 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Generator[MediaFiles]:
-    files = MediaFiles(tmp_path / "new")
+    files = MediaFiles(tmp_path / "new", DiskRoom(lambda what: None))
     yield files
     files.close()
 
