@@ -23,7 +23,6 @@ from gpu_pool.cache import CachedModel, ResponseCache
 ANSWERS = 12
 """Of a batch that is stored."""
 KEPT_MODEL, DELETED_MODEL = CachedModel("a" * 64, "kept"), CachedModel("b" * 64, "deleted")
-cache_upkeep.PIECE, cache_upkeep.PAUSE_S = 5, 0.0  # many steps, quickly
 
 
 def keys_of(model: CachedModel) -> list[bytes]:
@@ -76,6 +75,7 @@ class Steps(sqlite3.Connection):
 
 
 def main() -> None:
+    cache_upkeep.PIECE, cache_upkeep.PAUSE_S = 5, 0.0  # many steps, quickly
     connect = sqlite3.connect
     sqlite3.connect = lambda *args, **kwargs: connect(*args, factory=Steps, **kwargs)
     for line in sys.stdin:
