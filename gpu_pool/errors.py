@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that go by themselves once somebody has made room."""
 
 
 class PoolError(Exception):

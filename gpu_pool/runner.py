@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from gpu_pool import events as ev
 from gpu_pool import messages as msg
-from gpu_pool.errors import DatabaseUnavailable, ShuttingDown
+from gpu_pool.errors import DISK_FULL, DatabaseUnavailable, ShuttingDown
 from gpu_pool.fingerprint import changed_models, memo_path
 from gpu_pool.fleet import Fleet, JobMessage, Processes
 from gpu_pool.leases import Leases
@@ -264,11 +264,18 @@ class Runner:
             self.put(ev.EvaluatorIsReady, evaluator_id=action.evaluator_id)
 
     def _run_job(self, job: Job) -> msg.RunJob:
-        """What its evaluator is told; makes the folder for its results."""
+        """What its evaluator is told; makes the folder for its results, or tells that nobody will be able to.
+
+        Where there is merely no room for it now, the evaluator makes it when it has results, and waits for that.
+        """
         assert job.model is not None
         folder = self._job_dir(job.id)
         output = Path(job.evaluation.output_dir) if job.evaluation.output_dir else folder / "results"
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
         return msg.RunJob(
             job_id=job.id,
             evaluation=job.evaluation,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors that go by themselves once somebody has made room."""
+from gpu_pool.errors import DISK_FULL
+
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 10.0
 """Each try writes until the disk is full once more, which is in the way of everybody else there."""
@@ -36,7 +35,7 @@ class DiskRoom:
             try:
                 written = write()
             except OSError as error:
-                if error.errno not in FULL:
+                if error.errno not in DISK_FULL:
                     raise
                 if reason is None:
                     reason = f"{error.strerror}: {error.filename!r}; make room there, and the job goes on by itself"

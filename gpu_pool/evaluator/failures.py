@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gpu_pool.errors import PoolError
-from gpu_pool.evaluator.disk_room import FULL
+from gpu_pool.errors import DISK_FULL, PoolError
 
 MAX_CHARACTERS = 600
 _SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "AUTH")
@@ -34,7 +33,7 @@ def explain(error: BaseException) -> str:
 
 
 def _advice(error: BaseException) -> str:
-    if not isinstance(error, OSError) or error.errno not in FULL:
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL:
         return ""
     where = "there" if error.filename else "for the data folder, the output folder and HF_HOME"
     return f"; make room {where} and submit the job again"

@@ -13,6 +13,7 @@ from typing import Any
 import fake_children
 import pytest
 from fake_nvml import FakeNvml, gpu_line, gpu_uuid
+from small_disk import mounted
 
 from gpu_pool import events as ev
 from gpu_pool.database import Database
@@ -56,29 +57,47 @@ def make_runner(
     return Runner(settings, jobs, leases, processes, lambda job_id: settings.data_dir / job_id, refresh)
 
 
-async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: Path) -> None:
-    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
-    jobs = LiveJobs(store, {})
-    runner = make_runner(settings, jobs, Leases(settings, Inventory(visible_devices="")))
-    (tmp_path / "file").touch()
+async def started(store: Store, runner: Runner, output: Path) -> Job:
+    """What becomes of a job that is started with this folder for its results."""
     spec = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f")
     job = Job(
         id="j",
-        work=Evaluation(model="hf", tasks=("t",), output_dir=str(tmp_path / "file" / "below")),
+        work=Evaluation(model="hf", tasks=("t",), output_dir=str(output)),
         request={},
         created_at=datetime.now(UTC),
         model=spec,
     )
     await store.add(job)
-    jobs["j"] = job
-    loop = runner.start()
+    runner.jobs["j"] = job
     demand = ev.Demand(job_id="j", spec=spec, max_replicas=1, order=0.0)
     runner.scheduler.ledger.running["j"] = Running(demand=demand, evaluator_id="e")
     await runner._start_job(ev.StartJob(job_id="j", evaluator_id="e"))
     await runner.handle(ev.Tick)
-    assert (await store.get("j")).state is JobState.FAILED
-    assert "cannot be started" in ((await store.get("j")).error or "")
+    return await store.get("j")
+
+
+async def test_a_job_that_cannot_be_started_fails_alone(store: Store, tmp_path: Path) -> None:
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    runner = make_runner(settings, LiveJobs(store, {}), Leases(settings, Inventory(visible_devices="")))
+    (tmp_path / "file").touch()
+    loop = runner.start()
+    job = await started(store, runner, tmp_path / "file" / "below")
+    assert job.state is JobState.FAILED
+    assert "cannot be started" in (job.error or "")
     assert not loop.done()
+    await asyncio.wait_for(runner.stop(), 30)
+
+
+async def test_a_job_is_started_while_there_is_no_room_for_its_results(store: Store, tmp_path: Path) -> None:
+    """They are not there yet, and whoever writes them waits."""
+    settings = PoolSettings(data_dir=tmp_path, cpu_workers=0, evaluators=1)
+    runner = make_runner(settings, LiveJobs(store, {}), Leases(settings, Inventory(visible_devices="")))
+    (tmp_path / "small").mkdir()
+    runner.start()
+    with mounted(tmp_path / "small", 1 << 20, files=1) as small:
+        with pytest.raises(OSError, match="No space left"):
+            (small / "results").mkdir()
+        assert (await started(store, runner, small / "results")).state is JobState.RUNNING
     await asyncio.wait_for(runner.stop(), 30)
 
 

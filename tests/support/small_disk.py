@@ -11,9 +11,10 @@ import pytest
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, size: int) -> Generator[Path]:
-    """A tmpfs of `size` bytes at `folder`, which exists; skips the test where this user may not mount."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+def mounted(folder: Path, size: int, files: int = 0) -> Generator[Path]:
+    """A tmpfs of `size` bytes at `folder`, which exists, for so many files and folders, itself among them (0: any
+    number); skips the test where this user may not mount."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={files}", "tmpfs", folder]
     if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
         pytest.skip(f"this user may not mount a tmpfs: {done.stderr.strip()}")
     try:
