@@ -265,7 +265,7 @@ def assert_only_what_is_allowed_is_used(box: GpuBox, nvml: FakeNvml, model: Path
         first = box.job_on(model, "cuda:0")
         box.worker_of(first)
         second = box.job_on(model, "cuda:2")
-        box.waits(second, "No more than 1 GPU may be held (setting max_gpus).")
+        box.waits(second, "No more than 1 GPU may be held (setting max_gpus): GPU 0 by ")
         assert box.client.gpus()["held"] == 1
     box.finished(first)
     box.finished(second)
