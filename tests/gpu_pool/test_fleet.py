@@ -99,6 +99,24 @@ async def test_why_an_evaluator_ends_is_in_its_log_and_in_what_becomes_of_its_jo
     assert "in open_job" in log.read_text()
 
 
+async def with_a_worker_that_loads(
+    tmp_path: Path, **settings: float
+) -> tuple[Fleet, asyncio.Queue[tuple[type[ev.Event], dict[str, object]]]]:
+    """A fleet whose worker `w` loads for ever, and what happens to it."""
+    pool_settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1, **settings)
+    leases = Leases(pool_settings, Inventory(visible_devices=""))
+    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
+
+    async def start(worker_id: str, *_: object) -> WorkerChild:
+        return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
+
+    fleet = fleet_of(pool_settings, leases, happened.put_nowait, worker=start)
+    [slot] = leases.slots("cpu")
+    model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
+    await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
+    return fleet, happened
+
+
 UNRESPONSIVE_SECONDS = 8.0
 """More than a process needs to start to answer, on a loaded machine."""
 
@@ -106,17 +124,7 @@ UNRESPONSIVE_SECONDS = 8.0
 async def test_a_worker_that_is_stopped_while_it_loads_is_found_and_one_that_loads_for_long_is_not(
     tmp_path: Path,
 ) -> None:
-    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1, unresponsive_s=UNRESPONSIVE_SECONDS)
-    leases = Leases(settings, Inventory(visible_devices=""))
-    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
-
-    async def start(worker_id: str, *_: object) -> WorkerChild:
-        return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
-
-    fleet = fleet_of(settings, leases, happened.put_nowait, worker=start)
-    [slot] = leases.slots("cpu")
-    model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
-    await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
+    fleet, happened = await with_a_worker_that_loads(tmp_path, unresponsive_s=UNRESPONSIVE_SECONDS)
     answers = 0
     watchdog = fleet._watchdogs["w"]
 
@@ -141,17 +149,7 @@ async def test_a_worker_whose_connection_failed_is_out_of_reach_unless_it_was_dy
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
     monkeypatch.setattr("gpu_pool.fleet.DYING_SECONDS", 60.0 if dies else 0.001)
-    settings = PoolSettings(data_dir=tmp_path, cpu_workers=1, evaluators=1)
-    leases = Leases(settings, Inventory(visible_devices=""))
-    happened: asyncio.Queue[tuple[type[ev.Event], dict[str, object]]] = asyncio.Queue()
-
-    async def start(worker_id: str, *_: object) -> WorkerChild:
-        return await spawn(worker_id, fake_children.loads_for_ever, str(tmp_path), decode_from_worker)
-
-    fleet = fleet_of(settings, leases, happened.put_nowait, worker=start)
-    [slot] = leases.slots("cpu")
-    model = ModelSpec(kind="hf", args=ModelArgs(pretrained="m"), fingerprint="f", device="cpu")
-    await fleet.start_worker(ev.StartWorker(worker_id="w", spec=model, slot_ids=(slot.id,)), [slot])
+    fleet, happened = await with_a_worker_that_loads(tmp_path)
     report = WorkerUnreachable(job_id="j", worker_id="w", error="it closed the connection")
     async with asyncio.timeout(120):
         await fleet._on_evaluator_message("e", report)
