@@ -35,6 +35,11 @@ class Moves:
         self._ledger.put_evaluator(evaluator_id, Evaluator())
         self.ask(ev.StartEvaluator(evaluator_id=evaluator_id))
 
+    def end_evaluator(self, evaluator_id: str) -> None:
+        """One that runs no job is not needed any more."""
+        self._ledger.put_evaluator(evaluator_id, Evaluator(EvaluatorState.ENDING))
+        self.ask(ev.KillEvaluator(evaluator_id=evaluator_id))
+
     def start_job(self, demand: ev.Demand, evaluator_id: str) -> Running:
         """Give a waiting job to a ready evaluator; workers are the caller's to find."""
         self.ask(ev.StartJob(job_id=demand.job_id, evaluator_id=evaluator_id))

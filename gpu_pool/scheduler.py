@@ -40,6 +40,7 @@ from typing import Any, Literal
 import msgspec
 
 from gpu_pool import events as ev
+from gpu_pool.evaluator_count import EvaluatorCount
 from gpu_pool.ledger import Ending, Ledger, Running
 from gpu_pool.losses import Kills
 from gpu_pool.moves import Moves
@@ -53,10 +54,6 @@ MAX_LOSSES = 30
 """Workers that may die under a job by themselves, or not be reached by it, without any progress in between. Its
 evaluator needs about log2(requests in a chunk) of them to find one request that kills, and reports by itself what it
 cannot go on from. Those that somebody kills are judged by time (see `gpu_pool.losses`)."""
-SPARE_EVALUATORS = 8
-"""Evaluators that are started before jobs ask for them (no more than one for each slot, and one more)."""
-SHARING_EVALUATORS = 4
-"""Further evaluators for each GPU: their jobs share its replica, which computes for some while others prepare."""
 
 
 class Scheduler:
@@ -73,16 +70,14 @@ class Scheduler:
         idle_worker_s: float | None = None,
         patience_s: float = PATIENCE_SECONDS,
     ) -> None:
-        """`evaluators` is how many jobs may run at once. None: one for each slot, one more, and SHARING_EVALUATORS for
-        each GPU, those as far as the machine's memory goes, which `evaluators_that_fit` says (None: for all).
+        """How many jobs may run at once, `EvaluatorCount` makes of `evaluators` and `evaluators_that_fit`.
 
         A job is started `max_attempts` times unless it says otherwise; a worker is stopped after `idle_worker_s`
         without a job."""
         self.ledger = Ledger(max_workers_per_gpu=max_workers_per_gpu, max_gpus=max_gpus)
         self._moves = Moves(self.ledger)
         self.placer = Placer(self.ledger, self._moves, patience_s)
-        self._evaluators_asked = evaluators
-        self._evaluators_that_fit = evaluators_that_fit
+        self._evaluators = EvaluatorCount(self.ledger, self._moves, evaluators, evaluators_that_fit)
         self._max_attempts = max_attempts
         self._idle_worker_s = idle_worker_s
 
@@ -94,7 +89,7 @@ class Scheduler:
         self._handlers[type(event)](self, event)
         self._stop_unreachable()
         if not isinstance(event, ev.JobProgressed):  # the most frequent one leaves nothing to decide
-            self._keep_evaluators()
+            self._evaluators.keep()
             self.placer.place()
         return self._moves.asked()
 
@@ -183,19 +178,6 @@ class Scheduler:
         if evaluator and evaluator.job_id is not None:
             run, cause = self.ledger.running[evaluator.job_id], f"the evaluator process ended: {event.cause}"
             self._requeue(run, cause, from_outside=event.from_outside)
-
-    def _most_evaluators(self) -> int:
-        """How many there may be, by default, when all slots have jobs."""
-        sharing = SHARING_EVALUATORS * sum(1 for slot in self.ledger.slots.values() if slot.device == "cuda")
-        least, most = len(self.ledger.slots) + 1, len(self.ledger.slots) + 1 + sharing
-        return most if self._evaluators_that_fit is None else max(least, min(most, self._evaluators_that_fit))
-
-    def _keep_evaluators(self) -> None:
-        asked = self._evaluators_asked
-        limit, alone = (self._most_evaluators(), len(self.ledger.slots) + 1) if asked is None else (asked, asked)
-        wanted = min(limit, max(min(alone, SPARE_EVALUATORS), len(self.ledger.running) + len(self.ledger.waiting)))
-        while len(self.ledger.evaluators) < wanted:
-            self._moves.start_evaluator()
 
     # ------------------------------------------------------------------ workers
 

@@ -6,7 +6,7 @@ import msgspec
 from scheduler_box import Box, spec
 
 from gpu_pool import events as ev
-from gpu_pool.ledger import LOADS_REMEMBERED
+from gpu_pool.ledger import LOADS_REMEMBERED, MEMORY_SECONDS
 from gpu_pool.records import ModelArgs, ModelSpec, WorkerState
 
 
@@ -351,6 +351,28 @@ def test_a_gpu_lost_to_a_stranger_at_the_last_moment_is_replaced_by_another() ->
     (start,) = box.of(ev.StartWorker, box.submit("j", spec=spec("a", "cuda")))
     actions = box.do(ev.LeaseRefused, worker_id=start.worker_id, reason="process 77 uses it")
     assert box.of(ev.StartWorker, actions)[0].slot_ids == ("GPU-1",)
+
+
+def test_a_job_whose_gpus_are_gone_keeps_no_other_from_running() -> None:
+    box = Box(slots=1, gpus=1, evaluators=1)
+    (start,) = box.of(ev.StartWorker, box.submit("at a loss", spec=spec("a", "cuda")))
+    box.see({"GPU-0": "NVML does not answer"})
+    box.do(ev.LeaseRefused, worker_id=start.worker_id, reason="NVML does not answer")
+    assert not box.submit("next") + box.submit("last")
+    assert not box.do(ev.Tick)  # it may be over in a moment
+    box.now += MEMORY_SECONDS + 1
+    (more,) = box.do(ev.Tick)
+    (start_job, start_worker) = box.do(ev.EvaluatorIsReady, evaluator_id=more.evaluator_id)
+    assert (start_job.job_id, start_worker.slot_ids) == ("next", ("cpu:0",))
+    box.load(start_worker.worker_id)
+    box.see({})
+    box.load(box.of(ev.StartWorker)[-1].worker_id)
+    ended = box.end("next")
+    assert box.of(ev.KillEvaluator, ended) == [ev.KillEvaluator(evaluator_id=more.evaluator_id)]
+    assert list(box.ledger.waiting) == ["last"]  # one job at a time again
+    box.do(ev.EvaluatorDied, evaluator_id=more.evaluator_id, cause="")
+    assert not box.of(ev.StartJob, box.do(ev.Tick))
+    assert box.of(ev.StartJob, box.end("at a loss"))[0].job_id == "last"
 
 
 def test_a_job_for_one_gpu_waits_for_that_gpu() -> None:

@@ -65,7 +65,7 @@ class GpuBox(Service):
         def look() -> list[Json]:
             return [worker for worker in self.workers_of(job_id) if worker["state"] == "busy"]
 
-        [worker] = until(look, f"job {job_id} has a worker")
+        [worker] = until(look, f"job {job_id} has a worker", lambda: self.state(job_id))
         return worker
 
     def refused(self, model: Path, device: str | None = "cuda", **options: Any) -> tuple[str, str]:

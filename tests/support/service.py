@@ -99,11 +99,11 @@ class Gate:
         os.close(descriptor)
 
 
-def until(look: Callable[[], T], what: str) -> T:
-    """The first true thing that `look` returns."""
+def until(look: Callable[[], T], what: str, explain: Callable[[], str] = str) -> T:
+    """The first true thing that `look` returns; `explain` says what there is instead, when it never does."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (seen := look()):
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        assert time.monotonic() < deadline, f"waited in vain until {what}\n{explain()}"
         time.sleep(0.02)
     return seen
 
@@ -139,7 +139,14 @@ class Service:
             assert job["completed_at"] is None, f"ended before {what}: {job['status']} {job['error']}\n{self.log()}"
             return None
 
-        return until(look, what)
+        return until(look, what, lambda: self.state(job_id))
+
+    def state(self, job_id: str) -> str:
+        """What one wants to see when the job does not go on: itself, why jobs wait, workers and logs."""
+        job_log = self.server.data_dir / "jobs" / job_id / "job.log"
+        logs = [log.read_text() for log in (job_log, self.server.log) if log.exists()]
+        shown = (self.job(job_id), self.client.get_queue_status(), self.client.workers(), self.client.gpus())
+        return "\n".join([*(json.dumps(each, indent=1) for each in shown), *logs])
 
     def answering(self, job_id: str) -> Json:
         """The job as soon as workers have answered some of its requests, with most still to do."""
