@@ -23,6 +23,7 @@ PURE_NAMES = (
     "order",
     "slot_book",
     "ledger",
+    "evaluator_count",
     "placement",
     "candidates",
     "moves",
