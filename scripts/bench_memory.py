@@ -47,7 +47,7 @@ def main() -> int:
         folder = Path(name)
         if arguments.documents:
             model = folder / "model"
-            subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", model], check=True)
+            subprocess.run([sys.executable, ROOT / "tests" / "support" / "make_tiny_model.py", model], check=True)
             write_questions(folder / "text", arguments.documents)
             rows += watch(folder / "text", model, "questions", CHOICES * arguments.documents, arguments.every, {})
         if arguments.images:

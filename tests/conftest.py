@@ -23,6 +23,7 @@ from evalpool_server import LOCK_FOLDER, Serve, Server, run_server
 from fake_nvml import fake_nvml, fake_nvml_library
 from hypothesis import HealthCheck, settings
 from postgres_server import PostgresServer
+from tiny_checkpoints import make_tiny
 
 from gpu_pool import gpu_locks
 
@@ -85,13 +86,13 @@ def reference_client_file() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (hidden 64, 2 layers, fp32, 2,048 positions) with a byte-level tokenizer and a chat template."""
-    return _make("make_tiny_model.py", tmp_path_factory.mktemp("tiny-model"))
+    return make_tiny("model", tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random T5 (width 32, 2 layers, fp32, 512 positions) whose tokenizer, the same, ends every text."""
-    return _make("make_tiny_t5.py", tmp_path_factory.mktemp("tiny-t5"))
+    return make_tiny("t5", tmp_path_factory.mktemp("tiny-t5"))
 
 
 @pytest.fixture(scope="session")
@@ -100,14 +101,14 @@ def distcp_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
     average of its weights; the file of the folder's name and `.safetensors` has what they answer. Do not write into it.
     """
     folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
-    return _make("make_sharded_checkpoint.py", tiny_model, folder, "distcp")
+    return _make_sharded(tiny_model, folder, "distcp")
 
 
 @pytest.fixture(scope="session")
 def rank_file_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, saved with `torch.save` by each rank."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
-    return _make("make_sharded_checkpoint.py", tiny_model, folder, "rank-files")
+    return _make_sharded(tiny_model, folder, "rank-files")
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +117,7 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     @functools.cache
     def make(family: str) -> Path:
-        return _make("make_tiny_vlm.py", family, tmp_path_factory.mktemp(family))
+        return make_tiny("vlm", family, tmp_path_factory.mktemp(family))
 
     return make
 
@@ -127,15 +128,16 @@ def tiny_audio(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     @functools.cache
     def make(family: str) -> Path:
-        return _make("make_tiny_audio.py", family, tmp_path_factory.mktemp(family))
+        return make_tiny("audio", family, tmp_path_factory.mktemp(family))
 
     return make
 
 
-def _make(script: str, *arguments: Path | str) -> Path:
-    """Run a script that makes the folder among its arguments that does not exist or is empty; returns that."""
-    subprocess.run([sys.executable, ROOT / "tests" / script, *arguments], check=True, capture_output=True)
-    return next(Path(path) for path in arguments[::-1] if os.path.isdir(path))
+def _make_sharded(model: Path, folder: Path, layout: str) -> Path:
+    """The folder, once its ranks have written it: they are started by a process of their own."""
+    script = ROOT / "tests" / "support" / "make_sharded_checkpoint.py"
+    subprocess.run([sys.executable, script, model, folder, layout], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

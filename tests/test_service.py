@@ -6,15 +6,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from evalpool_server import ROOT, run_server
+from evalpool_server import run_server
 from service import PATIENCE_SECONDS, Service, await_end, until, write_tasks
+from tiny_checkpoints import make_tiny
 
 from server.client import EvalError, JobFailed
 
@@ -252,7 +251,7 @@ def log_probabilities(box: Service, job_id: str) -> list[float]:
 def test_overwritten_weights_are_another_model(box: Service, own_model: Path):
     first, again = (box.submit(own_model, "quick_choice", limit=4) for _ in range(2))
     first_job, again_job = box.finished(first), box.finished(again)
-    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "1"], check=True)
+    make_tiny("model", own_model, "1")
     second = box.submit(own_model, "quick_choice", limit=4)
     second_job = box.finished(second)
     assert first_job["model"]["fingerprint"] == again_job["model"]["fingerprint"]
@@ -264,7 +263,7 @@ def test_overwritten_weights_are_another_model(box: Service, own_model: Path):
 
 def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Path, own_model: Path):
     running = occupy_all_evaluators(box, tiny_model)
-    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "2"], check=True)
+    make_tiny("model", own_model, "2")
     queued = box.submit(own_model, "quick_choice", limit=4)
     box.job_once(queued, lambda job: job["model"], "its model is known")
     shutil.rmtree(own_model)
@@ -280,7 +279,7 @@ def test_a_model_that_vanishes_while_its_job_waits(box: Service, tiny_model: Pat
 
 def test_a_model_that_is_half_written_when_its_job_starts(box: Service, tiny_model: Path, own_model: Path):
     """As by training that overwrites its latest checkpoint: the job is of the content that there is in the end."""
-    subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "3"], check=True)
+    make_tiny("model", own_model, "3")
     running = occupy_all_evaluators(box, tiny_model)
     queued = box.submit(own_model, "quick_choice", limit=4)
     box.job_once(queued, lambda job: job["model"], "its model is known")

@@ -7,16 +7,14 @@ fake that works for as long as the test wants.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from evalpool_server import ROOT
 from fake_nvml import FakeNvml, gpu_line
 from gpu_box import STRANGER, GpuBox, gpu_box, with_weights
 from service import Json, until
+from tiny_checkpoints import make_tiny
 
 TASKS = ("quick_choice", "long_story")
 DOCUMENTS = 250
@@ -126,7 +124,7 @@ def test_a_job_whose_model_is_overwritten_while_it_pauses(
         job, endless = begin(box, own_model)
         before = box.job(job)["model"]["fingerprint"]
         large = pause(box, job, endless, large_model)
-        subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", own_model, "1"], check=True)
+        make_tiny("model", own_model, "1")
     box.finished(large)
     again = box.finished(job)
     other = box.finished(box.submit(own_model, "quick_choice", device="cuda", limit=4))

@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": 
 
 from chaos_box import Box, try_to_cancel  # noqa: E402
 from outcomes import Outcome, attempts, outcome, read_samples  # noqa: E402
+from tiny_checkpoints import make_tiny  # noqa: E402
 
 from gpu_pool.lasting import RELATIVE_TOLERANCE, differences  # noqa: E402
 
@@ -157,7 +157,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         model = Path(folder) / "model"
-        subprocess.run([sys.executable, ROOT / "tests" / "make_tiny_model.py", model], check=True, capture_output=True)
+        make_tiny("model", model)
         with Box(Path(folder), model, evaluators=None, workers=2) as box:
             soak = Soak(box, random.Random(arguments.seed))
             soak.learn()

@@ -34,8 +34,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def main(folder: str, seed: int = 0) -> None:
-    torch.manual_seed(seed)
+def main(folder: str, seed: str = "0") -> None:
+    torch.manual_seed(int(seed))
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -55,4 +55,4 @@ def main(folder: str, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])
