@@ -96,19 +96,30 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distcp_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_model`, trained a few steps by two FSDP2 ranks and saved with torch.distributed.checkpoint, and the moving
-    average of its weights; the file of the folder's name and `.safetensors` has what they answer. Do not write into it.
+def sharded_checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """`tiny_model`, trained a few steps by two FSDP2 ranks, and the moving average of its weights: in one folder saved
+    with torch.distributed.checkpoint, in the other with `torch.save` by each rank.
+
+    The files of the folders' names and `.safetensors` have what they answer. Do not write into them.
     """
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
-    return _make_sharded(tiny_model, folder, "distcp")
+    distcp, rank_files = (tmp_path_factory.mktemp(name) / "checkpoint-10" for name in ("distcp", "rank-files"))
+    script = (
+        ROOT / "tests" / "support" / "make_sharded_checkpoint.py"
+    )  # its ranks are spawned by a process of their own
+    subprocess.run([sys.executable, script, tiny_model, distcp, rank_files], check=True, capture_output=True)
+    return distcp, rank_files
 
 
 @pytest.fixture(scope="session")
-def rank_file_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, saved with `torch.save` by each rank."""
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-10"
-    return _make_sharded(tiny_model, folder, "rank-files")
+def distcp_checkpoint(sharded_checkpoints: tuple[Path, Path]) -> Path:
+    """The first of them."""
+    return sharded_checkpoints[0]
+
+
+@pytest.fixture(scope="session")
+def rank_file_checkpoint(sharded_checkpoints: tuple[Path, Path]) -> Path:
+    """The second."""
+    return sharded_checkpoints[1]
 
 
 @pytest.fixture(scope="session")
@@ -131,13 +142,6 @@ def tiny_audio(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return make_tiny("audio", family, tmp_path_factory.mktemp(family))
 
     return make
-
-
-def _make_sharded(model: Path, folder: Path, layout: str) -> Path:
-    """The folder, once its ranks have written it: they are started by a process of their own."""
-    script = ROOT / "tests" / "support" / "make_sharded_checkpoint.py"
-    subprocess.run([sys.executable, script, model, folder, layout], check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

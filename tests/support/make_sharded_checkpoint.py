@@ -1,7 +1,8 @@
-"""Train a model under FSDP2 and save it as trainers do: `python make_sharded_checkpoint.py MODEL FOLDER LAYOUT`.
+"""Train a model under FSDP2 and save it as trainers do: `python make_sharded_checkpoint.py MODEL DISTCP RANK_FILES`.
 
-LAYOUT is distcp or rank-files. Beside FOLDER, FOLDER.safetensors holds the `tokens` of a batch, and the logits that the
-trained model (`regular`) and the moving average of its weights (`ema`) give for it, as the ranks computed them.
+DISTCP and RANK_FILES are the folders for the two layouts. Beside each, a file with its name and `.safetensors` holds
+the `tokens` of a batch, and the logits that the trained model (`regular`) and the moving average of its weights (`ema`)
+give for it, as the ranks computed them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ DECAY = 0.5
 FOLDERS = {"regular": "pytorch_model_fsdp_0", "ema": "pytorch_ema_model_fsdp_0"}
 
 
-def train_and_save(rank: int, model_folder: str, folder: str, layout: str) -> None:
-    store = Path(folder, "rendezvous").as_uri()
+def train_and_save(rank: int, model_folder: str, distcp: str, rank_files: str) -> None:
+    store = Path(distcp, "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     mesh = dist.init_device_mesh("cpu", (WORLD_SIZE,))
@@ -44,26 +45,26 @@ def train_and_save(rank: int, model_folder: str, folder: str, layout: str) -> No
     trained = {name: value.detach().clone() for name, value in model.state_dict().items()}
     expected = {"tokens": tokens}
     for kind, weights in (("regular", trained), ("ema", average)):
-        shards = Path(folder, FOLDERS[kind])
-        shards.mkdir(exist_ok=True)
-        if layout == "distcp":
-            parts = {"model": weights} | ({"optimizer": optimizer.state_dict()} if kind == "regular" else {})
-            dcp.save(parts, storage_writer=dcp.FileSystemWriter(shards))
-        else:
-            torch.save(weights, shards / f"model_world_size_{WORLD_SIZE}_rank_{rank}.pt")
+        for folder in (distcp, rank_files):
+            Path(folder, FOLDERS[kind]).mkdir(exist_ok=True)
+        parts = {"model": weights} | ({"optimizer": optimizer.state_dict()} if kind == "regular" else {})
+        dcp.save(parts, storage_writer=dcp.FileSystemWriter(Path(distcp, FOLDERS[kind])))
+        torch.save(weights, Path(rank_files, FOLDERS[kind], f"model_world_size_{WORLD_SIZE}_rank_{rank}.pt"))
         model.load_state_dict(weights)
         with torch.no_grad():
             expected[kind] = model(input_ids=tokens).logits.contiguous()
     if rank == 0:
-        save_file(expected, f"{folder}.safetensors")
+        for folder in (distcp, rank_files):
+            save_file(expected, f"{folder}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def main(model: str, folder: str, layout: str) -> None:
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    mp.spawn(train_and_save, (model, folder, layout), nprocs=WORLD_SIZE)
-    Path(folder, "rendezvous").unlink(missing_ok=True)
+def main(model: str, distcp: str, rank_files: str) -> None:
+    for folder in (distcp, rank_files):
+        shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    mp.spawn(train_and_save, (model, distcp, rank_files), nprocs=WORLD_SIZE)
+    Path(distcp, "rendezvous").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
