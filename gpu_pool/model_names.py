@@ -7,6 +7,8 @@ weights exists that it can, that one is the default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 RunsOn = Literal["engine", "api", "package", "nothing"]
@@ -29,6 +31,8 @@ class ModelName(NamedTuple):
     nearest: tuple[str, ...] = ()
     """Names that can, and come closest."""
     note: str | None = None
+    defaults: Mapping[str, int] = MappingProxyType({})
+    """Arguments, in our words, that are these where the request does not give them."""
 
 
 _ENGINE: dict[str, str | None] = {
@@ -93,7 +97,25 @@ _NOTES = {
     "format, such as lkhl/VideoLLaMA3-2B-Image-HF",
 }
 
-_NEEDS = dict.fromkeys(("lfm2_5_vl", "llama4_scout", "plm"), "torchvision")
+_FRAMES = {
+    "aria": 64,
+    "idefics2": 16,
+    "llava_vid": 20,
+    **dict.fromkeys(("async_hf_model", "gemma3", "gemma4", "huggingface", "internvl3", "internvl_hf"), 32),
+    **dict.fromkeys(("llama4_scout", "llama_vision", "llava_hf", "llava_onevision", "mistral3_vl"), 32),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl", "qwen3_vl"), 32),
+}
+"""How many of a video the reference's class shows, where it does not go by frames a second."""
+
+_PIXELS = {
+    "qwen2_5_vl": (256 * 28 * 28, 1605632),
+    "qwen2_vl": (3136, 602112),
+    "qwen3_5": (64 * 32 * 32, 128 * 32 * 32),
+    "qwen3_vl": (256 * 28 * 28, 1605632),
+}
+"""The least and the most of an image to the reference's class, whatever the checkpoint's own processor says."""
+
+_NEEDS: dict[str, str] = dict.fromkeys(("lfm2_5_vl", "llama4_scout", "plm"), "torchvision")
 """What transformers needs to read images for some families beside what is required here."""
 
 _API: dict[str, Literal["chat", "completions"]] = {
@@ -210,15 +232,23 @@ _ALIASES = {
 }
 
 
+def _of_engine(name: str, pretrained: str | None) -> ModelName:
+    needs = _NEEDS.get(name)
+    frames = {"num_frames": _FRAMES[name]} if name in _FRAMES else {}
+    pixels = dict(zip(("min_pixels", "max_pixels"), _PIXELS.get(name, ()), strict=False))
+    return ModelName(
+        name,
+        "engine",
+        pretrained,
+        package=needs,
+        nearest=("hf", "qwen2_5_vl") if needs else (),
+        note=_NOTES.get(name),
+        defaults=MappingProxyType(frames | pixels),
+    )
+
+
 def _names() -> dict[str, ModelName]:
-    table = [
-        ModelName(
-            name, "engine", default, package=_NEEDS.get(name), nearest=("hf", "qwen2_5_vl"), note=_NOTES.get(name)
-        )
-        if name in _NEEDS
-        else ModelName(name, "engine", default, note=_NOTES.get(name))
-        for name, default in _ENGINE.items()
-    ]
+    table = [_of_engine(name, pretrained) for name, pretrained in _ENGINE.items()]
     table += [ModelName(name, "engine", default) for name, default in _HEARING.items()]
     table += [ModelName(name, "api", kind=kind) for name, kind in _API.items()]
     table += [ModelName(name, "package", package=package, nearest=("hf",)) for name, package in _PACKAGES.items()]

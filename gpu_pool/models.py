@@ -143,6 +143,7 @@ def _with_pretrained(model: str, model_args: dict[str, Any]) -> tuple[dict[str, 
             nearest = " or ".join(name.nearest)
             problem = f"{model} cannot run here: {reason}. The nearest that can: {nearest}"
             raise InvalidRequest("model", problem, choices=name.nearest)
+        values = _with_defaults(values, name)
         if values.get("pretrained"):
             _check_format(values["pretrained"])
             return values, "model_args.pretrained"
@@ -158,6 +159,15 @@ def _with_pretrained(model: str, model_args: dict[str, Any]) -> tuple[dict[str, 
             "model_args.pretrained", f"must be left out, or be {model!r}: `model` names a model itself"
         )
     return {**values, "pretrained": model}, "model"
+
+
+def _with_defaults(values: dict[str, Any], name: ModelName) -> dict[str, Any]:
+    """With what the name says where the request says nothing; limits of pixels that go with those of the request."""
+    values = {**name.defaults, **values}
+    least, most = values.get("min_pixels"), values.get("max_pixels")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        return {key: value for key, value in values.items() if value != name.defaults.get(key)}
+    return values
 
 
 def _check_format(pretrained: Any) -> None:

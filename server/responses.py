@@ -240,6 +240,8 @@ class ModelNameInfo(Response, frozen=True, kw_only=True):
     nearest: list[str]
     """Of one that cannot, names that can and come closest."""
     note: str | None
+    defaults: dict[str, int]
+    """Arguments that are these where `model_args` does not give them: those of the reference's class of that name."""
 
 
 class ModelArgumentInfo(Response, frozen=True, kw_only=True):

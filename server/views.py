@@ -195,6 +195,7 @@ def model_list(listed: Mapping[str, Endpoint], details: bool) -> responses.Model
             reason=why_not(name, {endpoint.kind for endpoint in listed.values()}),
             nearest=list(name.nearest),
             note=name.note,
+            defaults=dict(name.defaults),
         )
         for name in MODEL_NAMES.values()
     ]
