@@ -7,12 +7,14 @@ it after every step.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import msgspec
 
 from gpu_pool.events import Demand
 from gpu_pool.losses import Kills
+from gpu_pool.needed import Needed
 from gpu_pool.order import WaitingJobs, rank
 from gpu_pool.records import EvaluatorState, Worker, WorkerState
 from gpu_pool.slot_book import SlotBook
@@ -68,6 +70,13 @@ class Running(msgspec.Struct, kw_only=True):
     def rank(self) -> float:
         return rank(self.demand.order, self.demand.priority)
 
+    @property
+    def last(self) -> str | None:
+        """The only worker that it keeps, if it keeps just one: it cannot do without."""
+        if len(self.workers) - len(self.returning) != 1:
+            return None
+        return next(worker_id for worker_id in self.workers if worker_id not in self.returning)
+
     def ran(self, now: float) -> float:
         """Seconds for which it has had a worker."""
         return self.seconds + (0.0 if self.working_since is None else now - self.working_since)
@@ -107,6 +116,7 @@ class Ledger:
         """Live workers that are being killed: there is no asking them twice."""
         self.unreachable: set[str] = set()
         """Live workers that a job could not reach: they are given to no job any more, and end with those they have."""
+        self.needed = Needed()
         self.slots = SlotBook()
         self.replicas: dict[str, list[str]] = {}
         """Replica key -> live workers that have or load that model."""
@@ -261,6 +271,7 @@ class Ledger:
         if worker.state is WorkerState.IDLE:
             self.update_worker(worker_id, state=advance_worker(worker.state, WorkerEvent.ATTACH))
         run.workers.append(worker_id)
+        self._note_last(run)
         if run.interrupted is None or worker.state is not WorkerState.STARTING:
             self.works(run)
 
@@ -270,10 +281,19 @@ class Ledger:
             run.working_since = self.now
         run.paused_for = None
 
+    def ask_back(self, run: Running, worker_id: str) -> None:
+        """The job is to give the worker back; it holds it until then."""
+        run.returning.add(worker_id)
+        self._note_last(run)
+
+    def _note_last(self, run: Running) -> None:
+        self.needed.note(run.demand.job_id, None if run.last is None else self.holder(run.last))
+
     def release(self, run: Running, worker_id: str) -> None:
         """The job does not use the worker any more, if the worker is still there."""
         run.workers.remove(worker_id)
         run.returning.discard(worker_id)
+        self._note_last(run)
         if not run.workers and run.working_since is not None:
             run.seconds, run.working_since, run.interrupted = run.ran(self.now), None, self.now
         if worker := self.workers.get(worker_id):
@@ -311,6 +331,9 @@ class Ledger:
         self._check_slots()
 
     def _check_slots(self) -> None:
+        needed = [self.workers[run.last] for run in self.running.values() if run.last is not None]
+        assert self.needed.workers == Counter(worker.id for worker in needed), "it is not known who is needed"
+        assert self.needed.slots == Counter(slot for worker in needed for slot in worker.slots), "nor on which slots"
         assert not self.workers.keys() & self.reclaiming.keys(), "a worker is both live and gone"
         leases = sorted((s, w.id) for w in (*self.workers.values(), *self.reclaiming.values()) for s in w.slots)
         assert leases == sorted((s, w) for s, held in self.slots.holders.items() for w in held), (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from gpu_pool import events as ev
 from gpu_pool.ledger import Evaluator, Ledger, Running
-from gpu_pool.placement import can_spare
 from gpu_pool.records import EvaluatorState, Worker, WorkerState
 from gpu_pool.transitions import WorkerEvent, advance_worker
 
@@ -63,8 +62,7 @@ class Moves:
 
     def give_back(self, worker_id: str) -> None:
         """Have all jobs of a worker do without it, if they can."""
-        jobs = sorted(self._ledger.workers[worker_id].jobs)
-        if not all(can_spare(worker_id, job_id, self._ledger) for job_id in jobs):
+        if worker_id in self._ledger.needed.workers:
             return  # the plan counted on two workers of a job that can spare one
         self.take_back(worker_id)
 
@@ -82,7 +80,7 @@ class Moves:
     def _ask_back(self, run: Running, worker_id: str) -> None:
         """The job holds a loaded worker until its evaluator says that it is given back; asked for once."""
         if worker_id not in run.returning:
-            run.returning.add(worker_id)
+            self._ledger.ask_back(run, worker_id)
             self.detach(run, worker_id, at_once=False)
 
     def trim(self, run: Running) -> None:

@@ -57,19 +57,11 @@ def readiness_of(worker: Worker, ledger: Ledger) -> Readiness:
         return Readiness.LEAVING
     if not worker.jobs:
         return Readiness.UNUSED
-    degree = Readiness.LEAVING
-    for job_id in worker.jobs:
-        if not can_spare(worker.id, job_id, ledger):
-            return Readiness.BUSY
-        if worker.id not in ledger.running[job_id].returning:
-            degree = Readiness.SPARE
-    return degree
-
-
-def can_spare(worker_id: str, job_id: str, ledger: Ledger) -> bool:
-    """Whether the job has given this worker back, or keeps another one when it does."""
-    run = ledger.running[job_id]
-    return worker_id in run.returning or len(run.workers) - len(run.returning) > 1
+    if worker.id in ledger.needed.workers:
+        return Readiness.BUSY
+    if all(worker.id in ledger.running[job_id].returning for job_id in worker.jobs):
+        return Readiness.LEAVING
+    return Readiness.SPARE
 
 
 def replicas_for(demand: Demand, ledger: Ledger, taken: Collection[str] = ()) -> list[Worker]:
@@ -101,10 +93,15 @@ def find_plan(demand: Demand, ledger: Ledger, apart: Iterable[str] = (), *, name
         suited = [slot for slot in suited if slot.id not in promised and slot.id not in apart_slots]
     if len(suited) < demand.gpus:
         return None
+    if ledger.max_workers_per_gpu == 1 and ledger.max_gpus is None:
+        needed = ledger.needed.slots
+        in_reach = [slot for slot in suited if slot.id not in needed]
+        if len(in_reach) >= demand.gpus:
+            suited = in_reach
+        elif not name_busy:
+            return Plan(slots=(), readiness=Readiness.BUSY)
     if ledger.max_gpus is None and (plan := _first_free(demand, suited, ledger)):
         return plan
-    if not name_busy and _all_busy(demand, suited, ledger):
-        return Plan(slots=(), readiness=Readiness.BUSY)
     degrees: dict[str, Readiness] = {}
     ways = [_way(demand, slot, ledger, degrees) for slot in suited]
     more: tuple[Worker, ...] = ()
@@ -125,6 +122,18 @@ def find_plan(demand: Demand, ledger: Ledger, apart: Iterable[str] = (), *, name
     )
 
 
+def any_in_reach(device: str, ledger: Ledger) -> bool:
+    """Whether a job may get a slot of this kind of device before others end.
+
+    No is certain: whatever a job needs, its plan is BUSY, or there is none.
+    """
+    if ledger.max_workers_per_gpu > 1 or ledger.max_gpus is not None:
+        return True
+    slots = ledger.slots
+    others = slots.keys() - ledger.needed.slots.keys() - slots.promised.keys()
+    return any(slots[slot_id].device == device and slots.usable(slot_id) for slot_id in others)
+
+
 def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | None:
     """A plan of slots that are free or about to be: mostly there are such, and the others need no closer look."""
     holders = ledger.slots.holders
@@ -133,25 +142,11 @@ def _first_free(demand: Demand, suited: list[Slot], ledger: Ledger) -> Plan | No
         return Plan(slots=tuple(free[: demand.gpus]), readiness=Readiness.NOW)
     if ledger.max_workers_per_gpu > 1:  # it may fit beside others
         return None
-    left = {slot_id for worker_id in ledger.leaving for slot_id in ledger.holder(worker_id).slots}
-    leaving = [slot.id for slot in suited if slot.id in left and ledger.leaving.issuperset(holders[slot.id])]
+    leaving = [slot.id for slot in suited if (held := holders.get(slot.id)) and ledger.leaving.issuperset(held)]
     if len(free) + len(leaving) < demand.gpus:
         return None
     leaving.sort(key=lambda slot_id: slot_id in ledger.slots.unusable)
     return Plan(slots=tuple([*free, *leaving][: demand.gpus]), readiness=Readiness.LEAVING)
-
-
-def _all_busy(demand: Demand, suited: list[Slot], ledger: Ledger) -> bool:
-    """Whether it is certain that jobs have to end before there are enough slots."""
-    if ledger.max_workers_per_gpu > 1 or ledger.max_gpus is not None:
-        return False
-    free = sum(not any(_is_busy(name, ledger) for name in ledger.slots.holders.get(slot.id, ())) for slot in suited)
-    return free < demand.gpus
-
-
-def _is_busy(worker_id: str, ledger: Ledger) -> bool:
-    worker = ledger.workers.get(worker_id)
-    return worker is not None and readiness_of(worker, ledger) is Readiness.BUSY
 
 
 def _way(demand: Demand, slot: Slot, ledger: Ledger, degrees: dict[str, Readiness]) -> _Way:

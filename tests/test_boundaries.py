@@ -21,6 +21,7 @@ PURE_NAMES = (
     "losses",
     "events",
     "order",
+    "needed",
     "slot_book",
     "ledger",
     "evaluator_count",
