@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection
 
 from gpu_pool.events import Demand
+from gpu_pool.heads import Heads
 from gpu_pool.ledger import Ledger
 from gpu_pool.order import Entry, Line, NoRoom, shape_of
-from gpu_pool.placement import replicas_for
+from gpu_pool.placement import any_in_reach, replicas_for
 from gpu_pool.records import Worker, WorkerState
+
+NOWHERE: Entry = (math.inf, "")
+"""Behind all jobs."""
 
 
 class Candidates:
@@ -19,11 +24,17 @@ class Candidates:
     as much. A job that finds a loaded and unused replica of its model goes as if it had waited `bonus` seconds longer,
     which spares a loading; one that would only share a replica with others goes as if it had come `bonus` seconds
     later, since evaluators are scarce and others may make use of a GPU of their own.
+
+    On a box that is full, which is the usual one where many wait, a job without a replica can become a head at best.
+    There all behind the last head are left out at once, whatever they need.
     """
 
-    def __init__(self, ledger: Ledger, taken: Collection[str], skip: Collection[str], bonus: float) -> None:
+    def __init__(
+        self, ledger: Ledger, heads: Heads, taken: Collection[str], skip: Collection[str], bonus: float
+    ) -> None:
         """Replicas on slots in `taken` do not count; jobs in `skip` are left out."""
         self._ledger = ledger
+        self._heads = heads
         self._waiting = ledger.waiting
         self._taken = taken
         self._seen = set(skip)
@@ -34,7 +45,11 @@ class Candidates:
         self._heap: list[tuple[float, Entry, int]] = []
         """(rank, with the bonus if there is one; rank and job; number of its line), the first of each line."""
         self._no_room = NoRoom()
+        self._ends: dict[str, Entry] = {}
+        """By kind of device, from where on jobs without a replica are left out."""
         self._last: Demand | None = None
+        for device in {kind[0] for kind in self._kinds}:
+            self._see_end(device)
         for number in range(len(self._kinds)):
             self._push(number, None)
         for key in ledger.replicas:
@@ -51,7 +66,7 @@ class Candidates:
                 if place < self._place(entry, replicas):  # another job took the replica, or a slot
                     heapq.heappush(self._heap, (self._place(entry, replicas), entry, number))
                     continue
-                if replicas or demand not in self._no_room:
+                if replicas or (entry < self._end(demand.spec.device) and demand not in self._no_room):
                     self._push(number, entry)
                     self._seen.add(demand.job_id)
                     self._last = demand
@@ -67,6 +82,23 @@ class Candidates:
         """There is no room for what `next` gave last."""
         assert self._last is not None
         self._no_room.add(self._last)
+        if self._last.slot_id is None and self._last.slot_index is None:  # else there may well be other slots
+            self._see_end(self._last.spec.device)
+
+    def _see_end(self, device: str) -> None:
+        """See whether there is no room on this kind of device for anyone without a replica, in the rest of the pass."""
+        head = self._heads.last(device, self._ledger.now)
+        if head is not None and not any_in_reach(device, self._ledger):
+            self._ends[device] = (head.rank, head.demand.job_id)
+            self._heap = [each for each in self._heap if not self._is_left_out(each[1], each[2])]
+            heapq.heapify(self._heap)
+
+    def _is_left_out(self, entry: Entry, number: int) -> bool:
+        """Whether no job of a line from this one on has to be looked at, none being of a model with a replica."""
+        return self._is_cold(number) and entry >= self._end(self._kinds[number][0])
+
+    def _end(self, device: str) -> Entry:
+        return self._ends.get(device, NOWHERE)
 
     def _is_cold(self, number: int) -> bool:
         """Whether the jobs of a line are of models without a replica."""
@@ -82,13 +114,18 @@ class Candidates:
         entry = line.after(after)
         if entry and self._is_cold(number):
             kind = self._kinds[number]
+            end = self._end(kind[0])
             if self._no_room.least(kind) <= self._waiting.least_memory(kind):
                 return  # the usual case: all need the same, and there is no need to look at each
-            while entry and self._is_given_up(self._waiting[entry[1]]):
+            while entry and entry < end and self._is_given_up(self._waiting[entry[1]]):
                 entry = line.after(entry)
-        if entry:
-            place = self._place(entry, self._replicas(number, self._waiting[entry[1]]))
-            heapq.heappush(self._heap, (place, entry, number))
+            if entry and entry < end:
+                heapq.heappush(self._heap, (entry[0], entry, number))
+        elif entry:
+            demand = self._waiting[entry[1]]
+            replicas = self._replicas(number, demand)
+            if replicas or entry < self._end(demand.spec.device):
+                heapq.heappush(self._heap, (self._place(entry, replicas), entry, number))
 
     def _is_given_up(self, demand: Demand) -> bool:
         """Whether a first job is passed over: its model has a replica, and so its own line, or there is no room."""

@@ -10,7 +10,7 @@ import heapq
 
 from gpu_pool.ledger import SOON_READY, Ledger, Running
 from gpu_pool.order import NoRoom
-from gpu_pool.placement import Plan, Readiness, find_plan, replicas_for
+from gpu_pool.placement import Plan, Readiness, any_in_reach, find_plan, replicas_for
 from gpu_pool.records import Worker
 from gpu_pool.room import Room
 
@@ -75,7 +75,7 @@ class Growth:
         barred: set[str] = set()
         if self._ledger.evaluators_that_are(*SOON_READY):
             for demand in self._ledger.waiting.first_of_each_kind():
-                if demand.spec.device not in barred:
+                if demand.spec.device not in barred and any_in_reach(demand.spec.device, self._ledger):
                     plan = find_plan(demand, self._ledger, name_busy=False)
                     if plan is not None and plan.readiness is not Readiness.BUSY:
                         barred.add(demand.spec.device)

@@ -54,6 +54,10 @@ class Heads:
                     break
                 yield head
 
+    def last(self, device: str, now: float) -> Head | None:
+        """The first one that others may still pass, if there is one: no job behind it may be a head yet."""
+        return next((head for head in self._lines.get(device, ()) if not self._is_due(head, now)), None)
+
     def note(self, demand: Demand, now: float) -> None:
         """This job has to wait for others to end: it may be the next head."""
         line = self._lines.setdefault(demand.spec.device, [])

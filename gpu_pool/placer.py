@@ -162,7 +162,9 @@ class Pass:
         """By rank, until there is no evaluator for anyone else."""
         if not self.evaluators_left:
             return
-        candidates = Candidates(self._ledger, self._ledger.slots.promised, self._served, bonus=self._patience_s)
+        candidates = Candidates(
+            self._ledger, self._heads, self._ledger.slots.promised, self._served, bonus=self._patience_s
+        )
         while self.evaluators_left and (demand := candidates.next()):
             if not self._serve(demand):
                 candidates.close()

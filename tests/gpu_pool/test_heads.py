@@ -46,6 +46,18 @@ def test_the_next_head_is_the_first_job_that_asks_for_something_else_once_patien
     assert due(heads, 20.0) == ["pinned", "pair"]
 
 
+def test_no_job_behind_a_head_that_others_may_still_pass_becomes_one() -> None:
+    heads = Heads(patience_s=10.0)
+    assert heads.last("cuda", 0.0) is None
+    heads.note(demand("pinned", 1.0, slot_id="GPU-0"), now=0.0)
+    heads.note(demand("pair", 2.0, gpus=2), now=10.0)
+    last = heads.last("cuda", 15.0)
+    assert last is not None
+    assert last.demand.job_id == "pair"
+    assert heads.last("cpu", 15.0) is None
+    assert heads.last("cuda", 20.0) is None
+
+
 def test_a_job_that_needs_less_memory_is_not_stood_for() -> None:
     heads = Heads(patience_s=10.0)
     for order, memory in [(1.0, 40), (2.0, 50), (3.0, 30)]:
