@@ -29,6 +29,7 @@ from gpu_pool.evaluator.images import ImageProblem, described, had_or_problem
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
 from gpu_pool.evaluator.scores import TaskScore
+from gpu_pool.evaluator.sounds import unheard
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
 
@@ -169,11 +170,16 @@ def _messages(inner: Any, doc: Any) -> Any:
 
 
 def _had(get: Callable[[Any], Any], doc: Any) -> Any:
-    """What a document shows, or the ImageProblem; tasks of videos end the process where a file is missing."""
+    """What a document shows, or the ImageProblem.
+
+    Tasks of videos end the process where a file is missing; those of sounds show none, or silence, instead of one that
+    cannot be decoded.
+    """
     try:
-        return had_or_problem(get, doc)
+        shown = had_or_problem(get, doc)
     except SystemExit as end:
         return ImageProblem(str(end))
+    return unheard(doc) or shown
 
 
 def _shown_problem(problem: ImageProblem, task: LmmsTask) -> dict[str, Any]:

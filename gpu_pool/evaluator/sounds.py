@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from scipy.io import wavfile
 
-from gpu_pool.evaluator.images import MAX_FILE_BYTES, ImageProblem
+from gpu_pool.evaluator.images import MAX_FILE_BYTES, ImageProblem, shown_in
 from gpu_pool.sound import SoundError, decode_sound
 
 _SAMPLES = ("array", "sampling_rate")
@@ -39,8 +39,34 @@ class UndecodedVideo(UndecodedFile):
     """A video."""
 
 
+class TensorLike(np.ndarray):
+    """An array that is asked what tasks ask of a tensor first. (No torch here: it takes seconds to import.)"""
+
+    def cpu(self) -> TensorLike:
+        """A tensor's."""
+        return self
+
+    def numpy(self) -> np.ndarray:
+        """A tensor's."""
+        return self.view(np.ndarray)
+
+
+class AudioSamples(NamedTuple):
+    """A decoded sound as torchcodec gives it."""
+
+    data: TensorLike
+    """[channels, samples]"""
+    sample_rate: int
+
+
 class UndecodedSound(UndecodedFile):
-    """A sound; "array", its samples, and "sampling_rate" are decoded when they are asked for."""
+    """A sound; "array", its samples, and "sampling_rate" are decoded when they are asked for.
+
+    Tasks ask for them as of a dictionary, or as of torchcodec's AudioDecoder.
+    """
+
+    problem: ImageProblem | None = None
+    """Why it could not be decoded, if somebody has tried: tasks' code hides that."""
 
     def __init__(self, value: Mapping[str, Any], sampling_rate: int | None = None) -> None:
         """`sampling_rate` is the one that the data set asks for; None: the file's own."""
@@ -57,8 +83,18 @@ class UndecodedSound(UndecodedFile):
         try:
             sound = decode_sound(self.get("bytes") or self.get("path") or b"", self._sampling_rate)
         except SoundError as error:
-            raise ImageProblem(str(error)) from error
+            self.problem = ImageProblem(str(error))
+            raise self.problem from error
         return dict(zip(_SAMPLES, sound, strict=True))
+
+    def get_all_samples(self) -> AudioSamples:
+        """AudioDecoder's; of one channel."""
+        return AudioSamples(self["array"][None].view(TensorLike), self["sampling_rate"])
+
+    @property
+    def _desired_sample_rate(self) -> int:
+        """AudioDecoder's, which tasks take for the rate of its samples."""
+        return self["sampling_rate"]
 
     def __missing__(self, key: str) -> Any:
         if key not in _SAMPLES:
@@ -74,6 +110,12 @@ class UndecodedSound(UndecodedFile):
             return self[key]
         except KeyError:
             return default
+
+
+def unheard(doc: Mapping[str, Any]) -> ImageProblem | None:
+    """Why one of a document's sounds could not be decoded, if somebody has tried."""
+    sounds = (value for value in shown_in(list(doc.values())) if isinstance(value, UndecodedSound))
+    return next((sound.problem for sound in sounds if sound.problem), None)
 
 
 def leave_sounds_undecoded() -> None:
