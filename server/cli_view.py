@@ -20,6 +20,8 @@ GIB = 1024**3
 POLL_SECONDS = 0.2  # smooth enough for a person, nothing for the server
 ERRORED = "evalpool_errored"
 """In a task's or group's metrics: its requests that ended in an error."""
+MISSING = "evalpool_missing"
+"""In a task's or group's metrics: why others have no score."""
 COLORS = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "queued": "dim"}
 
 
@@ -99,12 +101,15 @@ class Score(NamedTuple):
 
 
 def scores(metrics: dict[str, Json]) -> Iterator[Score]:
-    """The scores in a job's `metrics`: keys "acc,none" and "acc_stderr,none", in their order."""
+    """The scores in a job's `metrics`: keys "acc,none" and "acc_stderr,none", in their order; then missing ones."""
     for task, values in metrics.items():
         for key, value in values.items():
             metric, comma, name = key.partition(",")
             if comma and not metric.endswith("_stderr"):
                 yield Score(task, metric, name, value, values.get(f"{metric}_stderr,{name}"))
+        for key, why in values.get(MISSING, {}).items():
+            metric, _, name = key.partition(",")
+            yield Score(task, metric, name, f"missing: {why}", None)
 
 
 def gpu_table(gpus: Iterable[Json]) -> Table:
@@ -234,4 +239,4 @@ def _errored(count: Json) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "" if value is None else str(value)
+    return f"{value:.4f}" if isinstance(value, int | float) else "" if value is None else escape(str(value))

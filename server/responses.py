@@ -81,7 +81,7 @@ class JobInfo(Response, frozen=True, kw_only=True):
     """One job: the reference's nine keys first.
 
     `metrics` has lm-eval's keys for each task and group and, where requests ended in an error, how many did
-    (`evalpool_errored`).
+    (`evalpool_errored`) and which metrics have no score without them, and why (`evalpool_missing`).
     """
 
     job_id: str

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpu_pool.evaluator.scores import members
+
 METRIC = "evalpool_errored"
 """Beside a task's or group's scores: its requests that ended in an error. Not there when there are none."""
 MOST_CAUSES = 3
@@ -41,14 +43,9 @@ class Errored:
     ) -> dict[str, dict[str, Any]]:
         """The scores of tasks and groups with METRIC; `subtasks` are tasks and groups directly below a group."""
         by_task = self.by_task
-
-        def below(name: str) -> set[str]:
-            """It, and all that it consists of, once however many ways lead there."""
-            return {name}.union(*map(below, subtasks.get(name, ())))
-
         shown: dict[str, dict[str, Any]] = {}
         for name, values in metrics.items():
-            errored = sum(by_task.get(task, 0) for task in below(name))
+            errored = sum(by_task.get(task, 0) for task in members(name, subtasks))
             shown[name] = {**values, METRIC: errored} if errored else dict(values)
         return shown
 

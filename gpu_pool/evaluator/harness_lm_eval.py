@@ -27,6 +27,7 @@ from lm_eval.evaluator_utils import EvalAcc, _collect_results, aggregate_groups,
 from gpu_pool.errors import PoolError
 from gpu_pool.evaluator.images import described, had_or_problem
 from gpu_pool.evaluator.lazy_task import LazyTask
+from gpu_pool.evaluator.missing_scores import Values, aggregated
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
@@ -186,7 +187,7 @@ def score_task(
         task.apply_filters()
     keep_samples = evaluation.log_samples or evaluation.predict_only
     samples: list[dict[str, Any]] = []
-    raw_metrics: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
+    raw_metrics: Values = defaultdict(list)
     for filter_name in [ensemble.name for ensemble in task._filters]:
         for doc_id, doc in task.doc_iterator(limit=get_sample_size(task, evaluation.limit)):
             requests = instances[doc_id]
@@ -199,11 +200,14 @@ def score_task(
                 samples.append(_sample(task, doc_id, doc, requests, filter_name, metrics))
             for metric, value in metrics.items():
                 raw_metrics[metric, filter_name].append(value)
-    accumulator: Any = {"task": task, "raw_metrics": raw_metrics, "logged_samples": []}
-    accumulated = _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
-    return TaskScore(
-        dict(accumulated.metrics[name]), samples if keep_samples else None, accumulated, excluded=len(errored)
-    )
+
+    def aggregate(values: Values) -> EvalAcc:
+        accumulator: Any = {"task": task, "raw_metrics": values, "logged_samples": []}
+        return _collect_results({name: accumulator}, {}, evaluation.bootstrap_iters)
+
+    accumulated, missing = aggregated(aggregate, raw_metrics, excluded=len(errored))
+    metrics = dict(accumulated.metrics[name])
+    return TaskScore(metrics, samples if keep_samples else None, accumulated, excluded=len(errored), missing=missing)
 
 
 def combine_scores(scores: Iterable[TaskScore], groups: Mapping[str, Group]) -> dict[str, Any]:

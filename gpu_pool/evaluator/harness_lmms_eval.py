@@ -28,6 +28,7 @@ from gpu_pool.evaluator.harness_lm_eval import FIRST_PORTION, ChatTemplate, Task
 from gpu_pool.evaluator.images import ImageProblem, described, had_or_problem
 from gpu_pool.evaluator.lmms_options import lmms_generation
 from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
+from gpu_pool.evaluator.missing_scores import Values, aggregated
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.evaluator.sounds import unheard
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
@@ -234,9 +235,9 @@ def score_task(
     if inner._instances:
         inner.apply_filters()
     by_document = _by_document(task.asked)
-    output = TaskOutput.from_taskdict(task.own_name, inner)
     keep_samples = evaluation.log_samples or evaluation.predict_only
     samples: list[dict[str, Any]] = []
+    values: Values = defaultdict(list)
     for filter_name in [ensemble.name for ensemble in filters]:
         for doc_id, doc in enumerate(_documents(task, evaluation)):
             asked = by_document[doc_id]
@@ -249,12 +250,20 @@ def score_task(
                 samples.append(_sample(inner, doc_id, doc, asked, filter_name, responses, metrics, errored.get(doc_id)))
             for metric, value in metrics.items():
                 if metric in inner.aggregation():  # of others there is no score
-                    output.sample_metrics[metric, filter_name].append(value)
-    output.calculate_aggregate_metric(bootstrap_iters=evaluation.bootstrap_iters)
-    output.calculate_clt_aggregate_metric()
+                    values[metric, filter_name].append(value)
+
+    def aggregate(values: Values) -> TaskOutput:
+        output = TaskOutput.from_taskdict(task.own_name, inner)
+        output.sample_metrics.update(values)
+        output.calculate_aggregate_metric(bootstrap_iters=evaluation.bootstrap_iters)
+        output.calculate_clt_aggregate_metric()
+        return output
+
+    output, missing = aggregated(aggregate, values, excluded=len(errored))
     results, *_ = consolidate_results([output])
     metrics = {key: value for key, value in results[task.own_name].items() if key != "samples"}
-    return TaskScore(metrics, samples if keep_samples else None, (task, output, evaluation), excluded=len(errored))
+    accumulated = (task, output, evaluation)
+    return TaskScore(metrics, samples if keep_samples else None, accumulated, excluded=len(errored), missing=missing)
 
 
 def _by_document(asked: Iterable[tuple[Any, Instance]]) -> dict[int, list[tuple[Any, Instance]]]:

@@ -26,6 +26,7 @@ from gpu_pool.evaluator.harness import combine, harness_of
 from gpu_pool.evaluator.harness_lm_eval import ChatTemplate, portions, seed_everything
 from gpu_pool.evaluator.media_files import MediaFiles
 from gpu_pool.evaluator.media_prompts import MediaPrompts
+from gpu_pool.evaluator.missing_scores import without_missing
 from gpu_pool.evaluator.progress import ProgressReporter
 from gpu_pool.evaluator.prompts import EncoderPool, PromptEncoder
 from gpu_pool.evaluator.report import Report, model_name
@@ -305,9 +306,18 @@ class JobRun:
                 score.samples = None
         harness_of(task).release(task)
         self._scores[name] = score
-        [metrics] = self._errored.beside({name: plain_metrics(score.metrics)}, {}).values()
+        for metric, why in score.missing.items():
+            _log.warning("%s: %s has no score: %s", name, metric, why)
+        [metrics] = self._told({name: plain_metrics(score.metrics)}, {}).values()
         _log.info("%s: %s", name, metrics)
         self._send(TaskDone(job_id=self._job.job_id, task=name, metrics=metrics, samples_path=self._samples.get(name)))
+
+    def _told(
+        self, metrics: Mapping[str, Mapping[str, Any]], subtasks: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, Any]]:
+        """Scores of tasks and groups with what went wrong beside them."""
+        missing = {name: score.missing for name, score in self._scores.items() if score.missing}
+        return self._errored.beside(without_missing(metrics, missing, subtasks), subtasks)
 
     def _computed(self) -> dict[str, tuple[int, float]]:
         """Chunks of this job that each worker computed, and the seconds of its time in them."""
@@ -324,7 +334,7 @@ class JobRun:
         results = combine(tasks, self._scores, groups)
         for scores in ("results", "groups"):
             if scores in results:
-                results[scores] = self._errored.beside(results[scores], results["group_subtasks"])
+                results[scores] = self._told(results[scores], results["group_subtasks"])
         metrics = {name: plain_metrics(values) for name, values in results["results"].items()}
         for name in groups:
             if name in metrics:

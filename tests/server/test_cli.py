@@ -136,6 +136,17 @@ def test_errored_requests_are_shown_with_the_scores(run: Run, pool: FakePool) ->
     assert "49 errored" in run("jobs").stdout
 
 
+def test_missing_scores_are_shown_with_their_reasons(run: Run, pool: FakePool) -> None:
+    job_id = submit(run)
+    metrics = {"mme": {"acc,none": 0.4321, "evalpool_missing": {"pairs,strict": "an image [2] is left out"}}}
+    result = JobResult(model_name="tiny", results_path="/out/r.json", metrics=metrics)
+    progress = Progress(phase=Phase.SCORING, tasks={"mme": TaskProgress(done=9, total=9)})
+    pool.change(job_id, state=JobState.COMPLETED, result=result, progress=progress)
+    shown = " ".join(run("results", job_id).stdout.replace("│", " ").split())
+    assert "mme acc none 0.4321" in shown
+    assert "mme pairs strict missing: an image [2] is left out" in shown
+
+
 def test_watch_ends_with_the_job(run: Run, pool: FakePool) -> None:
     job_id = submit(run)
     complete(pool, job_id)

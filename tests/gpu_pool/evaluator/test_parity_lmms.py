@@ -155,6 +155,26 @@ def test_a_bad_image_is_an_error_of_its_document(start_evaluator, worker: Path, 
     assert done.result.metrics["mme"]["evalpool_errored"] == 2
 
 
+def test_a_metric_over_pairs_that_lacks_one_of_a_pair_is_missing(start_evaluator, worker: Path, tmp_path: Path) -> None:
+    roots = write_lmms_data(tmp_path, damaged=(2, 5))  # of two pairs of what is perceived
+    evaluator = start_evaluator(dataset_roots=roots)
+    folder = evaluator.start("odd", tasks=("mme",), max_error_share=0.2, bootstrap_iters=0, use_cache=False)
+    evaluator.attach("odd", "real", worker)
+    messages = evaluator.finish()
+    done = messages[-1]
+    assert isinstance(done, msg.JobDone), done
+    whole = json.loads(Path(done.result.results_path).read_text())["results"]["mme"]
+    [of_task] = [message.metrics for message in messages if isinstance(message, msg.TaskDone)]
+    for scores in (done.result.metrics["mme"], whole, of_task):
+        assert scores["evalpool_missing"] == {
+            "mme_perception_score,none": "2 documents are left out: "
+            "AssertionError: MME only supports pairwise evaluation"
+        }
+        assert "mme_perception_score,none" not in scores
+        assert scores["mme_cognition_score,none"] >= 0
+    assert "mme_perception_score,none has no score" in (folder / "job.log").read_text()
+
+
 def test_a_bad_image_that_a_task_opens_itself_is_an_error_of_its_document(
     start_evaluator, worker: Path, tmp_path: Path
 ) -> None:
