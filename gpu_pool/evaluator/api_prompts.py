@@ -76,9 +76,14 @@ class TextPrompts:
         return None
 
     def apply_chat_template(
-        self, wanted: bool | str, history: list[dict[str, Any]], add_generation_prompt: bool = True
+        self,
+        wanted: bool | str,
+        history: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        keep_system: bool = False,
     ) -> str:
-        """One conversation in JSON, images as {"type": "image"} where they belong.
+        """One conversation in JSON, images as {"type": "image"} where they belong; system turns are always kept.
 
         Raises:
             PromptError: the endpoint takes no conversations.

@@ -182,7 +182,10 @@ class JobRun:
     def _chat_template(self, task: Any, encoder: PromptEncoder | TextPrompts) -> ChatTemplate | None:
         has_template = encoder.has_chat_template
         wanted = harness_of(task).wanted_template(task, self._evaluation, has_template=has_template)
-        return functools.partial(encoder.apply_chat_template, wanted) if wanted else None
+        if not wanted:
+            return None
+        keep_system = bool(self._evaluation.system_instruction)  # the task's description goes with it
+        return functools.partial(encoder.apply_chat_template, wanted, keep_system=keep_system)
 
     def _ask(self, name: str, requests: TaskRequests) -> None:
         """Queue those of a task's requests that neither the cache nor an earlier request of the job answers."""

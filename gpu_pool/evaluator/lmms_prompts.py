@@ -40,14 +40,16 @@ def chat_prompt(
     modalities: Set[Modality],
     system_instruction: str | None = None,
 ) -> Prompt:
-    """A conversation by a chat template.
+    """A conversation by a chat template; a `system_instruction` takes the place of the task's own system turn.
 
     Raises:
         UnservedModality: it shows what the model, which takes `modalities`, does not take.
     """
     turns: list[Turn] = [{"role": "system", "content": system_instruction}] if system_instruction else []
     media: Media = {}
-    for message in messages:
+    for place, message in enumerate(messages):
+        if system_instruction and place == 0 and message["role"] == "system":
+            continue
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         typed = [_typed(part, media, modalities) for part in parts]

@@ -150,11 +150,19 @@ class PromptEncoder:
         return template[name]
 
     def apply_chat_template(
-        self, wanted: bool | str, history: list[dict[str, Any]], add_generation_prompt: bool = True
+        self,
+        wanted: bool | str,
+        history: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        keep_system: bool = False,
     ) -> str:
-        """One conversation as a prompt; without its system turn if the template refuses that.
+        """One conversation as a prompt; without its system turn if the template refuses that, and it need not be kept.
 
         For a model that takes media, contents are lists of typed parts, as `hf-multimodal` makes them.
+
+        Raises:
+            PromptError: a system turn that must be kept is refused.
         """
         if self._takes_media:
             contents = self._places.conversation([turn["content"] for turn in history])
@@ -170,8 +178,11 @@ class PromptEncoder:
         try:
             return render(history)
         except jinja2.exceptions.TemplateError:
-            _log.warning("The chat template refuses the conversation: trying without its system turn")
-            return render([turn for turn in history if turn["role"] != "system"])
+            bare = render([turn for turn in history if turn["role"] != "system"])  # raises what else is refused
+            if keep_system:
+                raise PromptError("system_instruction: the model's chat template takes no system turn") from None
+            _log.warning("The chat template takes no system turn: it is left out")
+            return bare
 
     def place_media(self, prompt: str) -> str:
         """A prompt without a chat template, which knows it: the model's own strings where media belong.

@@ -285,6 +285,16 @@ def test_sampling_is_not_cached_and_has_a_seed_for_each_repeat(evaluator, job_id
     assert len(set(seeds[0])) == 2
 
 
+def test_a_system_instruction_is_never_left_out(evaluator, job_id, tiny_model: Path, spec_of, tmp_path: Path) -> None:
+    refusing = shutil.copytree(tiny_model, tmp_path / "refusing")
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('No') if messages[0].role == 'system' }}")
+    options = {"tasks": ("local_generation",), "apply_chat_template": True, "system_instruction": "Be brief."}
+    evaluator.start(job_id, spec_of(refusing), use_cache=False, **options)
+    failed = evaluator.finish()[-1]
+    assert isinstance(failed, msg.JobFailed)
+    assert failed.error == ("local_generation: system_instruction: the model's chat template takes no system turn")
+
+
 def test_a_checkpoint_that_changed_after_submission(
     evaluator, job_id, start_worker, tiny_model: Path, spec_of, tmp_path: Path
 ) -> None:

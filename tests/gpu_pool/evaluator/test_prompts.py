@@ -93,6 +93,18 @@ def test_named_chat_templates(tiny_model: Path) -> None:
         encoder.apply_chat_template("toll", HISTORY)
 
 
+def test_a_system_turn_that_the_template_refuses(tiny_model: Path) -> None:
+    encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_model)))
+    encoder.tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn['role'] == 'system' %}{{ raise_exception('No system turns') }}{% endif %}"
+        "{{ turn['content'] }}{% endfor %}"
+    )
+    assert encoder.apply_chat_template(True, HISTORY) == "Hi!"
+    assert encoder.apply_chat_template(True, HISTORY[1:], keep_system=True) == "Hi!"
+    with pytest.raises(PromptError, match="system_instruction: the model's chat template takes no system turn"):
+        encoder.apply_chat_template(True, HISTORY, keep_system=True)
+
+
 def test_a_blank_context_of_an_encoder_is_its_end_token(tiny_t5: Path) -> None:
     encoder = PromptEncoder(ModelArgs(pretrained=str(tiny_t5)))
     end = (encoder.tokenizer.eos_token_id,)
