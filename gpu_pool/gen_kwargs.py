@@ -6,7 +6,7 @@ A task's own `generation_kwargs` are read more loosely, as lm-eval reads them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -59,6 +59,12 @@ def parse_gen_kwargs(value: str | dict[str, Any] | None) -> dict[str, Any]:
     for key, option in options.items():
         _check_option(key, option)
     return options
+
+
+def with_request(task: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's options with those of a request, whose length counts whatever the names of either."""
+    lengths = (*LENGTH_KEYS, "max_length") if any(key in request for key in LENGTH_KEYS) else ()
+    return {**{key: option for key, option in task.items() if key not in lengths}, **request}
 
 
 def task_option_problem(options: Any) -> str | None:

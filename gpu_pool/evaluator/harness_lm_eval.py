@@ -29,6 +29,7 @@ from gpu_pool.evaluator.images import described, had_or_problem
 from gpu_pool.evaluator.lazy_task import LazyTask
 from gpu_pool.evaluator.missing_scores import Values, aggregated
 from gpu_pool.evaluator.scores import TaskScore
+from gpu_pool.gen_kwargs import with_request
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
 
@@ -84,7 +85,8 @@ def configure_task(
         raise TaskError(f"{name} needs a model that takes {kind}")
     if task.get_config("output_type") == "generate_until":
         if evaluation.gen_kwargs:
-            task.set_config(key="generation_kwargs", value=evaluation.gen_kwargs, update=True)
+            options = with_request(task.get_config("generation_kwargs"), evaluation.gen_kwargs)
+            task.set_config(key="generation_kwargs", value=options)
         _log.info("%s: generation_kwargs %s", name, task.get_config("generation_kwargs"))
     if evaluation.predict_only:
         task.override_metric(metric_name="bypass")

@@ -31,6 +31,7 @@ from gpu_pool.evaluator.lmms_tasks import LmmsGroup, LmmsTask, submissions_in
 from gpu_pool.evaluator.missing_scores import Values, aggregated
 from gpu_pool.evaluator.scores import TaskScore
 from gpu_pool.evaluator.sounds import unheard
+from gpu_pool.gen_kwargs import with_request
 from gpu_pool.records import TEXT_ONLY, Evaluation, Modality
 from gpu_pool.results import hash_text, plain
 
@@ -72,7 +73,7 @@ def configure_task(
     task.modalities = modalities
     submissions_in(task, output_dir)
     if task.is_generation:
-        options = {**(inner.config.generation_kwargs or {}), **evaluation.gen_kwargs}
+        options = with_request(inner.config.generation_kwargs or {}, evaluation.gen_kwargs)
         inner.set_config(key="generation_kwargs", value=lmms_generation(options))
         _log.info("%s: generation_kwargs %s", name, inner.config.generation_kwargs)
     if evaluation.predict_only:
@@ -142,7 +143,7 @@ def _ask(
             modalities=task.modalities,
             system_instruction=evaluation.system_instruction,
         )
-        return [(theirs, _instance(theirs, doc, prompt, _chat_options(config.generation_kwargs)))]
+        return [(theirs, _instance(theirs, doc, prompt, _chat_options(config.generation_kwargs, evaluation)))]
     context = inner.fewshot_context(doc, config.num_fewshot, evaluation.system_instruction, False, False, None)
     made: Any = ConfigurableTask.construct_requests(inner, doc_id=doc_id, ctx=context, metadata=metadata)
     visuals = _had(inner.doc_to_visual, whole)
@@ -202,7 +203,10 @@ def _instance(theirs: Any, doc: Any, prompt: Prompt, then: Any) -> Instance:
     )
 
 
-def _chat_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_options(options: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """Without the stop string that separates few-shot examples, unless the request gives it."""
+    if "until" in evaluation.gen_kwargs:
+        return dict(options)
     until = options.get("until") or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop != _FEWSHOT_DELIMITER]
     return {**options, "until": stops}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gpu_pool.errors import InvalidRequest
-from gpu_pool.gen_kwargs import GENERATION_KEYS, KNOWN_KEYS, WORKER_KEYS, parse_gen_kwargs
+from gpu_pool.gen_kwargs import GENERATION_KEYS, KNOWN_KEYS, WORKER_KEYS, parse_gen_kwargs, with_request
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,17 @@ def test_unknown_keys_come_with_what_is_meant(key: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=said) as refused:
         parse_gen_kwargs({key: 2})
     assert refused.value.field == f"gen_kwargs.{key}"
+
+
+@pytest.mark.parametrize(
+    ("task", "request_", "meant"),
+    [
+        ({"max_gen_toks": 4}, {"max_new_tokens": 1}, {"max_new_tokens": 1}),
+        ({"max_length": 99, "max_tokens": 4, "top_k": 5}, {"max_gen_toks": 1}, {"max_gen_toks": 1, "top_k": 5}),
+        ({"max_gen_toks": 4, "until": ["."]}, {"until": "!"}, {"max_gen_toks": 4, "until": "!"}),
+    ],
+)
+def test_a_request_s_length_counts_whatever_its_name(
+    task: dict[str, Any], request_: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    assert with_request(task, request_) == meant

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from gpu_pool.evaluator import harness_lm_eval as harness
 from gpu_pool.evaluator.catalogue import TaskLibrary
+from gpu_pool.evaluator.generation_options import generation_options
 from gpu_pool.evaluator.prompts import PromptEncoder
 from gpu_pool.records import Evaluation, ModelArgs
 
@@ -128,3 +129,12 @@ def _asked(library: TaskLibrary, evaluation: Evaluation, encoder: PromptEncoder)
 def test_portions() -> None:
     assert list(itertools.islice(harness.portions(is_first=True), 4)) == [32, 512, 1024, 2048]
     assert list(itertools.islice(harness.portions(is_first=False), 3)) == [512, 1024, 2048]
+
+
+@pytest.mark.parametrize("key", ["max_gen_toks", "max_new_tokens"])
+def test_the_request_says_how_long_answers_are(library: TaskLibrary, key: str) -> None:
+    task = library.load(["local_generation"])["tasks"]["local_generation"]
+    assert task.get_config("generation_kwargs")["max_gen_toks"] != 1
+    evaluation = Evaluation(model="m", tasks=("local_generation",), gen_kwargs={key: 1})
+    harness.configure_task("local_generation", task, evaluation, allow_code=False)
+    assert generation_options(task.get_config("generation_kwargs"), None).max_gen_toks == 1

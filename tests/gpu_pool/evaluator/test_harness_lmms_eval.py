@@ -142,13 +142,28 @@ def test_a_video_in_a_data_set_is_its_bytes_and_leaves_memory(library: TaskLibra
     assert instances[0].args[2]["visual"] == [{"video": {"path": "gone.mp4", "sha256": digest, "bytes": 6}}]
 
 
-def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: bool) -> list[Any]:
-    """Of mme with a part of its code changed."""
+@pytest.mark.parametrize(("given", "stops"), [({}, []), ({"until": "\n\n"}, "\n\n"), ({"until": ["."]}, ["."])])
+def test_a_chat_ends_at_the_stop_strings_that_the_request_gives(
+    library: TaskLibrary, given: dict[str, Any], stops: Any
+) -> None:
+    [prompt, *_] = prompts_of(library, {}, with_template=True, gen_kwargs=given)
+    assert prompt.args[1]["until"] == stops
+
+
+@pytest.mark.parametrize("with_template", [True, False])
+def test_the_request_says_how_long_answers_are(library: TaskLibrary, with_template: bool) -> None:
+    changes = {"generation_kwargs": {"max_gen_toks": 16, "until": []}}
+    [prompt, *_] = prompts_of(library, changes, with_template, gen_kwargs={"max_new_tokens": 3})
+    assert prompt.args[1] == {"max_new_tokens": 3, "do_sample": False, "until": []}
+
+
+def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: bool, **options: Any) -> list[Any]:
+    """Of mme with a part of its code or options changed."""
     task = library.load(["mme"])["tasks"]["mme"]
     for name, code in changes.items():
         setattr(task.task.config, name, code)
     harness = harness_of(task)
-    evaluation = Evaluation(model="m", tasks=("mme",), limit=2)
+    evaluation = Evaluation(model="m", tasks=("mme",), limit=2, **options)
     harness.configure_task("mme", task, evaluation, False, modalities={"text", "image", "video"})
     template = (lambda turns: str(turns)) if with_template else None
     return list(itertools.chain.from_iterable(harness.build_instances(task, evaluation, template, itertools.repeat(2))))
