@@ -179,7 +179,10 @@ class TaskChecker:
             return f"it needs Python libraries that are not installed: {', '.join(needs.missing_modules)}"
         if needs.options_problem:
             return needs.options_problem
-        return self._data_reason(needs, num_fewshot)
+        shots = 0 if needs.default_fewshot == 0 else num_fewshot if num_fewshot is not None else needs.default_fewshot
+        if shots and not needs.has_examples:
+            return "it has no few-shot examples (no fewshot_config in its YAML): num_fewshot must be 0"
+        return self._data_reason(needs, bool(shots))
 
     def _needs_of(self, leaf: _Leaf) -> TaskNeeds | str:
         path = leaf.entry.yaml_path if leaf.entry else None
@@ -192,7 +195,7 @@ class TaskChecker:
                 self._needs[key] = f"its YAML cannot be read: {explain(error)}"
         return self._needs[key]
 
-    def _data_reason(self, needs: TaskNeeds, num_fewshot: int | None) -> str | None:
+    def _data_reason(self, needs: TaskNeeds, shows_examples: bool) -> str | None:
         if needs.dataset is None:
             return None
         try:
@@ -203,8 +206,7 @@ class TaskChecker:
             return self._hub.problem(needs.dataset, needs.config, needs.data_files)
         if needs.data_files:
             return None
-        shots = 0 if needs.default_fewshot == 0 else num_fewshot if num_fewshot is not None else needs.default_fewshot
-        for split in (needs.eval_split, needs.fewshot_split if shots else None):
+        for split in (needs.eval_split, needs.fewshot_split if shows_examples else None):
             if split is not None and split not in local.splits:
                 return local.lacks(split)
         return None

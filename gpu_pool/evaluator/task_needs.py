@@ -63,6 +63,8 @@ class TaskNeeds:
     default_fewshot: int | None
     fewshot_split: str | None
     """Where examples would be drawn from; None where they are written in the task."""
+    has_examples: bool
+    """Whether it can show any."""
     options_problem: str | None
     """What is wrong with its generation_kwargs, or with the way in which it asks."""
 
@@ -93,6 +95,7 @@ def task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         eval_split=config.get("test_split") or config.get("validation_split"),
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=_fewshot_split(config),
+        has_examples=True,
         options_problem=_options_problem(config.get("generation_kwargs")) or _mixture_problem(config),
     )
 
@@ -120,6 +123,7 @@ def lmms_task_needs(name: str, config: dict[str, Any]) -> TaskNeeds:
         eval_split=config.get("test_split") or config.get("validation_split"),
         default_fewshot=config.get("num_fewshot"),
         fewshot_split=config.get("fewshot_split"),
+        has_examples="class" in config or config.get("fewshot_config") is not None,
         options_problem=problem,
     )
 

@@ -89,6 +89,13 @@ def test_what_the_model_lacks_is_named(library: TaskLibrary) -> None:
     assert "generate_until_agentic is not served" in reason(library, "tau2_bench_telecom")
 
 
+def test_examples_where_there_are_none_are_refused(library: TaskLibrary) -> None:
+    for name in ("mme", "lmms:arc_easy"):
+        assert "num_fewshot must be 0" in reason(library, name, modalities=SEES, num_fewshot=2)
+        assert library.check([name], modalities=SEES, num_fewshot=0) == ()
+    assert task_needs.lmms_task_needs("mine", {"fewshot_config": {"sampler": "first_n"}}).has_examples
+
+
 def test_missing_libraries_are_named(library: TaskLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_needs, "_is_installed", lambda module: module != "loguru")
     assert "Python libraries that are not installed: loguru" in reason(library, "mme", modalities=SEES)
