@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from gpu_pool.errors import NoSuchSamples
 from gpu_pool.records import Evaluation, Job
 from server.job_files import sample_page
 
@@ -67,6 +68,21 @@ def test_a_record_is_shown_as_it_lies_in_the_file_unless_that_is_no_json(
     path.write_bytes(b'{"before": 1}\n' + line + b'\n{"after": 2}\n')
     page = sample_page(job_with(path), None, 0, 10)
     assert [bytes(sample) for sample in page.samples] == [b'{"before": 1}', shown or line, b'{"after": 2}']
+
+
+def test_a_task_is_found_by_its_own_name_and_by_the_requested_one(tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"{number}.jsonl" for number, name in enumerate(("arc_easy", "lmms:arc_easy", "mme"))}
+    for name, path in paths.items():
+        path.write_text(json.dumps({"of": name}) + "\n")
+    evaluation = Evaluation(model="hf", tasks=("lm:arc_easy", "lmms:arc_easy", "lmms:mme"))
+    samples = {name: str(path) for name, path in paths.items()}
+    job = Job(id="1", work=evaluation, request={}, created_at=datetime.now(UTC), samples=samples)
+    for name in (*paths, "lm:arc_easy", "lmms:mme"):
+        page = sample_page(job, name, 0, 10)
+        assert page.task == name.removeprefix("lm:").replace("lmms:mme", "mme")
+        assert msgspec.json.decode(page.samples[0]) == {"of": page.task}
+    with pytest.raises(NoSuchSamples):
+        sample_page(job, "lm:mme", 0, 10)
 
 
 @pytest.mark.parametrize("line", [b'{"cut": "off', b'{"a": "\xff"}', b"", b"{} {}"])
