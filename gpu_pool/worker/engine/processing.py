@@ -23,6 +23,11 @@ _FLAT = {"llava"}
 """Model types whose processors take the images of all prompts in one list (lm-eval's `hf-multimodal`)."""
 _PLACEHOLDERS = tuple(f"{kind}_token_{name}" for kind in ("image", "video", "audio") for name in ("id", "index"))
 
+_USUAL_WINDOW_SECONDS = 30
+"""That feature extractors hear at once, where they do not say."""
+_NEGLIGIBLE_SECONDS = 0.1
+"""That may be cut off: encoders make a sound of 30 seconds a little longer."""
+
 
 class PromptProcessor:
     """A checkpoint's processor, called as lm-eval's `hf-multimodal` calls it, for one prompt at a time."""
@@ -59,17 +64,39 @@ class PromptProcessor:
         if self._transcribes:
             return self._prepare_sound(sounds)
         images = list(self._images(prompt, media))
-        nested: Any = (images if self._takes_flat else [images]) if images else None
-        heard = {"audio": sounds, "sampling_rate": self._sounds.sampling_rate} if sounds and self._sounds else {}
-        try:
-            made = self.processor(text=[prompt.text], **_given(images=nested), **heard, return_tensors="pt")
-        except Exception as error:  # processors raise whatever their parts do
-            raise MediaError(f"the processor refuses the prompt: {type(error).__name__}: {error}") from error
-        tensors = {name: made[name] for name in made if isinstance(made[name], torch.Tensor) and name != "labels"}
+        tensors = self._process(prompt.text, images, sounds)
+        self._check_all_is_heard(prompt.text, images, sounds, tensors)
         is_text = [token not in self._placeholders for token in tensors["input_ids"][0].tolist()]
         last_text = max((place for place, text in enumerate(is_text) if text), default=None)
         filler = self._filler if last_text is None else int(tensors["input_ids"][0, last_text])
         return PromptInputs(tensors, filler, text_before=([*is_text, False]).index(False))
+
+    def _process(self, text: str, images: list[Image.Image], sounds: list[Any]) -> dict[str, torch.Tensor]:
+        nested: Any = (images if self._takes_flat else [images]) if images else None
+        heard = {"audio": sounds, "sampling_rate": self._sounds.sampling_rate} if sounds and self._sounds else {}
+        try:
+            made = self.processor(text=[text], **_given(images=nested), **heard, return_tensors="pt")
+        except Exception as error:  # processors raise whatever their parts do
+            raise MediaError(f"the processor refuses the prompt: {type(error).__name__}: {error}") from error
+        return {name: made[name] for name in made if isinstance(made[name], torch.Tensor) and name != "labels"}
+
+    def _check_all_is_heard(
+        self, text: str, images: list[Image.Image], sounds: list[Any], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Most processors cut a sound off, silently, where their window ends; some go on in further windows. So one
+        that is longer is asked for once more, a little shorter: if that makes no difference, its end is not heard."""
+        for place, sound in enumerate(sounds):
+            rate = self._sounds.sampling_rate
+            window = getattr(self._sounds, "n_samples", _USUAL_WINDOW_SECONDS * rate)
+            end = int(_NEGLIGIBLE_SECONDS * rate)
+            if len(sound) - end <= window:
+                continue
+            without_end = [*sounds[:place], sound[:-end], *sounds[place + 1 :]]
+            if _are_same(tensors, self._process(text, images, without_end)):
+                raise MediaError(
+                    f"the sound is {len(sound) / rate:.1f} seconds long, and the model does not hear its end: "
+                    f"it hears {window / rate:g} seconds at once"
+                )
 
     def _prepare_sound(self, sounds: list[Any]) -> PromptInputs:
         """One that is longer than the model hears at once is not cut off: the model then goes on along it."""
@@ -103,6 +130,10 @@ class PromptProcessor:
             return decode_sound(content, self._sounds.sampling_rate).samples
         except SoundError as error:
             raise MediaError(str(error)) from error
+
+
+def _are_same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in some.items())
 
 
 def _given(**options: Any) -> dict[str, Any]:

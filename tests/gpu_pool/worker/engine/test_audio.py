@@ -217,3 +217,15 @@ class TestQwen2Audio:
         texts, errors = generate(loaded, [prompts[0], damaged, prompts[1]])
         assert sorted(texts) == [0, 2]
         assert "the sound cannot be decoded" in errors[1]
+
+    def test_a_sound_longer_than_it_hears_is_the_error_of_its_prompt(
+        self, loaded: LoadedModel, prompts: list[MediaPrompt], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = prompts[0].text
+        for name, seconds in {"long": 5.0, "just": 2.05}.items():
+            monkeypatch.setitem(FILES, name, wav(tone(seconds)))
+        longer = [MediaPrompt(text=text, audio=(name,)) for name in ("long", "just")]
+        texts, errors = generate(loaded, [prompts[0], *longer])
+        assert sorted(texts) == [0, 2]
+        assert "the sound is 5.0 seconds long" in errors[1]
+        assert "it hears 2 seconds at once" in errors[1]
