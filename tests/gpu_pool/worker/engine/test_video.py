@@ -19,11 +19,18 @@ FRAMES = 37
 
 
 @pytest.mark.parametrize(
-    ("form", "codec", "key_every"), [("mp4", "mpeg4", 5), ("matroska", "libx264", 12), ("webm", "libvpx-vp9", 100)]
+    ("form", "codec", "key_every"),
+    [
+        ("mp4", "mpeg4", 5),
+        ("matroska", "libx264", 12),
+        ("webm", "libvpx-vp9", 100),
+        ("mpegts", "libx264", 12),
+        ("mpegts", "mpeg2video", 5),
+    ],
 )
 @pytest.mark.parametrize("count", [1, 2, 8, FRAMES, 50])
 def test_frames_are_evenly_spaced(tmp_path: Path, form: str, codec: str, key_every: int, count: int) -> None:
-    file = video(FRAMES, form, codec, key_every=key_every)
+    file = video(FRAMES, form, codec, key_every=key_every, rate=25)
     (tmp_path / "film").write_bytes(file)
     places = np.linspace(0, FRAMES - 1, count).astype(int)
     for source in (file, str(tmp_path / "film")):
@@ -31,6 +38,11 @@ def test_frames_are_evenly_spaced(tmp_path: Path, form: str, codec: str, key_eve
         assert [image.size for image in images] == [(SIDE, SIDE)] * count
         for image, place in zip(images, places, strict=True):
             assert brightness(image) == pytest.approx(grey(int(place), FRAMES), abs=4)
+
+
+def test_frames_of_a_container_that_tells_few_times() -> None:
+    images = decode_frames(video(60, "mpeg", "mpeg1video", side=64, rate=25, key_every=12), 4)
+    assert list(map(brightness, images)) == pytest.approx([grey(place, 60) for place in (0, 19, 39, 59)], abs=2)
 
 
 def test_frames_are_made_smaller_one_by_one() -> None:
