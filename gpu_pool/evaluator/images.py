@@ -13,11 +13,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname, urlopen
 
 import datasets
 import numpy as np
+from datasets.config import HF_ENDPOINT
 from datasets.utils.file_utils import xopen
 from PIL import Image
 
@@ -28,6 +32,9 @@ MAX_FILE_BYTES = 128 << 20
 """Of an image's file: what travels to a worker in one message is bounded."""
 
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
+
+PATIENCE_SECONDS = 20
+"""Waited for an answer of a web server that has an image, and for each further piece."""
 
 
 class ImageProblem(PoolError):
@@ -187,17 +194,39 @@ def _encoded(image: Image.Image) -> bytes:
 
 def _read(path: str, folders: Iterable[Path]) -> bytes:
     try:
-        if "://" in path:
-            with xopen(path, "rb") as file:
+        if "://" in path and not path.startswith("file://"):
+            with _opened(path) as file:
                 return file.read(MAX_FILE_BYTES + 1)
-        candidates = [Path(path)] if os.path.isabs(path) else [folder / path for folder in (*folders, Path())]
-        found = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-        with found.open("rb") as file:
+        with local_file(path, "image", folders).open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise ImageProblem(f"the image file {path} does not exist") from None
-    except OSError as error:
-        raise ImageProblem(f"the image file {path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise ImageProblem(f"the image file {path} cannot be read: {explain(error)}") from error
+
+
+def _opened(url: str) -> Any:
+    """Whatever `datasets` opens; but it asks a web server that does not answer for more than an hour, here once."""
+    if url.startswith(("http://", "https://")) and not url.startswith(HF_ENDPOINT):
+        return urlopen(url, timeout=PATIENCE_SECONDS)
+    return xopen(url, "rb")
+
+
+def local_file(path: str, kind: str, folders: Iterable[Path]) -> Path:
+    """Where a file lies, a relative path in the first of `folders` that has it. `kind` names it in messages.
+
+    Raises:
+        ImageProblem: there is none, or it is a directory, a device, or a pipe, which would be waited for.
+    """
+    name = url2pathname(urlsplit(path).path) if path.startswith("file://") else path
+    candidates = [Path(name)] if os.path.isabs(name) else [folder / name for folder in (*folders, Path())]
+    try:
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+        if found is None:
+            raise ImageProblem(f"the {kind} file {path} does not exist")
+        if not found.is_file():
+            raise ImageProblem(f"the {kind} file {path} cannot be read: it is no regular file")
+        return found.resolve()
+    except (OSError, ValueError) as error:  # names that are too long, or that no file can have
+        raise ImageProblem(f"the {kind} file {path} cannot be read: {explain(error)}") from error
 
 
 def described(value: Any) -> Any:

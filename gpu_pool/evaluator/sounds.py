@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from scipy.io import wavfile
 
-from gpu_pool.evaluator.images import MAX_FILE_BYTES, ImageProblem, shown_in
+from gpu_pool.evaluator.images import MAX_FILE_BYTES, ImageProblem, local_file, shown_in
 from gpu_pool.sound import SoundError, decode_sound
 
 _SAMPLES = ("array", "sampling_rate")
@@ -167,9 +167,9 @@ def media_file(shown: Any, kind: str, folders: Iterable[Path]) -> bytes | Path:
                 raise ImageProblem(f"the {kind} has {len(data)} bytes in the data set; {MAX_FILE_BYTES} are allowed")
             return data
         case {"path": str(path)} | str(path):
-            return _found(path, kind, folders)
+            return local_file(path, kind, folders)
         case os.PathLike():
-            return _found(os.fspath(shown), kind, folders)
+            return local_file(os.fspath(shown), kind, folders)
         case ImageProblem():
             raise shown
         case None | {"bytes": None}:
@@ -178,14 +178,6 @@ def media_file(shown: Any, kind: str, folders: Iterable[Path]) -> bytes | Path:
             return _wave(np.asarray(samples, np.float32), int(rate))
         case _:
             raise ImageProblem(f"doc_to_{kind} must give files, their bytes or paths, not {type(shown).__name__}")
-
-
-def _found(path: str, kind: str, folders: Iterable[Path]) -> Path:
-    candidates = [Path(path)] if os.path.isabs(path) else [folder / path for folder in (*folders, Path())]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise ImageProblem(f"the {kind} file {path} does not exist")
-    return found.resolve()
 
 
 def _wave(samples: np.ndarray, rate: int) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import socket
 from collections.abc import Generator
 from pathlib import Path
 
@@ -111,14 +113,31 @@ def test_images_of_code_are_encoded_without_loss(mode: str) -> None:
         (None, "has no image"),
         ({"bytes": None, "path": None}, "has no image"),
         ("nowhere.png", "nowhere.png does not exist"),
-        (".", "cannot be read"),
+        (".", "no regular file"),
+        ("pipe.png", "no regular file"),
+        ("a\0b.png", "does not exist"),
+        (300 * "x" + ".png", "cannot be read"),
+        ("foo://x.png", "cannot be read"),
+        ("http://[x.png", "cannot be read"),
         (5, "not int"),
         (bytes(images.MAX_FILE_BYTES + 1), "are allowed"),
     ],
 )
 def test_images_that_cannot_be_had_say_why(tmp_path: Path, image: object, why: str) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageProblem, match=why):
         image_file(image, [tmp_path])
+
+
+def test_a_web_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "PATIENCE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(ImageProblem, match="cannot be read"):
+        image_file(f"http://127.0.0.1:{server.getsockname()[1]}/x.png", ())
+
+
+def test_a_url_of_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(FILE)
+    assert image_file((tmp_path / "a b.png").as_uri(), ()) == FILE
 
 
 def test_one_image_or_lists_of_them() -> None:

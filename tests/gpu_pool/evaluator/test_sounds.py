@@ -83,6 +83,8 @@ def test_samples_that_a_task_has_made_are_a_file_without_loss() -> None:
         (None, "the document has no audio"),
         ({"bytes": None, "path": None}, "the document has no audio"),
         ("missing.wav", "the audio file missing.wav does not exist"),
+        ("a\0b.wav", "does not exist"),
+        (300 * "x" + ".wav", "cannot be read"),
         (7, "doc_to_audio must give files, their bytes or paths, not int"),
     ],
 )
