@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def resolve_model(
         _check_files(args, field, is_merged)
     except OSError as error:
         raise InvalidRequest(field, f"{error.filename} cannot be read: {error.strerror}") from error
+    if os.path.exists(args.pretrained):
+        _check_pixels(args, in_our_words(model_args))
     return args
 
 
@@ -213,6 +215,13 @@ def _check_images(args: ModelArgs) -> None:
     if args.image_max_side and (args.image_width or args.image_height):
         problem = "must be left out where image_width or image_height says how large images may be"
         raise InvalidRequest("model_args.image_max_side", problem)
+
+
+def _check_pixels(args: ModelArgs, given: Mapping[str, Any]) -> None:
+    """Refuse limits of images that a request gives for a model that is shown none; a kind's own say nothing."""
+    limits = [key for key in ("min_pixels", "max_pixels") if given.get(key) is not None]
+    if limits and "image" not in modalities(args):
+        raise InvalidRequest(f"model_args.{limits[0]}", "must be left out: the model reads no images")
 
 
 def _check_attention(attention: str) -> None:

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,14 @@ def constructor_defaults(file: Path) -> dict[str, int]:
     return {key: eval(ast.unparse(found[key])) for key in wanted if key in found}
 
 
-def test_what_a_request_says_goes_before_a_names_defaults(tiny_model: Path) -> None:
-    folder = str(tiny_model)
+def test_what_a_request_says_goes_before_a_names_defaults(tiny_model: Path, tiny_vlm: Callable[[str], Path]) -> None:
+    folder = str(tiny_vlm("qwen2_5_vl"))
     assert resolve("qwen2_5_vl", pretrained=folder).max_pixels == 1605632
     assert resolve("qwen2_5_vl", pretrained=folder, max_num_frames=4).num_frames == 4
     small = resolve("qwen2_5_vl", pretrained=folder, max_pixels=50176)
     assert (small.min_pixels, small.max_pixels) == (None, 50176)
     assert resolve("hf", pretrained=folder).max_pixels is None
+    assert resolve("qwen2_5_vl", pretrained=str(tiny_model)).max_pixels == 1605632, "text is read all the same"
 
 
 MODEL_TYPES = {

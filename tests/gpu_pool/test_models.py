@@ -338,6 +338,7 @@ def test_which_models_read_images(tmp_path: Path, config: dict[str, Any], files:
     [
         ({"max_images": 0}, "max_images"),
         ({"min_pixels": 500, "max_pixels": 400}, "min_pixels"),
+        ({"max_pixels": 400}, "max_pixels"),
         ({"image_max_side": 400, "image_width": 100}, "image_max_side"),
         ({"image_height": -1}, "image_height"),
         ({"interleave": "yes"}, "interleave"),

@@ -108,3 +108,25 @@ class LargestSize:
             return image
         width, height = (max(1, int(size * ratio)) for size in image.size)
         return image.resize((width, height))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLimits:
+    """Pixels that images are brought to have, their shape kept; None: as they are. Qwen's `smart_resize`, for
+    processors that know no such limits."""
+
+    least: int | None = None
+    most: int | None = None
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The image, shrunk or enlarged if it has too many pixels or too few."""
+        pixels = image.width * image.height
+        if self.most is not None and pixels > self.most:
+            wanted, rounded = self.most, math.floor
+        elif self.least is not None and pixels < self.least:
+            wanted, rounded = min(self.least, MOST_PIXELS), math.ceil
+        else:
+            return image
+        ratio = math.sqrt(wanted / pixels)
+        width, height = (max(1, rounded(size * ratio)) for size in image.size)
+        return image.resize((width, height))

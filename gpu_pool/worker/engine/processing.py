@@ -14,7 +14,7 @@ from gpu_pool.checkpoints import SPEECH_TYPES
 from gpu_pool.chunk_messages import MediaFile, MediaPrompt
 from gpu_pool.records import ModelArgs
 from gpu_pool.sound import SoundError, decode_sound
-from gpu_pool.worker.engine.media import LargestSize, MediaError, decode_image
+from gpu_pool.worker.engine.media import LargestSize, MediaError, PixelLimits, decode_image
 from gpu_pool.worker.engine.preparation import Files
 from gpu_pool.worker.engine.prompt_inputs import PromptInputs
 from gpu_pool.worker.engine.video import decode_frames
@@ -40,6 +40,8 @@ class PromptProcessor:
         images = getattr(processor, "image_processor", None)
         self._to_rgb = args.convert_img_format or not getattr(images, "do_convert_rgb", False)
         self._size = LargestSize(width=args.image_width, height=args.image_height, longest=args.image_max_side)
+        limits = PixelLimits() if _knows_pixels(images) else PixelLimits(least=args.min_pixels, most=args.max_pixels)
+        self._pixels = limits
         self._sounds: Any = getattr(processor, "feature_extractor", None)
         self._placeholders = {getattr(config, name, None) for name in _PLACEHOLDERS}
         self._filler = filler
@@ -121,7 +123,7 @@ class PromptProcessor:
     def _fit(self, image: Image.Image) -> Image.Image:
         if self._to_rgb and image.mode != "RGB":
             image = image.convert("RGB")
-        return self._size.fit(image)
+        return self._pixels.fit(self._size.fit(image))
 
     def _decode_sound(self, content: bytes | str) -> Any:
         if self._sounds is None:
@@ -130,6 +132,12 @@ class PromptProcessor:
             return decode_sound(content, self._sounds.sampling_rate).samples
         except SoundError as error:
             raise MediaError(str(error)) from error
+
+
+def _knows_pixels(images: Any) -> bool:
+    """Whether an image processor takes limits of pixels itself, and has been loaded with them."""
+    options = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+    return "max_pixels" in options or hasattr(images, "max_pixels")
 
 
 def _are_same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:

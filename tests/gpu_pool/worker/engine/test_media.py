@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from gpu_pool.worker.engine.media import LargestSize, MediaError, decode_image
+from gpu_pool.worker.engine.media import LargestSize, MediaError, PixelLimits, decode_image
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +147,17 @@ def test_broken_files_say_why(name: str) -> None:
 )
 def test_large_images_are_shrunk(limits: dict[str, int], size: tuple[int, int]) -> None:
     assert LargestSize(**limits).fit(Image.new("RGB", (400, 300))).size == size
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"),
+    [
+        ({}, (400, 300)),
+        ({"least": 100, "most": 120_000}, (400, 300)),
+        ({"most": 30_000}, (200, 150)),
+        ({"least": 480_000}, (800, 600)),
+        ({"most": 1}, (1, 1)),
+    ],
+)
+def test_images_are_brought_to_limits_of_pixels(limits: dict[str, int], size: tuple[int, int]) -> None:
+    assert PixelLimits(**limits).fit(Image.new("RGB", (400, 300))).size == size

@@ -159,6 +159,17 @@ def test_equal_answers_whatever_the_pixel_limits_of_others(tiny_vlm: Callable[[s
     assert lengths[2] >= 6
 
 
+def test_pixel_limits_hold_where_the_processor_knows_none(tiny_vlm: Callable[[str], Path]) -> None:
+    picture = noise(90, 90)
+    shown: list[torch.Tensor] = []
+    for image, limits in ((picture, {"max_pixels": 400}), (picture.resize((20, 20)), {}), (picture, {})):
+        asked = Asked.of(load_fresh(tiny_vlm("llava"), dtype="float32", **limits), [image, "What?"])
+        assert asked.loaded.processor is not None
+        shown.append(asked.loaded.processor.prepare(asked.prompts[0], asked.files).tensors["pixel_values"])
+    assert torch.equal(shown[0], shown[1])
+    assert not torch.equal(shown[0], shown[2])
+
+
 def test_a_model_without_an_image_processor_reads_text(
     tiny_vlm: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
