@@ -23,7 +23,7 @@ from gpu_pool.cache_upkeep import make_room
 from gpu_pool.claim_owners import is_alive, new_owner
 from gpu_pool.records import DEFAULT_CACHE_MAX_BYTES
 
-ENGINE_VERSION = "6"
+ENGINE_VERSION = "7"
 """Part of every key; raised when our engine changes what it answers."""
 MAX_BATCH = 4096
 """Answers whose use is noted as one."""
