@@ -147,6 +147,15 @@ def shown_in(given: Any) -> Iterator[Any]:
         yield given
 
 
+def decoded_bytes(shown: Iterable[Any]) -> int:
+    """What those of the images take that the task's code has decoded, or made anew."""
+    images = [
+        image.decoded if isinstance(image, UndecodedImage) and "decoded" in vars(image) else image for image in shown
+    ]
+    pixels = [image for image in images if isinstance(image, Image.Image) and not isinstance(image, UndecodedImage)]
+    return sum(image.width * image.height * len(image.getbands()) for image in pixels)
+
+
 def image_file(image: Any, folders: Iterable[Path]) -> bytes:
     """The file of one image: of a data set, a path (a relative one is looked for in `folders`), bytes, or of Pillow.
 

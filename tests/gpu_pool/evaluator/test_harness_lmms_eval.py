@@ -5,15 +5,17 @@ from __future__ import annotations
 import binascii
 import hashlib
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from lmms_data import DOCUMENTS, write_lmms_data
+from PIL import Image
 from stock_data import mmlu
 
+from gpu_pool.evaluator import harness_lmms_eval
 from gpu_pool.evaluator.catalogue import TaskLibrary
 from gpu_pool.evaluator.harness import combine, harness_of
 from gpu_pool.evaluator.harness_lm_eval import TaskError
@@ -142,6 +144,22 @@ def test_a_video_in_a_data_set_is_its_bytes_and_leaves_memory(library: TaskLibra
     assert instances[0].args[2]["visual"] == [{"video": {"path": "gone.mp4", "sha256": digest, "bytes": 6}}]
 
 
+@pytest.mark.parametrize("with_template", [True, False])
+def test_portions_end_where_memory_would_not_hold_more_images(
+    library: TaskLibrary, with_template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness_lmms_eval, "MOST_DECODED_BYTES", 2 * 3 * 100 * 100)
+
+    def show(doc: Any) -> Any:
+        return [Image.new("RGB", (100, 100))]
+
+    def counts(**changes: Any) -> list[int]:
+        return [len(portion) for portion in portions_of(library, changes, with_template, sizes=4, limit=5)]
+
+    assert counts(doc_to_visual=show) == [2, 2, 1]
+    assert counts() == [4, 1]  # files as they are in the data set
+
+
 @pytest.mark.parametrize(("given", "stops"), [({}, []), ({"until": "\n\n"}, "\n\n"), ({"until": ["."]}, ["."])])
 def test_a_chat_ends_at_the_stop_strings_that_the_request_gives(
     library: TaskLibrary, given: dict[str, Any], stops: Any
@@ -158,12 +176,18 @@ def test_the_request_says_how_long_answers_are(library: TaskLibrary, with_templa
 
 
 def prompts_of(library: TaskLibrary, changes: dict[str, Any], with_template: bool, **options: Any) -> list[Any]:
-    """Of mme with a part of its code or options changed."""
+    """Two documents' of mme with a part of its code or options changed."""
+    return list(itertools.chain.from_iterable(portions_of(library, changes, with_template, sizes=2, **options)))
+
+
+def portions_of(
+    library: TaskLibrary, changes: dict[str, Any], with_template: bool, *, sizes: int, limit: int = 2, **options: Any
+) -> Iterator[list[Any]]:
     task = library.load(["mme"])["tasks"]["mme"]
     for name, code in changes.items():
         setattr(task.task.config, name, code)
     harness = harness_of(task)
-    evaluation = Evaluation(model="m", tasks=("mme",), limit=2, **options)
+    evaluation = Evaluation(model="m", tasks=("mme",), limit=limit, **options)
     harness.configure_task("mme", task, evaluation, False, modalities={"text", "image", "video"})
     template = (lambda turns: str(turns)) if with_template else None
-    return list(itertools.chain.from_iterable(harness.build_instances(task, evaluation, template, itertools.repeat(2))))
+    return harness.build_instances(task, evaluation, template, itertools.repeat(sizes))
