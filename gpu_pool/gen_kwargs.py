@@ -63,8 +63,8 @@ def parse_gen_kwargs(value: str | dict[str, Any] | None) -> dict[str, Any]:
 
 def with_request(task: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """A task's options with those of a request, whose length counts whatever the names of either."""
-    lengths = (*LENGTH_KEYS, "max_length") if any(key in request for key in LENGTH_KEYS) else ()
-    return {**{key: option for key, option in task.items() if key not in lengths}, **request}
+    lengths = {*LENGTH_KEYS, "max_length"} if any(key in request for key in LENGTH_KEYS) else set[str]()
+    return {key: option for key, option in task.items() if key not in lengths - request.keys()} | dict(request)
 
 
 def task_option_problem(options: Any) -> str | None:

@@ -65,7 +65,9 @@ async def test_models_with_details(api: Any):
         "reason": None,
         "nearest": [],
         "note": "the reference's default liuhaotian/llava-v1.5-7b in transformers' format",
+        "defaults": {},
     }
+    assert entries["qwen2_vl"]["defaults"] == {"num_frames": 32, "min_pixels": 3136, "max_pixels": 602112}
     assert entries["cogvlm2"]["runs_on"] is None
     assert "code of their own" in entries["cogvlm2"]["reason"]
     assert {"name": "torch_dtype", "meaning": "dtype", "note": None} in told["arguments"]
