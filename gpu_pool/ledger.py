@@ -287,7 +287,8 @@ class Ledger:
         self._note_last(run)
 
     def _note_last(self, run: Running) -> None:
-        self.needed.note(run.demand.job_id, None if run.last is None else self.holder(run.last))
+        last = run.last
+        self.needed.note(run.demand.job_id, None if last is None else self.holder(last))
 
     def release(self, run: Running, worker_id: str) -> None:
         """The job does not use the worker any more, if the worker is still there."""

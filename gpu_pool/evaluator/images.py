@@ -149,9 +149,7 @@ def shown_in(given: Any) -> Iterator[Any]:
 
 def decoded_bytes(shown: Iterable[Any]) -> int:
     """What those of the images take that the task's code has decoded, or made anew."""
-    images = [
-        image.decoded if isinstance(image, UndecodedImage) and "decoded" in vars(image) else image for image in shown
-    ]
+    images = map(_in_memory, shown)
     pixels = [image for image in images if isinstance(image, Image.Image) and not isinstance(image, UndecodedImage)]
     return sum(image.width * image.height * len(image.getbands()) for image in pixels)
 
@@ -162,12 +160,15 @@ def image_file(image: Any, folders: Iterable[Path]) -> bytes:
     Raises:
         ImageProblem: it is none of these, is not there, or is too large.
     """
-    if isinstance(image, UndecodedImage) and "decoded" in vars(image):
-        image = image.decoded  # the task's code may have drawn on it
-    data = _file(image, folders)
+    data = _file(_in_memory(image), folders)
     if len(data) > MAX_FILE_BYTES:
         raise ImageProblem(f"the image's file has {len(data)} bytes; {MAX_FILE_BYTES} are allowed")
     return data
+
+
+def _in_memory(image: Any) -> Any:
+    """An image that the task's code has decoded, and may have drawn on, as that; all else as it is."""
+    return image.decoded if isinstance(image, UndecodedImage) and "decoded" in vars(image) else image
 
 
 def _file(image: Any, folders: Iterable[Path]) -> bytes:
