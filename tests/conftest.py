@@ -103,9 +103,8 @@ def sharded_checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     The files of the folders' names and `.safetensors` have what they answer. Do not write into them.
     """
     distcp, rank_files = (tmp_path_factory.mktemp(name) / "checkpoint-10" for name in ("distcp", "rank-files"))
-    script = (
-        ROOT / "tests" / "support" / "make_sharded_checkpoint.py"
-    )  # its ranks are spawned by a process of their own
+    # in a process of its own, which spawns the ranks
+    script = ROOT / "tests" / "support" / "make_sharded_checkpoint.py"
     subprocess.run([sys.executable, script, tiny_model, distcp, rank_files], check=True, capture_output=True)
     return distcp, rank_files
 

@@ -159,7 +159,7 @@ def test_default_checkpoints_are_none_that_transformers_cannot_load() -> None:
     ],
 )
 def test_a_family_has_a_checkpoint_of_its_own(model: str, checkpoint: str) -> None:
-    assert resolve(model).pretrained == checkpoint
+    assert resolve(model) == ModelArgs(pretrained=checkpoint, **MODEL_NAMES[model].defaults)
     assert resolve(model, pretrained="org/other").pretrained == "org/other"
 
 

@@ -13,6 +13,7 @@ import pytest
 from gpu_pool import checkpoints
 from gpu_pool.checkpoints import ENCODER_DECODER_TYPES, IMAGE_TEXT_TYPES, check_config
 from gpu_pool.errors import InvalidRequest
+from gpu_pool.model_names import MODEL_NAMES
 from gpu_pool.models import modalities, model_kinds, resolve_hub_revision, resolve_model
 from gpu_pool.records import ModelArgs
 
@@ -47,7 +48,8 @@ def refused(model: str, model_args: dict[str, Any] | None = None) -> InvalidRequ
 def test_a_kind_takes_pretrained(checkpoint: Path, kind: str) -> None:
     assert kind in model_kinds()
     args = resolve(kind, {"pretrained": str(checkpoint), "dtype": "half", "max_length": 128})
-    assert (args.pretrained, args.dtype, args.max_length) == (str(checkpoint), "float16", 128)
+    defaults = MODEL_NAMES[kind].defaults
+    assert args == ModelArgs(pretrained=str(checkpoint), dtype="float16", max_length=128, **defaults)
 
 
 def test_a_path_or_hub_id_is_a_model_itself(checkpoint: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_part_has_documents_of_each_task_that_are_as_long_as_all() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workload", [*WORKLOADS["long"], *SHAPES], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [*WORKLOADS["long"], *WORKLOADS["short"], *SHAPES], ids=lambda w: w.name)
 def test_every_workload_has_as_many_documents_as_asked_of_one_kind(workload: Workload, library: Library) -> None:
     requests = workload.build(library, 3)
     tasks = {task for task, _ in map(document_of, requests)}

@@ -28,10 +28,10 @@ def wav(samples: np.ndarray, rate: int = RATE) -> bytes:
     return file.getvalue()
 
 
-def encoded(samples: np.ndarray, form: str, codec: str, rate: int = RATE) -> bytes:
-    """The same in another format, by FFmpeg's encoders."""
+def encoded(samples: np.ndarray, form: str, codec: str, rate: int = RATE, **options: str) -> bytes:
+    """The same in another format, by FFmpeg's encoders; `options` are of the format."""
     file = io.BytesIO()
-    with av.open(file, "w", format=form) as container:
+    with av.open(file, "w", format=form, options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.rate = rate
